@@ -1,0 +1,39 @@
+PYTHON ?= python3
+# The version the tests were last run with. Any torch>=2.11 does: make clean test TORCH=torch
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test lint bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## draw digits with the shipped model at 1 to 32 steps
+	$(BIN)/tim demo
+
+test: lint ## lint, then run every test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.test ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.bench ## run the benchmarks
+	@test -d benchmarks || { echo "make bench: there is no benchmarks/ folder yet"; exit 1; }
+	$(BIN)/python -m pytest benchmarks
+
+clean: ## remove the environment, builds and caches
+	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install "$(TORCH)"
+	touch $@
+
+# .venv/.EXTRA: the package is installed with that extra.
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py
+	$(BIN)/python -m pip install --editable ".[$*]"
+	touch $@

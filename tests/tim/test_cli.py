@@ -1,0 +1,102 @@
+"""The commands, end to end on a network of a few weights."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from tim import config, demo
+from tim.cli import app
+from tim.images import labelled_grid
+from tim.training import save_export
+
+TINY = {"patch_size": 14, "hidden_size": 32, "depth": 2, "num_heads": 2, "lora_hidden_size": 8}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    tiny = {"model": {"network": {"params": {**TINY, "encoder_depth": 1}}}}
+    cfg = OmegaConf.merge(config.load("mnist"), tiny)
+    torch.manual_seed(0)
+    network = config.build_network(cfg)
+    torch.nn.init.normal_(network.final_layer.linear.weight)
+    save_export(network, cfg, folder)
+    return folder
+
+
+def tim(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_train_takes_overrides_and_resumes(tmp_path):
+    overrides = [f"model.network.params.{name}={value}" for name, value in TINY.items()]
+    overrides += ["model.network.params.encoder_depth=1", "data.dataloader.batch_size=4"]
+    command = ["train", "--config", "mnist", "--output", tmp_path, *overrides]
+    for steps in (1, 2):
+        result = tim(*command, f"training.max_train_steps={steps}")
+        assert result.exit_code == 0, result.output
+        assert f"network: {tmp_path / 'model'}" in result.output
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_train_refuses_a_misspelt_override(tmp_path):
+    result = tim("train", "--config", "mnist", "--output", tmp_path, "training.max_steps=1")
+    assert result.exit_code == 2
+    assert "max_steps" in result.output
+
+
+def test_sample_writes_what_the_seed_and_labels_say(exported, tmp_path):
+    def sampled(*options):
+        path = tmp_path / "samples.safetensors"
+        result = tim("sample", exported, "--labels", "3,1", "--output", path, *options)
+        assert result.exit_code == 0, result.output
+        return load_file(path)
+
+    first = sampled()
+    assert first["samples"].shape == (2, 1, 28, 28)
+    assert first["labels"].tolist() == [3, 1]
+    assert torch.equal(sampled()["samples"], first["samples"])
+    for change in (["--seed", 1], ["--steps", 2], ["--cfg-scale", 2]):
+        assert not torch.equal(sampled(*change)["samples"], first["samples"])
+
+
+def test_sample_draws_a_grid(exported, tmp_path):
+    path = tmp_path / "grid.png"
+    assert tim("sample", exported, "--labels", "3,1", "--output", path).exit_code == 0
+    assert Image.open(path).width > Image.open(path).height
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--labels", "a", "--output", "x.png"], "labels must be"),
+        (["--labels", "1", "--output", "x.gif"], "must end in .png or .safetensors"),
+    ],
+)
+def test_sample_refuses(exported, arguments, said):
+    result = tim("sample", exported, *arguments)
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+def test_demo_draws_every_step_count(exported, tmp_path):
+    path = demo.draw(tmp_path / "demo.png", weights=exported)
+    picture = Image.open(path)
+    assert picture.height > 5 * 28 and picture.width > 10 * 28
+
+
+def test_demo_without_weights_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="training.yaml"):
+        demo.draw(tmp_path / "demo.png", weights=tmp_path)
+
+
+def test_grid_puts_images_in_order_on_white():
+    black, white = torch.full((1, 1, 4, 4), -1.0), torch.full((1, 1, 4, 4), 1.0)
+    rows = {"1 step": torch.cat([black, white]), "2 steps": torch.cat([white, black])}
+    grid = labelled_grid(rows, ["0", "1"], scale=1, gap=2).convert("L")
+    left, top = grid.width - 12, grid.height - 12
+    tiles = [[grid.getpixel((left + dx, top + dy)) for dx in (1, 7)] for dy in (1, 7)]
+    assert tiles == [[0, 255], [255, 0]]

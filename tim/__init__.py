@@ -1,0 +1,1 @@
+"""Transition Models (arXiv 2509.04394): model, any-step sampling, training, evaluation."""

@@ -1,0 +1,107 @@
+"""The released weight files, loaded strictly.
+
+A folder written by `save_pretrained` is loaded by `TiMTransformer2DModel.from_pretrained`.
+"""
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from tim import config
+from tim.models import TiMTransformer2DModel
+
+
+def load(
+    path: str | Path,
+    preset_or_config: str | Path | Mapping[str, Any],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> TiMTransformer2DModel:
+    """A network with the weights of a `.safetensors` or `.bin` file, in eval mode.
+
+    Args:
+        path: safetensors, or a torch pickle of a plain state dict (read with `weights_only=True`).
+        preset_or_config: a preset's name, a YAML file, a configuration, or the network's
+            constructor arguments alone. The projector serves only the feature-alignment loss: a
+            file without any `projector.*` gives a network without one.
+        device: where the network goes; the CPU by default.
+        dtype: of the parameters; the file's own by default.
+
+    Raises:
+        ValueError: the file is truncated or foreign; tensors are missing, unexpected or mis-shaped
+            (all are listed); or the configuration is refused by `tim.config`.
+    """
+    path = Path(path)
+    state = _read(path)
+    cfg = _as_config(preset_or_config)
+    if not any(name.startswith("projector.") for name in state):
+        OmegaConf.update(cfg, "model.network.params.z_dim", None)
+    with torch.device("meta"):
+        network = config.build_network(cfg)
+    _check_fit(state, network.state_dict(), path)
+    network.load_state_dict(state, assign=True)
+    return network.to(device=device, dtype=dtype).eval()
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix not in _READERS or not path.is_file():
+        raise ValueError(f"a {' or '.join(_READERS)} file is needed, got {path}")
+    try:
+        state = _READERS[path.suffix](path)
+    except Exception as error:  # a broken pickle may raise anything
+        raise ValueError(
+            f"{path} is truncated or not a {path.suffix} file of tensors alone"
+        ) from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} must hold a state dict, got {type(state).__name__}")
+    foreign = [
+        f"{name}: {type(value).__name__}"
+        for name, value in state.items()
+        if not (isinstance(value, Tensor) and value.is_floating_point())
+    ]
+    if foreign:
+        raise ValueError(
+            f"{path} must hold floating-point tensors by name, got also {', '.join(foreign)}"
+        )
+    return state
+
+
+def _read_bin(path: Path) -> Any:
+    # Only torch's zip format can be memory-mapped; older files are read whole.
+    is_zip = zipfile.is_zipfile(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+_READERS = {".safetensors": safetensors.torch.load_file, ".bin": _read_bin}
+
+
+def _as_config(preset_or_config: str | Path | Mapping[str, Any]) -> DictConfig:
+    if isinstance(preset_or_config, (str, Path)):
+        return config.load(preset_or_config)
+    cfg = OmegaConf.create(OmegaConf.to_container(OmegaConf.create(preset_or_config)))
+    if "model" in cfg:
+        return cfg
+    network = {"target": "tim.models.TiMTransformer2DModel", "params": cfg}
+    return OmegaConf.create({"model": {"network": network}})
+
+
+def _check_fit(found: Mapping[str, Tensor], needed: Mapping[str, Tensor], path: Path) -> None:
+    problems = {
+        "missing": [name for name in needed if name not in found],
+        "unexpected": [name for name in found if name not in needed],
+        "mis-shaped": [
+            f"{name} {tuple(found[name].shape)} for {tuple(tensor.shape)}"
+            for name, tensor in needed.items()
+            if name in found and found[name].shape != tensor.shape
+        ],
+    }
+    if any(problems.values()):
+        lines = (f"{problem}: {', '.join(names)}" for problem, names in problems.items() if names)
+        raise ValueError(f"{path} does not fit the configuration\n" + "\n".join(lines))

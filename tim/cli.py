@@ -1,0 +1,85 @@
+"""The command `tim`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors.torch import save_file
+
+app = typer.Typer(help="Transition Models: train, sample, demo.", no_args_is_help=True)
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Option(help="A preset's name or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, such as training.max_train_steps=100.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The run's folder; runs/<config> by default.")
+    ] = None,
+) -> None:
+    """Train a network; a stopped run goes on from its latest checkpoint."""
+    from tim import config as configs
+    from tim.training import train as run
+
+    cfg = configs.load(config)
+    OmegaConf.set_struct(cfg, True)
+    try:
+        cfg.merge_with_dotlist(overrides or [])
+    except (OmegaConfBaseException, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+    output = output or Path("runs") / Path(config).stem
+    try:
+        typer.echo(f"network: {run(cfg, output)}")
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on from the latest checkpoint", err=True)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def sample(
+    model: Annotated[Path, typer.Argument(help="The `model` folder that `tim train` wrote.")],
+    labels: Annotated[str, typer.Option(help="Class ids, comma-separated.")],
+    output: Annotated[Path, typer.Option(help="A .png grid or .safetensors.")],
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 8,
+    cfg_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
+    seed: int = 0,
+) -> None:
+    """Draw samples of the given classes from a trained network."""
+    from tim.images import labelled_grid, step_label
+    from tim.sampling import sample as run
+    from tim.training import load_export
+
+    if output.suffix not in (".png", ".safetensors"):
+        raise typer.BadParameter(f"{output} must end in .png or .safetensors")
+    try:
+        y = torch.tensor([int(label) for label in labels.split(",")])
+    except ValueError:
+        raise typer.BadParameter(f"labels must be like 3,1,4, got {labels!r}") from None
+    network, transport, _ = load_export(model)
+    size, channels = network.config.input_size, network.config.in_channels
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(len(y), channels, size, size, generator=generator)
+    y_null = torch.full_like(y, network.config.num_classes)
+    x = run(network, transport, z, y, y_null, num_steps=steps, cfg_scale=cfg_scale).float()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix == ".png":
+        labelled_grid({step_label(steps): x}, labels.split(",")).save(output)
+    else:
+        save_file({"samples": x, "labels": y}, output)
+    typer.echo(output)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("tim-demo.png"),
+    seed: int = 0,
+) -> None:
+    """Draw the digits 0 to 9 at 1, 2, 4, 8 and 32 steps with the shipped network."""
+    from tim.demo import draw
+
+    typer.echo(draw(output, seed=seed).resolve())

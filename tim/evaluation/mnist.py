@@ -1,0 +1,221 @@
+"""How well a network trained by `tim train --config mnist` draws the digit it is asked for.
+
+`python -m tim.evaluation.mnist --tim DIR --flow DIR --output results.json` compares TiM with the
+same network trained as plain flow matching, at 1 to 32 steps, in the eyes of a classifier trained
+on the real images: the share of samples that it recognises as the requested digit, and the Fréchet
+distance between its features of the samples and of the held-out images.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from tqdm import tqdm
+
+from tim.data import mnist
+from tim.sampling import sample
+from tim.training import load_export
+from tim.transports import Transport
+
+STEPS = (1, 2, 4, 8, 32)
+_CHUNK = 250  # images sampled or classified at once
+
+
+class DigitClassifier(nn.Module):
+    """A small convolutional network: images (B, 1, 28, 28) in [-1, 1] → features (B, 64)."""
+
+    num_features = 64
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def stage(inputs: int, outputs: int) -> list[nn.Module]:
+            conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+            return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+        self.convolutions = nn.Sequential(
+            *stage(1, 32),
+            nn.MaxPool2d(2),
+            *stage(32, 64),
+            *stage(64, 64),
+            nn.MaxPool2d(2),
+            *stage(64, 128),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(128, self.num_features),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(self.num_features, mnist.NUM_CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The penultimate features (B, 64)."""
+        return self.convolutions(images)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """The most likely digit of each image (B,), int64."""
+        return torch.cat([self.head(self(chunk)).argmax(1) for chunk in images.split(_CHUNK)])
+
+
+def _warp(images: Tensor) -> Tensor:
+    """Turn, scale and shift each image (up to 15 degrees, 10 % and 2 pixels)."""
+    angle, scale, dx, dy = torch.rand(4, len(images)) * 2 - 1
+    angle, scale = angle * math.radians(15), 1 + 0.1 * scale
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    rows = [torch.stack([cos, -sin, dx / 7], 1), torch.stack([sin, cos, dy / 7], 1)]
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    return F.grid_sample(images + 1, grid, align_corners=False) - 1
+
+
+def train_classifier(*, seed: int = 0, epochs: int = 25) -> tuple[DigitClassifier, float]:
+    """Train on the training split; the classifier in eval mode and its held-out accuracy."""
+    images, labels = mnist.load("train")
+    batch = 100
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        classifier = DigitClassifier()
+        optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.01)
+        total = epochs * len(images) // batch
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total)
+        for _ in tqdm(range(epochs), desc="classifier"):
+            for rows in torch.randperm(len(images)).split(batch):
+                logits = classifier.head(classifier(_warp(images[rows])))
+                F.cross_entropy(logits, labels[rows], label_smoothing=0.05).backward()
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+    classifier.eval()
+    return classifier, recognised(classifier, *mnist.load("held_out"))["recognised"]
+
+
+def recognised(classifier: DigitClassifier, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """The share of images (N, 1, 28, 28) classified as their label, with its standard error."""
+    share = (classifier.predict(images) == labels).double().mean().item()
+    return {"recognised": share, "standard_error": math.sqrt(share * (1 - share) / len(labels))}
+
+
+@torch.no_grad()
+def frechet_distance(classifier: DigitClassifier, images: Tensor, real: Tensor) -> float:
+    """Fréchet distance between the classifier's features of two sets (N, 1, 28, 28) in [-1, 1]."""
+    metric = FrechetInceptionDistance(feature=classifier)
+    for images_of, is_real in ((images, False), (real, True)):
+        for chunk in images_of.split(_CHUNK):
+            metric.update(chunk, real=is_real)
+    return metric.compute().item()
+
+
+@torch.no_grad()
+def draw(
+    network: nn.Module, transport: Transport, *, num_steps: int, per_class: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """`per_class` samples of every digit, without guidance; the noise depends on `seed` alone.
+
+    Returns:
+        Images (N, 1, 28, 28) float32, clipped to [-1, 1], and the requested digits (N,).
+    """
+    labels = torch.arange(mnist.NUM_CLASSES).repeat_interleave(per_class)
+    z = torch.randn(len(labels), 1, 28, 28, generator=torch.Generator().manual_seed(seed))
+    chunks = zip(z.split(_CHUNK), labels.split(_CHUNK), strict=True)
+    images = [sample(network, transport, *chunk, num_steps=num_steps) for chunk in chunks]
+    return torch.cat(images).float().clamp(-1, 1), labels
+
+
+def evaluate(folders: dict[str, Path], *, per_class: int = 100, seed: int = 0) -> dict[str, Any]:
+    """All measurements of the networks in `folders` (name → the folder `tim train` exported)."""
+    classifier, accuracy = train_classifier(seed=seed)
+    train_images, train_labels = mnist.load("train")
+    real, _ = mnist.load("held_out")
+    # As many training images as samples: the distance's bias depends on the number.
+    rows = [torch.where(train_labels == k)[0][:per_class] for k in range(mnist.NUM_CLASSES)]
+    results: dict[str, Any] = {
+        "torch": torch.__version__,
+        "seed": seed,
+        "samples_per_step_count": per_class * mnist.NUM_CLASSES,
+        "real_images": {"train": len(train_images), "held_out": len(real)},
+        "classifier_accuracy": accuracy,
+        "frechet_distance_of_train_images": frechet_distance(
+            classifier, train_images[torch.cat(rows)], real
+        ),
+        "networks": {},
+    }
+    for name, folder in folders.items():
+        network, transport, cfg = load_export(folder)
+        by_steps = {}
+        for steps in tqdm(STEPS, desc=name):
+            images, labels = draw(
+                network, transport, num_steps=steps, per_class=per_class, seed=seed
+            )
+            by_steps[str(steps)] = {
+                **recognised(classifier, images, labels),
+                "frechet_distance": frechet_distance(classifier, images, real),
+            }
+        results["networks"][name] = {
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "trained_images": cfg.training.max_train_steps * cfg.data.dataloader.batch_size,
+            "diffusion_ratio": cfg.model.transition_loss.diffusion_ratio,
+            "steps": by_steps,
+        }
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """The measurements as a Markdown table."""
+    names = list(results["networks"])
+    head = ["steps", *(f"{n}: recognised" for n in names), *(f"{n}: Fréchet" for n in names)]
+    lines = [head, ["---:"] * len(head)]
+    for steps in map(str, STEPS):
+        of_steps = [results["networks"][name]["steps"][steps] for name in names]
+        shares = [
+            f"{100 * m['recognised']:.1f} ± {100 * m['standard_error']:.1f} %" for m in of_steps
+        ]
+        lines.append([steps, *shares, *(f"{m['frechet_distance']:.2f}" for m in of_steps)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Both measurements over the number of steps, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, network in results["networks"].items():
+        measured = [network["steps"][str(steps)] for steps in STEPS]
+        shares = [100 * m["recognised"] for m in measured]
+        errors = [100 * m["standard_error"] for m in measured]
+        left.errorbar(STEPS, shares, errors, marker="o", capsize=3, label=name)
+        right.plot(STEPS, [m["frechet_distance"] for m in measured], marker="o", label=name)
+    left.axhline(100 * results["classifier_accuracy"], color="grey", ls=":", label="real, held out")
+    floor = results["frechet_distance_of_train_images"]
+    right.axhline(floor, color="grey", ls=":", label="real, train")
+    left.set(ylabel="recognised as the requested digit, %")
+    right.set(ylabel="Fréchet distance to held-out images", yscale="log")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="sampling steps", xticks=STEPS, xticklabels=STEPS)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(
+    tim: Annotated[Path, typer.Option(help="The trained TiM, a `model` folder.")],
+    flow: Annotated[Path, typer.Option(help="The same, trained as flow matching.")],
+    output: Annotated[Path, typer.Option(help="JSON; the plot goes beside it as PNG.")],
+    per_class: Annotated[int, typer.Option(help="Samples of each digit.")] = 100,
+    seed: int = 0,
+) -> None:
+    """Measure two trained networks and print a Markdown table."""
+    results = evaluate({"TiM": tim, "flow matching": flow}, per_class=per_class, seed=seed)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=2) + "\n")
+    plot(results, output.with_suffix(".png"))
+    typer.echo(table(results))
+
+
+if __name__ == "__main__":
+    typer.run(main)

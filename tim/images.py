@@ -1,0 +1,53 @@
+"""From tensors to pictures: grids with a label on every row and column."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+from tim.sampling import sample
+from tim.transports import Transport
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """A grey or RGB image (1 or 3, H, W) in [-1, 1], values beyond clipped, as a PIL image."""
+    levels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+    return Image.fromarray(levels.movedim(0, -1).squeeze(-1).numpy())
+
+
+def labelled_grid(
+    rows: Mapping[str, Tensor], columns: Sequence[str], *, scale: int = 2, gap: int = 4
+) -> Image.Image:
+    """One picture of labelled rows of images (len(columns), C, H, W) in [-1, 1]."""
+    height, width = next(iter(rows.values())).shape[-2:]
+    tile_h, tile_w = height * scale, width * scale
+    font = ImageFont.load_default(size=14)
+    left = max(int(font.getlength(label)) for label in rows) + 3 * gap
+    top = 14 + 3 * gap
+    size = (left + len(columns) * (tile_w + gap), top + len(rows) * (tile_h + gap))
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for j, label in enumerate(columns):
+        centre = left + j * (tile_w + gap) + tile_w // 2
+        draw.text((centre, top // 2), label, fill="black", font=font, anchor="mm")
+    for i, (label, images) in enumerate(rows.items()):
+        y = top + i * (tile_h + gap)
+        draw.text((left - 2 * gap, y + tile_h // 2), label, fill="black", font=font, anchor="rm")
+        for j, image in enumerate(images):
+            tile = to_pil(image).resize((tile_w, tile_h), Image.Resampling.NEAREST)
+            canvas.paste(tile, (left + j * (tile_w + gap), y))
+    return canvas
+
+
+def step_label(num_steps: int) -> str:
+    """`1 step`, `2 steps`, …"""
+    return f"{num_steps} step" if num_steps == 1 else f"{num_steps} steps"
+
+
+def step_grid(
+    network: nn.Module, transport: Transport, z: Tensor, y: Tensor, steps: Sequence[int]
+) -> Image.Image:
+    """Samples of the same noise z (B, C, H, W) and labels y (B,), a row for each step count."""
+    rows = {step_label(count): sample(network, transport, z, y, num_steps=count) for count in steps}
+    return labelled_grid(rows, [str(label) for label in y.tolist()])

@@ -1,0 +1,3 @@
+from .transformer import TiMTransformer2DModel, TiMTransformer2DModelOutput
+
+__all__ = ["TiMTransformer2DModel", "TiMTransformer2DModelOutput"]

@@ -1,0 +1,185 @@
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from tim_kernels import CONDITIONS, grid_positions, rope_tables
+from tim_kernels.qk_norm_rope.reference import ORDERS
+
+from ..checks import check_times
+from .embeddings import (
+    CaptionEmbedder,
+    LabelEmbedder,
+    PatchEmbed,
+    TimestepEmbedder,
+    time_pair_embedding,
+    unpatchify,
+)
+from .layers import ClassBlock, FinalLayer, TextBlock, projector, zero_
+
+
+@dataclass
+class TiMTransformer2DModelOutput(BaseOutput):
+    """sample is (B, in_channels, H, W); features is (B, N, z_dim) or None."""
+
+    sample: Tensor
+    features: Tensor | None = None
+
+
+class TiMTransformer2DModel(ModelMixin, ConfigMixin):
+    """The TiM network F(x_t, t, r, y) (arXiv 2509.04394, section 3 and appendix).
+
+    Arguments bear the published names. With `cap_feat_dim` it is conditioned on text features
+    (B, L, cap_feat_dim), else on class labels (B,); with `class_dropout_prob` > 0 the label
+    `num_classes` means "no class" (dropping labels is the training loop's work).
+    `lora_hidden_size` is the hidden width of every block's adaLN MLP, (hidden_size//4)·3 by
+    default. `z_dim` or `projector_dim` None builds no projector. `rope_order` is "upstream" as
+    the released weights need it, or "grid" for each token's true (column, row).
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["ClassBlock", "TextBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        encoder_depth: int = 8,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        cap_feat_dim: int | None = None,
+        z_dim: int | None = 768,
+        projector_dim: int | None = 2048,
+        new_condition: str = "t-r",
+        use_new_embed: bool = True,
+        qk_norm: bool = True,
+        distance_aware: bool = True,
+        lora_hidden_size: int | None = None,
+        rope_order: str = "upstream",
+    ):
+        super().__init__()
+        _check_config(self.config)
+        mlp_hidden = int(hidden_size * mlp_ratio) * 2 // 3
+        lora_hidden = lora_hidden_size or hidden_size // 4 * 3
+
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.delta_embedder = TimestepEmbedder(hidden_size) if use_new_embed else None
+        if cap_feat_dim is None:
+            self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob > 0)
+        else:
+            self.y_embedder = CaptionEmbedder(cap_feat_dim, hidden_size)
+        block = ClassBlock if cap_feat_dim is None else TextBlock
+        self.blocks = nn.ModuleList(
+            block(hidden_size, num_heads, mlp_hidden, lora_hidden, qk_norm, distance_aware)
+            for _ in range(depth)
+        )
+        has_projector = z_dim is not None and projector_dim is not None
+        self.projector = projector(hidden_size, projector_dim, z_dim) if has_projector else None
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels)
+        self.gradient_checkpointing = False
+        self.initialize_weights()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Xavier-uniform linears, N(0, 0.02) embedders, zero modulation and output."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+                if module.bias is not None:
+                    module.bias.zero_()
+        embedders = [self.t_embedder, self.y_embedder]
+        for module in (m for embedder in embedders for m in embedder.modules()):
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+        for layer in (*self.blocks, self.final_layer):
+            zero_(layer.adaLN_modulation.fc2)
+        zero_(self.final_layer.linear)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        r: Tensor,
+        y: Tensor,
+        return_features: bool = False,
+        return_dict: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor] | TiMTransformer2DModelOutput:
+        """F(x, t, r, y).
+
+        x is (B, in_channels, H, W) with H and W multiples of patch_size; t and r ≤ t are (B,)
+        network times, best kept in float32; y is (B,) labels or (B, L, cap_feat_dim) features.
+        Returns the sample, shaped as x, and with `return_features` also the projected output of
+        block `encoder_depth`, (B, N, z_dim). Raises ValueError for inputs that do not fit.
+        """
+        self._check_inputs(x, t, r, y, return_features)
+        height, width = (size // self.config.patch_size for size in x.shape[2:])
+        head_dim = self.config.hidden_size // self.config.num_heads
+        positions = grid_positions(height, width, self.config.rope_order, x.device)
+        tables = rope_tables(positions, head_dim)
+
+        c, delta = time_pair_embedding(
+            t, r, self.t_embedder, self.delta_embedder or self.t_embedder, self.config.new_condition
+        )
+        c = c + delta
+        text = self.y_embedder(y)
+        if self.config.cap_feat_dim is None:
+            c, text = c + text, None
+
+        x = self.x_embedder(x)  # (B, N, C)
+        features = None
+        for depth, block in enumerate(self.blocks, start=1):
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x, c, delta, text, tables)
+            else:
+                x = block(x, c, delta, text, tables)
+            if return_features and depth == self.config.encoder_depth:
+                features = self.projector(x)
+        sample = unpatchify(self.final_layer(x, c), height, width, self.config.patch_size)
+
+        if return_dict:
+            return TiMTransformer2DModelOutput(sample, features)
+        return (sample, features) if return_features else sample
+
+    def _check_inputs(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, features: bool) -> None:
+        channels, patch = self.config.in_channels, self.config.patch_size
+        if x.ndim != 4 or x.shape[1] != channels or not x.is_floating_point():
+            raise ValueError(
+                f"x must be latents of shape (B, {channels}, H, W), got {tuple(x.shape)} {x.dtype}"
+            )
+        if x.shape[2] % patch or x.shape[3] % patch:
+            raise ValueError(
+                f"height and width must be multiples of the patch size {patch}, "
+                f"got {x.shape[2]}×{x.shape[3]}"
+            )
+        check_times(t, r, x.shape[0])
+        self.y_embedder.check(y, x.shape[0])
+        if features and self.projector is None:
+            raise ValueError("features need a projector: build the model with z_dim, projector_dim")
+
+
+def _check_config(config) -> None:
+    heads, width = config.num_heads, config.hidden_size
+    if width % heads or width // heads % 4:
+        raise ValueError(
+            f"hidden_size must be num_heads times a multiple of 4, got {width} with {heads} heads"
+        )
+    if config.new_condition not in CONDITIONS:
+        raise ValueError(
+            f"new_condition must be one of {CONDITIONS}, got {config.new_condition!r}"
+        )
+    if config.rope_order not in ORDERS:
+        raise ValueError(f"rope_order must be one of {ORDERS}, got {config.rope_order!r}")
+    if not 1 <= config.encoder_depth <= config.depth:
+        raise ValueError(
+            f"encoder_depth must lie in 1 … depth, got {config.encoder_depth} of {config.depth}"
+        )

@@ -1,0 +1,230 @@
+"""The transition objective (arXiv 2509.04394, sections 3.2–3.3)."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+
+from .checks import check_times, unordered_times
+from .transports import Transport, per_sample
+
+TIME_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "constant": lambda d, sigma: torch.ones_like(d),
+    "reciprocal": lambda d, sigma: 1 / (d + sigma),
+    "sqrt": lambda d, sigma: (d + sigma).rsqrt(),
+    "square": lambda d, sigma: (d + sigma) ** -2,
+    "Soft-Min-SNR": lambda d, sigma: 1 / (d**2 + sigma**2),
+}
+DERIVATIVES = ("dde", "jvp")
+
+
+class TransitionLoss(NamedTuple):
+    """`weighted` and `projection` are what one trains on, `denoising` what one watches; scalars."""
+
+    weighted: Tensor
+    projection: Tensor
+    denoising: Tensor
+
+
+class TransitionObjective:
+    """The loss of a network F(x_t, t, r, y) that steps from t to any earlier r.
+
+    The first round(diffusion_ratio·B) samples of a batch train with r = t, the last
+    round(consistency_ratio·B) with r = T_min. dF/dt along the trajectory, needed where r ≠ t,
+    comes from a central difference over ±differential_epsilon (`derivative_type` "dde") or
+    exactly from forward mode ("jvp"); it is a constant in the loss. `weight_time_type` names
+    the weight of δ = t − r (of t with `weight_t_and_r` off), where t and r go through tan or
+    t/(1 − t) first with `weight_time_tangent` or `weight_time_sigmoid`.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        diffusion_ratio: float = 0.5,
+        consistency_ratio: float = 0.1,
+        derivative_type: str = "dde",
+        differential_epsilon: float = 0.005,
+        weight_t_and_r: bool = True,
+        weight_time_type: str = "constant",
+        weight_time_tangent: bool = False,
+        weight_time_sigmoid: bool = False,
+    ):
+        if derivative_type not in DERIVATIVES:
+            raise ValueError(
+                f"derivative_type must be one of {DERIVATIVES}, got {derivative_type!r}"
+            )
+        if weight_time_type not in TIME_WEIGHTS:
+            raise ValueError(
+                f"weight_time_type must be one of {', '.join(TIME_WEIGHTS)}; "
+                f"got {weight_time_type!r}"
+            )
+        if min(diffusion_ratio, consistency_ratio) < 0 or diffusion_ratio + consistency_ratio > 1:
+            raise ValueError(
+                "diffusion_ratio and consistency_ratio must be shares of one batch, "
+                f"got {diffusion_ratio} and {consistency_ratio}"
+            )
+        if not differential_epsilon > 0:
+            raise ValueError(f"differential_epsilon must be positive, got {differential_epsilon}")
+        self.transport = transport
+        self.diffusion_ratio = diffusion_ratio
+        self.consistency_ratio = consistency_ratio
+        self.derivative_type = derivative_type
+        self.differential_epsilon = differential_epsilon
+        self.weight_t_and_r = weight_t_and_r
+        self.weight_time_type = weight_time_type
+        self.weight_time_tangent = weight_time_tangent
+        self.weight_time_sigmoid = weight_time_sigmoid
+
+    def sample_times(
+        self,
+        batch: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> tuple[Tensor, Tensor, int]:
+        """Draw t and r ≤ t, float32 (batch,), and the number of leading samples with r = t."""
+        first, second = (
+            self.transport.sample_t(batch, generator, device, torch.float32) for _ in range(2)
+        )
+        t, r = torch.maximum(first, second), torch.minimum(first, second)
+        n_diffusion = round(self.diffusion_ratio * batch)
+        n_consistency = round(self.consistency_ratio * batch)
+        r[:n_diffusion] = t[:n_diffusion]
+        r[batch - n_consistency :] = self.transport.T_min
+        return t, r, n_diffusion
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        z: Tensor,
+        y: Tensor,
+        features_target: Tensor | None = None,
+        ema_model: nn.Module | None = None,
+        y_null: Tensor | None = None,
+        t: Tensor | None = None,
+        r: Tensor | None = None,
+        n_diffusion: int | None = None,
+    ) -> TransitionLoss:
+        """The loss of one batch.
+
+        x data and z noise are (B, C, H, W), y the conditioning that `model` takes,
+        features_target (B, N, z_dim) the vision encoder's features. An enhanced target needs
+        `ema_model` and y_null, the conditioning that means "nothing". t and r are drawn unless
+        given, as (B,) float tensors; n_diffusion promises r = t for that many leading samples
+        and saves their derivative. Raises ValueError for inputs that do not fit.
+        """
+        self._check(x, z, ema_model, y_null, t, r)
+        if t is None:
+            t, r, n_diffusion = self.sample_times(x.shape[0], device=x.device)
+        n_diffusion = n_diffusion or 0
+        x_t = self._interpolate(x, z, t)
+        times = self._network_times(t, r)
+        if features_target is None:
+            prediction, projection = model(x_t, *times, y), x_t.new_zeros(())
+        else:
+            prediction, features = model(x_t, *times, y, return_features=True)
+            similarity = F.cosine_similarity(features.float(), features_target.float(), dim=-1)
+            projection = (1 - similarity).mean()
+
+        with torch.no_grad():
+            target = self._target(model, x, z, y, ema_model, y_null, t, r, n_diffusion)
+        loss = _per_sample_loss(prediction, target)
+        weight = self.time_weight(t, r) / (loss.detach() + 1e-5)
+        return TransitionLoss((weight * loss).mean(), projection, loss.detach().mean())
+
+    def time_weight(self, t: Tensor, r: Tensor) -> Tensor:
+        """w(t, r), (B,); 1 where r = t."""
+        rescale = self._time_rescaling()
+        delta = rescale(t) - rescale(r) if self.weight_t_and_r else rescale(t)
+        weight = TIME_WEIGHTS[self.weight_time_type](delta, self.transport.sigma_d)
+        return torch.where(r == t, torch.ones_like(weight), weight)
+
+    def _time_rescaling(self) -> Callable[[Tensor], Tensor]:
+        if self.weight_time_tangent:
+            return torch.tan
+        if self.weight_time_sigmoid:
+            return lambda t: t / (1 - t)
+        return lambda t: t
+
+    def derivative(self, model: nn.Module, x: Tensor, z: Tensor, y: Tensor, t: Tensor, r: Tensor):
+        """dF/dt along the trajectory x_t = α x + σ z with r held, (B, C, H, W), no gradient."""
+        network = extract_model_from_parallel(model, keep_torch_compile=False)
+        with torch.no_grad():
+            method = self._dde if self.derivative_type == "dde" else self._jvp
+            return method(network, x, z, y, t, r)
+
+    def _dde(self, network, x, z, y, t, r):
+        step = self.differential_epsilon
+        t = torch.cat((t + step, t - step))
+        x_t = self._interpolate(x.repeat(2, 1, 1, 1), z.repeat(2, 1, 1, 1), t)
+        with unordered_times():
+            both = network(x_t, *self._network_times(t, r.repeat(2)), torch.cat((y, y)))
+        later, earlier = both.to(_at_least_float32(both)).chunk(2)
+        return (later - earlier) / (2 * step)
+
+    def _jvp(self, network, x, z, y, t, r):
+        _, _, d_alpha, d_sigma = self.transport.interpolant(t)
+        velocity = _mix(d_alpha, x, d_sigma, z)
+
+        def trajectory(x_t, t):
+            return network(x_t, *self._network_times(t, r), y)
+
+        x_t = self._interpolate(x, z, t)
+        return torch.func.jvp(trajectory, (x_t, t), (velocity, torch.ones_like(t)))[1]
+
+    def _target(self, model, x, z, y, ema_model, y_null, t, r, n_diffusion) -> Tensor:
+        dtype = _at_least_float32(x)
+        x_wide, z_wide = x.to(dtype), z.to(dtype)
+        dF = torch.zeros_like(x_wide)
+        if n_diffusion < x.shape[0]:
+            rest = slice(n_diffusion, None)
+            dF[rest] = self.derivative(model, x[rest], z[rest], y[rest], t[rest], r[rest])
+        F_cond = F_uncond = None
+        if self.transport.enhance_target:
+            x_t, time = self._interpolate(x, z, t).repeat(2, 1, 1, 1), t.repeat(2)
+            both = ema_model(x_t, *self._network_times(time, time), torch.cat((y, y_null)))
+            F_cond, F_uncond = both.to(dtype).chunk(2)
+        return self.transport.target(x_wide, z_wide, t, r, dF, F_cond, F_uncond)
+
+    def _interpolate(self, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma, _, _ = self.transport.interpolant(t)
+        return _mix(alpha, x, sigma, z)
+
+    def _network_times(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transport.network_time(t), self.transport.network_time(r)
+
+    def _check(self, x, z, ema_model, y_null, t, r) -> None:
+        if x.shape != z.shape or x.ndim != 4:
+            raise ValueError(
+                f"x and z must have one shape (B, C, H, W), got {tuple(x.shape)}, {tuple(z.shape)}"
+            )
+        if (t is None) != (r is None):
+            raise ValueError("give both t and r, or neither")
+        if t is not None:
+            check_times(t, r, x.shape[0])
+        if self.transport.enhance_target and (ema_model is None or y_null is None):
+            raise ValueError("an enhanced target needs ema_model and y_null")
+
+
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _mix(a: Tensor, x: Tensor, b: Tensor, z: Tensor) -> Tensor:
+    """a x + b z with one a and b a sample, computed in float32 and rounded once to x's dtype."""
+    return (per_sample(a, x) * x + per_sample(b, z) * z).to(x.dtype)
+
+
+def _per_sample_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error plus mean cosine distance over channels, (B,), in float32."""
+    prediction = prediction.to(_at_least_float32(prediction))
+    squared = (prediction - target).square().flatten(1).mean(1)
+    cosine = (1 - F.cosine_similarity(prediction, target, dim=1)).flatten(1).mean(1)
+    return _finite(squared) + _finite(cosine)
+
+
+def _finite(loss: Tensor) -> Tensor:
+    return torch.nan_to_num(loss, nan=0.0, posinf=1e5, neginf=-1e5)

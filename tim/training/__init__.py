@@ -1,0 +1,6 @@
+"""Training: a resumable loop, its checkpoints and its loss log."""
+
+from tim.training.export import load_export, save_export
+from tim.training.loop import train
+
+__all__ = ["load_export", "save_export", "train"]

@@ -1,0 +1,55 @@
+"""Random draws that depend on a seed and a position in the run, never on what ran before.
+
+A resumed run therefore sees exactly the data order and the noise of an unbroken one.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+
+def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator seeded by all of `key`, such as (seed, rank, images seen)."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+class ImageStream(Sampler[list[int]]):
+    """Endless batches of dataset indices, shuffled anew each epoch, starting at any image count.
+
+    Image k of the stream is entry k mod N of epoch k div N; a batch may span two epochs. Of every
+    `batch_size * world_size` images each rank takes its own consecutive `batch_size`.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        *,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        if num_images < 1 or batch_size < 1:
+            raise ValueError(
+                f"need at least one image and a batch of one, got {num_images} and {batch_size}"
+            )
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.start, self.rank, self.world_size = start, rank, world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order, order_epoch = None, -1
+        first = self.start + self.rank * self.batch_size
+        while True:
+            batch = []
+            for image in range(first, first + self.batch_size):
+                epoch, position = divmod(image, self.num_images)
+                if epoch != order_epoch:
+                    order_epoch = epoch
+                    order = torch.randperm(self.num_images, generator=generator(self.seed, epoch))
+                batch.append(int(order[position]))
+            yield batch
+            first += self.batch_size * self.world_size
