@@ -13,7 +13,7 @@ class Golden:
     def __init__(self, path: Path):
         with safe_open(path, "pt") as file:
             self.meta = json.loads(file.metadata()["meta"])
-            self._tensors = {name: file.get_tensor(name) for name in file.keys()}
+            self._tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def group(self, name: str) -> dict:
         prefix = f"{name}/"
@@ -31,10 +31,12 @@ def pytest_generate_tests(metafunc):
         if f"golden_{kind}" in metafunc.fixturenames:
             paths = sorted(GOLDEN.glob(f"{kind}_*.safetensors"))
             assert paths, f"no golden files for {kind} in {GOLDEN}"
-            metafunc.parametrize(f"golden_{kind}", [Golden(p) for p in paths], ids=[p.stem for p in paths])
+            metafunc.parametrize(
+                f"golden_{kind}", [Golden(p) for p in paths], ids=[p.stem for p in paths]
+            )
 
 
 def relative_error(actual, expected) -> float:
     """‖actual − expected‖ / ‖expected‖ in float64; NaN never passes a comparison."""
-    actual, expected = actual.detach().double(), expected.double()
+    actual, expected = actual.detach().double(), expected.detach().double()
     return float((actual - expected).norm() / expected.norm())

@@ -1,5 +1,7 @@
 """The command `tim`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,15 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import save_file
 
 app = typer.Typer(help="Transition Models: train, sample, demo.", no_args_is_help=True)
+
+
+@contextmanager
+def _errors_without_traceback() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError, ImportError, ArithmeticError, OmegaConfBaseException) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
 
 
 @app.command()
@@ -26,18 +37,16 @@ def train(
     from tim import config as configs
     from tim.training import train as run
 
-    cfg = configs.load(config)
-    OmegaConf.set_struct(cfg, True)
-    try:
+    with _errors_without_traceback():
+        cfg = configs.load(config)
+        OmegaConf.set_struct(cfg, True)  # refuses misspelt overrides
         cfg.merge_with_dotlist(overrides or [])
-    except (OmegaConfBaseException, ValueError) as error:
-        raise typer.BadParameter(str(error)) from None
-    output = output or Path("runs") / Path(config).stem
-    try:
-        typer.echo(f"network: {run(cfg, output)}")
-    except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on from the latest checkpoint", err=True)
-        raise typer.Exit(130) from None
+        try:
+            folder = run(cfg, output or Path("runs") / Path(config).stem)
+        except KeyboardInterrupt:
+            typer.echo("stopped; the same command goes on from the latest checkpoint", err=True)
+            raise typer.Exit(130) from None
+    typer.echo(f"network: {folder}")
 
 
 @app.command()
@@ -47,7 +56,7 @@ def sample(
     output: Annotated[Path, typer.Option(help="A .png grid or .safetensors.")],
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 8,
     cfg_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
 ) -> None:
     """Draw samples of the given classes from a trained network."""
     from tim.images import labelled_grid, step_label
@@ -60,26 +69,28 @@ def sample(
         y = torch.tensor([int(label) for label in labels.split(",")])
     except ValueError:
         raise typer.BadParameter(f"labels must be like 3,1,4, got {labels!r}") from None
-    network, transport, _ = load_export(model)
-    size, channels = network.config.input_size, network.config.in_channels
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(len(y), channels, size, size, generator=generator)
-    y_null = torch.full_like(y, network.config.num_classes)
-    x = run(network, transport, z, y, y_null, num_steps=steps, cfg_scale=cfg_scale).float()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix == ".png":
-        labelled_grid({step_label(steps): x}, labels.split(",")).save(output)
-    else:
-        save_file({"samples": x, "labels": y}, output)
+    with _errors_without_traceback():
+        network, transport, _ = load_export(model)
+        size, channels = network.config.input_size, network.config.in_channels
+        generator = torch.Generator().manual_seed(seed)
+        z = torch.randn(len(y), channels, size, size, generator=generator)
+        y_null = torch.full_like(y, network.config.num_classes)
+        x = run(network, transport, z, y, y_null, num_steps=steps, cfg_scale=cfg_scale)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.suffix == ".png":
+            labelled_grid({step_label(steps): x}, labels.split(",")).save(output)
+        else:
+            save_file({"samples": x, "labels": y}, output)
     typer.echo(output)
 
 
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("tim-demo.png"),
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
 ) -> None:
     """Draw the digits 0 to 9 at 1, 2, 4, 8 and 32 steps with the shipped network."""
     from tim.demo import draw
 
-    typer.echo(draw(output, seed=seed).resolve())
+    with _errors_without_traceback():
+        typer.echo(draw(output, seed=seed).resolve())

@@ -54,9 +54,7 @@ def sample(
     if guided and y_null is None:
         raise ValueError(f"guidance (cfg_scale = {cfg_scale}) needs y_null")
     if guided and y_null.shape != y.shape:
-        raise ValueError(
-            f"y_null must be shaped as y, {tuple(y.shape)}; got {tuple(y_null.shape)}"
-        )
+        raise ValueError(f"y_null must be shaped as y, {tuple(y.shape)}; got {tuple(y_null.shape)}")
     if stochasticity_ratio < 0:
         raise ValueError(f"stochasticity_ratio must not be negative, got {stochasticity_ratio}")
     check_finite("the initial latents z", z)

@@ -157,7 +157,7 @@ class Transport(ABC):
 class OTFM(Transport):
     """Linear interpolation (flow matching): x_t = (1 − t) x + t z."""
 
-    def __init__(self, P_mean=0.0, P_std=1.6, sigma_d=1.0, T_max=1.0, T_min=0.0, **enhancement):
+    def __init__(self, P_mean=0.0, P_std=1.0, sigma_d=1.0, T_max=1.0, T_min=0.0, **enhancement):
         super().__init__(sigma_d, T_max, T_min, **enhancement)
         self.P_mean, self.P_std = P_mean, P_std
 
@@ -179,7 +179,7 @@ class OTFM(Transport):
         return torch.ones_like(t), r - t
 
     def step_coefficients(self, t, r, stochasticity=0.0):
-        """As everywhere, plus s·(score drift) and √(2 s t dt)·noise strictly inside (T_min, T_max)."""
+        """As everywhere; strictly inside (T_min, T_max) also a drift and √(2 s t dt)·noise."""
         if stochasticity < 0:
             raise ValueError(f"stochasticity must not be negative, got {stochasticity}")
         s = torch.where((t < self.T_max) & (r > self.T_min), stochasticity, 0.0).to(t.dtype)

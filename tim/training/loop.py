@@ -2,6 +2,7 @@
 
 import copy
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -46,10 +47,11 @@ class Trainer:
     def __init__(self, cfg: DictConfig, output: Path):
         self.cfg, self.run_cfg, self.output = cfg, cfg.training, output
         run = self.run_cfg
-        if run.mixed_precision not in ("no", "bf16"):
-            raise ValueError(f"mixed_precision must be 'no' or 'bf16', got {run.mixed_precision!r}")
+        precision = run.mixed_precision or "no"  # YAML reads an unquoted no as false
+        if precision not in ("no", "bf16"):
+            raise ValueError(f"mixed_precision must be 'no' or 'bf16', got {precision!r}")
         self.accelerator = Accelerator(
-            mixed_precision=run.mixed_precision,
+            mixed_precision=precision,
             gradient_accumulation_steps=run.gradient_accumulation_steps,
         )
         torch.backends.cuda.matmul.allow_tf32 = run.allow_tf32
@@ -130,7 +132,7 @@ class Trainer:
         )
         return DataLoader(self.dataset, batch_sampler=stream, num_workers=dataloader.num_workers)
 
-    def _train_step(self, batches) -> Tensor:
+    def _train_step(self, batches: Iterator[list[Tensor]]) -> Tensor:
         """One optimizer step; the loss terms and the gradient norm (4,), left on the device."""
         accumulation = self.run_cfg.gradient_accumulation_steps
         terms = torch.zeros(3, device=self.accelerator.device)

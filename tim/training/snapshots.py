@@ -35,7 +35,7 @@ def save(
     if keep < 1:
         raise ValueError(f"at least one checkpoint must be kept, got {keep}")
     final, partial = root / f"step-{step:08d}", root / f"partial-{step:08d}"
-    for stale in (partial, final):
+    for stale in (*root.glob("partial-*"), final):
         shutil.rmtree(stale, ignore_errors=True)
     partial.mkdir(parents=True)
     write(partial)

@@ -12,9 +12,9 @@ def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -
     """
     dtype = accumulation_dtype(x, shift, scale)
     normed = F.layer_norm(x.to(dtype), x.shape[-1:], eps=eps)
-    return torch.addcmul(
-        shift.to(dtype).unsqueeze(1), normed, 1 + scale.to(dtype).unsqueeze(1)
-    ).to(x.dtype)
+    return torch.addcmul(shift.to(dtype).unsqueeze(1), normed, 1 + scale.to(dtype).unsqueeze(1)).to(
+        x.dtype
+    )
 
 
 def gated_residual(
