@@ -1,9 +1,10 @@
 """How a fused op enters PyTorch: one schema, a fake kernel, gradients, and no silent tangents.
 
 `torch.func.jvp` through a custom operator gives a zero tangent without an error, because the
-operator's autograd kernel sees no tensor that requires grad. So every operator here gets an
-autograd kernel that refuses a live tangent, and the public functions reach the operators through
-an `autograd.Function` with a `jvp`, which is the one route that carries tangents.
+operator's autograd kernel sees no tensor that requires grad; and torch.compile cannot trace an
+`autograd.Function` with a `jvp`. So an op has two faces: the operator itself, which torch.compile
+sees, which has a backward and refuses a live tangent; and an `autograd.Function` around it with
+backward and jvp, which eager code gets. `differentiable` returns the function that picks.
 """
 
 from collections.abc import Callable
@@ -11,40 +12,100 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 LIBRARY = torch.library.Library("tim_kernels", "DEF")
-
-
-def has_tangent(*tensors: Tensor | None) -> bool:
-    """Whether any of the tensors carries a tangent at the current forward-mode level."""
-    return forward_ad._current_level >= 0 and any(
-        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
-        for tensor in tensors
-    )
+NO_TANGENT = (
+    "tim_kernels::{} has no forward derivative inside torch.compile or as a bare operator: "
+    "call the public function of tim_kernels in eager mode"
+)
 
 
 def define(schema: str, kernel: Callable, fake: Callable) -> Callable:
-    """Register `tim_kernels::<schema>`: `kernel` runs it, `fake` gives the outputs' shapes."""
+    """Register `tim_kernels::<schema>`: `kernel` runs it, `fake` gives the outputs' shapes.
+
+    The operator has no derivative until `differentiable` adds one, and says so when asked.
+    """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for device in ("CPU", "CUDA"):
         LIBRARY.impl(name, kernel, device)
     torch.library.register_fake(f"tim_kernels::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.tim_kernels, name).default
+    _GRADIENTS[name] = None
 
-    def refuse_tangents(keyset, *args):
-        if torch._C._is_fwd_grad_enabled():
-            _refuse(name, args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+    def autograd(keyset, *args):
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if torch._C._is_fwd_grad_enabled() and _has_tangent(tensors):
+            raise NotImplementedError(NO_TANGENT.format(name))
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            if _GRADIENTS[name] is None:
+                raise NotImplementedError(f"tim_kernels::{name} has no derivative")
+            return _GRADIENTS[name].apply(keyset, *args)
+        return _below_autograd(op, keyset, args)
 
-    LIBRARY.impl(name, refuse_tangents, "Autograd", with_keyset=True)
+    LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
     return op
 
 
-def _refuse(name: str, args) -> None:
-    if has_tangent(*(arg for arg in args if isinstance(arg, Tensor))):
-        raise NotImplementedError(
-            f"tim_kernels::{name} has no forward derivative inside torch.compile or as a bare "
-            "operator: call the public function of tim_kernels in eager mode"
-        )
+def differentiable(op, setup_context: Callable, backward: Callable, jvp: Callable) -> Callable:
+    """Give `op` its derivatives; returns the function to call instead of it.
+
+    The three are those of an `autograd.Function`: setup_context(ctx, inputs, output),
+    backward(ctx, *gradients) and jvp(ctx, *tangents), where a gradient or tangent that does not
+    exist is None.
+    """
+    name = op.name().removeprefix("tim_kernels::")
+
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(keyset, *args):
+            return _below_autograd(op, keyset, args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.set_materialize_grads(False)
+            setup_context(ctx, inputs[1:], output)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, *gradients):
+            return None, *backward(ctx, *gradients)
+
+    class Dual(torch.autograd.Function):
+        @staticmethod
+        def forward(*args):
+            return op(*args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.set_materialize_grads(False)
+            setup_context(ctx, inputs, output)
+
+    Dual.backward = staticmethod(once_differentiable(backward))
+    Dual.jvp = staticmethod(jvp)
+    Dual.__name__ = Dual.__qualname__ = name
+    _GRADIENTS[name] = Gradient
+
+    def call(*args):
+        if not torch.compiler.is_compiling():
+            return Dual.apply(*args)
+        if _has_tangent([arg for arg in args if isinstance(arg, Tensor)]):
+            raise NotImplementedError(NO_TANGENT.format(name))
+        return op(*args)
+
+    return call
+
+
+_GRADIENTS: dict[str, type[torch.autograd.Function] | None] = {}
+
+
+def _has_tangent(tensors) -> bool:
+    return forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
+
+
+def _below_autograd(op, keyset, args):
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)

@@ -1,0 +1,128 @@
+"""What the compilers make of our kernels, read from the machine code; no GPU needed.
+
+`record_launches` notes each Triton kernel that a piece of code would launch, on meta tensors or
+any other; `compile_launch` compiles one of them ahead of time for a GPU architecture and reads
+registers, spills and the width of global loads and stores from the cubin.
+"""
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+ARCHITECTURES = (80, 90, 100)
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclass
+class Launch:
+    """One kernel launch: the kernel, its bound arguments and its options (num_warps, …)."""
+
+    kernel: JITFunction
+    arguments: dict
+    options: dict
+    grid: tuple
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+
+@dataclass
+class Resources:
+    """Per thread: registers and spilled bytes; per kernel: SASS instruction counts."""
+
+    registers: int
+    spills: int
+    shared: int
+    instructions: int
+    wide_loads: int  # 16-byte global loads
+    narrow_loads: int
+    wide_stores: int
+    narrow_stores: int
+
+
+@contextlib.contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """Collect Triton launches instead of running them."""
+    launches: list[Launch] = []
+
+    def record(self, *args, grid, warmup, **kwargs):
+        names = [p.name for p in self.params]
+        arguments = dict(zip(names, args, strict=False))
+        arguments |= {k: v for k, v in kwargs.items() if k in names}
+        options = {k: v for k, v in kwargs.items() if k not in names}
+        launches.append(Launch(self, arguments, options, grid))
+
+    run = JITFunction.run
+    JITFunction.run = record
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+
+
+def compile_launch(launch: Launch, architecture: int) -> Resources:
+    """Compile for sm_<architecture>, all pointers 16-byte aligned as torch allocates them."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", architecture, 32)
+    compiled = triton.compile(source, target=target, options=launch.options)
+    return read_cubin(compiled.asm["cubin"], shared=compiled.metadata.shared)
+
+
+def read_cubin(cubin: bytes, shared: int = 0) -> Resources:
+    """Resources of the one kernel in a cubin, by the disassembler that Triton ships."""
+    from triton.knobs import nvidia
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _run(nvidia.cuobjdump.path, "--dump-resource-usage", path)
+        sass = _run(nvidia.nvdisasm.path, "-c", path)
+    registers = int(re.search(r"REG:(\d+)", usage).group(1))
+    stack, local = (int(re.search(rf"{word}:(\d+)", usage).group(1)) for word in ("STACK", "LOCAL"))
+    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", sass, re.M)
+    spilled = stack + local + sum(op.startswith(("LDL", "STL")) for op in code)
+
+    def count(prefix: str, wide: bool) -> int:
+        return sum(
+            op.split(".")[0] == prefix and any(w in op for w in (".128", ".256")) == wide
+            for op in code
+        )
+
+    return Resources(
+        registers, spilled, shared, len(code),
+        count("LDG", True), count("LDG", False), count("STG", True), count("STG", False),
+    )  # fmt: skip
+
+
+def _run(*command) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

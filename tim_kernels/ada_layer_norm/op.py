@@ -1,0 +1,204 @@
+"""Registration, derivatives and public functions of the adaLN ops."""
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..registration import define, differentiable
+from ..segments import Segments, check_row, check_same_device, check_tokens
+from . import reference
+
+NAME = "ada_layer_norm"
+
+
+def _token_shape(x: Tensor, is_made: bool) -> Tensor:
+    return x.new_empty(x.shape if is_made else (0,))
+
+
+def _forward(x, branch, gate, bias, shift, scale, eps, cu, max_length):
+    kernels = backend.kernels(NAME, x)
+    return kernels.forward(x, branch, gate, bias, shift, scale, eps, cu, max_length)
+
+
+def _forward_fake(x, branch, gate, bias, shift, scale, eps, cu, max_length):
+    return _token_shape(x, branch is not None), _token_shape(x, scale is not None)
+
+
+def _backward(dout, dy, x, branch, gate, bias, scale, eps, cu, max_length):
+    kernels = backend.kernels(NAME, x)
+    return kernels.backward(dout, dy, x, branch, gate, bias, scale, eps, cu, max_length)
+
+
+def _backward_fake(dout, dy, x, branch, gate, bias, scale, eps, cu, max_length):
+    samples = x.shape[0] if cu is None else cu.shape[0] - 1
+    dbranch = x.new_empty(0) if branch is None else branch.new_empty(x.shape)
+    rows = x.new_empty((4, samples, x.shape[-1]), dtype=torch.float32)
+    return x.new_empty(x.shape), dbranch, rows
+
+
+def _jvp(x, branch, gate, bias, scale, tx, tbranch, tgate, tbias, tshift, tscale, eps, cu, length):
+    kernels = backend.kernels(NAME, x)
+    tangents = tx, tbranch, tgate, tbias, tshift, tscale
+    return kernels.jvp(x, branch, gate, bias, scale, *tangents, eps, cu, length)
+
+
+def _jvp_fake(
+    x, branch, gate, bias, scale, tx, tbranch, tgate, tbias, tshift, tscale, eps, cu, length
+):
+    return _token_shape(x, branch is not None), _token_shape(x, scale is not None)
+
+
+forward_op = define(
+    "ada_layer_norm(Tensor x, Tensor? branch, Tensor? gate, Tensor? bias, Tensor? shift, "
+    "Tensor? scale, float eps, Tensor? cu_seqlens, SymInt max_length) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+backward_op = define(
+    "ada_layer_norm_backward(Tensor? dout, Tensor? dy, Tensor x, Tensor? branch, Tensor? gate, "
+    "Tensor? bias, Tensor? scale, float eps, Tensor? cu_seqlens, SymInt max_length) "
+    "-> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+jvp_op = define(
+    "ada_layer_norm_jvp(Tensor x, Tensor? branch, Tensor? gate, Tensor? bias, Tensor? scale, "
+    "Tensor? tx, Tensor? tbranch, Tensor? tgate, Tensor? tbias, Tensor? tshift, Tensor? tscale, "
+    "float eps, Tensor? cu_seqlens, SymInt max_length) -> (Tensor, Tensor)",
+    _jvp,
+    _jvp_fake,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    x, branch, gate, bias, shift, scale, eps, cu, max_length = inputs
+    ctx.save_for_backward(x, branch, gate, bias, scale, cu)
+    ctx.save_for_forward(x, branch, gate, bias, scale, cu)
+    ctx.eps, ctx.max_length = eps, max_length
+    ctx.like = [None if row is None else (row.shape[0], row.dtype)
+                for row in (shift, scale, gate, bias)]  # fmt: skip
+
+
+def _vjp(ctx, dout, dy):
+    x, branch, gate, bias, scale, cu = ctx.saved_tensors
+    if dout is not None and dout.numel() != x.numel():  # of an output that is not made
+        dout = None
+    if scale is None or (dy is not None and dy.numel() != x.numel()):
+        dy = None
+    dx, dbranch, rows = backward_op(
+        dout, dy, x, branch, gate, bias, scale, ctx.eps, cu, ctx.max_length
+    )
+    made = dy is not None, dy is not None, branch is not None, bias is not None
+    dshift, dscale, dgate, dbias = (
+        _like(row, like) if is_made and like else None
+        for row, like, is_made in zip(rows.unbind(0), ctx.like, made, strict=True)
+    )
+    dbranch = None if branch is None else dbranch
+    return dx, dbranch, dgate, dbias, dshift, dscale, None, None, None
+
+
+def _like(row: Tensor, like: tuple[int, torch.dtype]) -> Tensor:
+    """A (samples, C) float32 gradient in its parameter's leading size and dtype."""
+    leading, dtype = like
+    return (row.sum(0, keepdim=True) if leading == 1 else row).to(dtype)
+
+
+def _tangent(ctx, tx, tbranch, tgate, tbias, tshift, tscale, *_):
+    x, branch, gate, bias, scale, cu = ctx.saved_tensors
+    return jvp_op(
+        x, branch, gate, bias, scale, tx, tbranch, tgate, tbias, tshift, tscale,
+        ctx.eps, cu, ctx.max_length,
+    )  # fmt: skip
+
+
+_call = differentiable(forward_op, _setup_context, _vjp, _tangent)
+
+
+def ada_layer_norm(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, segments: Segments | None = None
+) -> Tensor:
+    """LN(x)·(1 + scale) + shift, the adaptive LayerNorm of DiT (arXiv 2212.09748, section 3.2).
+
+    Args:
+        x: tokens (B, N, C), or (T, C) packed with `segments`; float32, bfloat16 or float16.
+        shift, scale: one row a sample, (B, C) or (1, C), any floating dtype.
+        eps: added to the variance.
+
+    Returns x's shape and dtype; computed in float32 and rounded once.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    _check(x, segments, shift=shift, scale=scale)
+    if backend.choose(NAME, x) == "reference":
+        return reference.ada_layer_norm(x, shift, scale, eps, segments)
+    return _call(x, None, None, None, shift, scale, float(eps), *_packing(segments))[1]
+
+
+def gated_residual(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    branch_bias: Tensor | None = None,
+    segments: Segments | None = None,
+) -> Tensor:
+    """x + gate·(branch + branch_bias).
+
+    Args:
+        x, branch: tokens (B, N, C), or (T, C) packed with `segments`.
+        gate, branch_bias: one row a sample, (B, C) or (1, C).
+
+    Returns x's shape and dtype; computed in float32 and rounded once.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    _check(x, segments, branch=branch, gate=gate, branch_bias=branch_bias)
+    if backend.choose(NAME, x) == "reference":
+        return reference.gated_residual(x, branch, gate, branch_bias, segments)
+    return _call(x, branch, gate, branch_bias, None, None, 0.0, *_packing(segments))[0]
+
+
+def gated_residual_ada_layer_norm(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+    branch_bias: Tensor | None = None,
+    segments: Segments | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x' = x + gate·(branch + branch_bias) and y = LN(x')·(1 + scale) + shift, in one read.
+
+    Arguments as for `gated_residual` and `ada_layer_norm`. Returns (x', y), each of x's shape
+    and dtype; y is made of the unrounded x'. Without the norm, use `gated_residual`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    rows = dict(gate=gate, shift=shift, scale=scale, branch_bias=branch_bias)
+    _check(x, segments, branch=branch, **rows)
+    if backend.choose(NAME, x) == "reference":
+        return reference.gated_residual_ada_layer_norm(
+            x, branch, gate, shift, scale, eps, branch_bias, segments
+        )
+    return _call(x, branch, gate, branch_bias, shift, scale, float(eps), *_packing(segments))
+
+
+def _packing(segments: Segments | None) -> tuple[Tensor | None, int]:
+    return (None, 0) if segments is None else (segments.cu_seqlens, segments.max_length)
+
+
+def _check(x: Tensor, segments: Segments | None, branch: Tensor | None = None, **rows) -> None:
+    samples = check_tokens("x", x, segments)
+    check_same_device("x", x, x)
+    if branch is not None:
+        check_same_device("branch", branch, x)
+        if branch.shape != x.shape:
+            raise ValueError(
+                f"branch must be shaped as x, {tuple(x.shape)}; got {tuple(branch.shape)}"
+            )
+    for name, row in rows.items():
+        if row is not None:
+            check_row(name, row, samples, x.shape[-1], x)

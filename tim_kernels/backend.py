@@ -1,0 +1,141 @@
+"""Which implementation of an op runs, and why.
+
+"reference" is plain PyTorch on any device; "triton" needs a CUDA device, or TRITON_INTERPRET=1
+on a CPU; "cuda" is the compiled extension. "auto" takes for each op the fastest of those that
+can run, and "reference" on a CPU. Choose with `set_backend` for the process, `use_backend` for a
+block of code in this thread, or the environment variable TIM_KERNELS_BACKEND.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import threading
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "reference", "triton", "cuda")
+OPS = (
+    "ada_layer_norm",
+    "qk_norm_rope",
+    "swiglu",
+    "time_pair_embedding",
+    "transition_inputs",
+    "transition_loss",
+    "transition_step",
+)
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for cannot run here; the message says why."""
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}; got {name!r}")
+    return name
+
+
+_process = _checked(os.environ.get("TIM_KERNELS_BACKEND", "auto"), "TIM_KERNELS_BACKEND")
+_thread = threading.local()
+
+
+def set_backend(name: str) -> None:
+    """Choose "auto", "reference", "triton" or "cuda" for the whole process."""
+    global _process
+    _process = _checked(name, "the backend")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose a backend for the enclosed code, in this thread only."""
+    before = getattr(_thread, "backend", None)
+    _thread.backend = _checked(name, "the backend")
+    try:
+        yield
+    finally:
+        _thread.backend = before
+
+
+def requested() -> str:
+    """The backend in force in this thread, "auto" if nobody chose one."""
+    return getattr(_thread, "backend", None) or _process
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, the one way to run them on a CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def obstacle(backend: str, op: str, device: str) -> str | None:
+    """Why `backend` cannot run `op` on real tensors of a device type; None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "cuda":
+        if importlib.util.find_spec(f"tim_kernels.{op}.cuda") is None:
+            return "this build has no CUDA extension"
+        return None if device == "cuda" else f"it needs a CUDA device, not {device}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device != "cuda" and not interpreting():
+        return f"it needs a CUDA device, not {device} (TRITON_INTERPRET=1 runs it on a CPU)"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _choose(op: str, device: str, is_real: bool) -> str:
+    name = requested()
+    if name == "auto":
+        if device != "cuda":
+            return "reference"
+        return next(b for b in ("cuda", "triton", "reference") if obstacle(b, op, device) is None)
+    if is_real and (reason := obstacle(name, op, device)):
+        raise BackendUnavailable(f"backend {name!r} cannot run {op}: {reason}")
+    return name
+
+
+def choose(op: str, tensor: Tensor) -> str:
+    """The backend that runs `op` on `tensor`; torch.compile fixes the answer when it traces.
+
+    Meta and fake tensors get the chosen backend on any machine: nothing is computed.
+
+    Raises:
+        BackendUnavailable: the backend that was asked for cannot run here.
+    """
+    is_compiling = torch.compiler.is_compiling()
+    is_real = not is_compiling and type(tensor) in (Tensor, torch.nn.Parameter)
+    return _choose(op, tensor.device.type, is_real and tensor.device.type != "meta")
+
+
+def kernels(op: str, tensor: Tensor) -> ModuleType:
+    """The module whose launchers compute `op` on a real tensor."""
+    name = requested()
+    device = tensor.device.type
+    if name in ("auto", "reference"):  # an operator called although the reference was chosen
+        name = "triton" if obstacle("cuda", op, device) else "cuda"
+    if reason := obstacle(name, op, device):
+        raise BackendUnavailable(f"backend {name!r} cannot run {op}: {reason}")
+    return importlib.import_module(f"tim_kernels.{op}.{name}")
+
+
+def explain() -> str:
+    """Print, and return, what would run for each op on this machine, and why not the others."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lines = [f"device {device}, backend {requested()!r}"]
+    for op in OPS:
+        try:
+            chosen = _choose(op, device, True)
+        except BackendUnavailable as error:
+            chosen = f"none ({error})"
+        others = "; ".join(
+            f"not {backend}: {reason}"
+            for backend in ("cuda", "triton")
+            if (reason := obstacle(backend, op, device))
+        )
+        lines.append(f"{op:<32}{chosen:<12}{others}")
+    text = "\n".join(lines)
+    print(text)
+    return text
