@@ -1,23 +1,31 @@
 """What the compilers make of our kernels, read from the machine code; no GPU needed.
 
 `record_launches` notes each Triton kernel that a piece of code would launch, on meta tensors or
-any other; `compile_launch` compiles one of them ahead of time for a GPU architecture and reads
-registers, spills and the width of global loads and stores from the cubin.
+any other; `through_launchers` makes the public functions launch on meta tensors; `compile_launch`
+compiles one launch ahead of time for a GPU architecture and reads registers, spills and the width
+of global loads and stores from the cubin.
 """
 
 import contextlib
+import importlib
+import inspect
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction, KernelInterface
+
+from tim_kernels import backend
 
 ARCHITECTURES = (80, 90, 100)
 TYPES = {
@@ -34,14 +42,17 @@ TYPES = {
 class Launch:
     """One kernel launch: the kernel, its bound arguments and its options (num_warps, …)."""
 
-    kernel: JITFunction
+    kernel: KernelInterface
     arguments: dict
     options: dict
     grid: tuple
 
     @property
     def name(self) -> str:
-        return self.kernel.fn.__name__
+        """ada_layer_norm.forward for _forward_kernel of tim_kernels/ada_layer_norm/triton.py."""
+        function = self.kernel.fn
+        room = function.__module__.split(".")[-2]
+        return f"{room}.{function.__name__.strip('_').removesuffix('_kernel')}"
 
 
 @dataclass
@@ -60,26 +71,44 @@ class Resources:
 
 @contextlib.contextmanager
 def record_launches() -> Iterator[list[Launch]]:
-    """Collect Triton launches instead of running them."""
+    """Collect Triton launches instead of running them, with TRITON_INTERPRET=1 too."""
     launches: list[Launch] = []
 
     def record(self, *args, grid, warmup, **kwargs):
-        names = [p.name for p in self.params]
+        names = list(inspect.signature(self.fn).parameters)
         arguments = dict(zip(names, args, strict=False))
         arguments |= {k: v for k, v in kwargs.items() if k in names}
         options = {k: v for k, v in kwargs.items() if k not in names}
         launches.append(Launch(self, arguments, options, grid))
 
-    run = JITFunction.run
-    JITFunction.run = record
-    try:
+    with patch.object(JITFunction, "run", record), patch.object(InterpretedFunction, "run", record):
         yield launches
-    finally:
-        JITFunction.run = run
 
 
-def compile_launch(launch: Launch, architecture: int) -> Resources:
-    """Compile for sm_<architecture>, all pointers 16-byte aligned as torch allocates them."""
+def launch_operator(op: torch._ops.OpOverload, *args):
+    """Run the Triton launcher of an operator `tim_kernels::…` on whatever tensors it is given.
+
+    A fake kernel only makes the outputs; this makes scratch memory and launches as on a GPU.
+    """
+
+    def kernels(name, tensor):
+        return importlib.import_module(f"tim_kernels.{name}.triton")
+
+    with patch.object(backend, "kernels", kernels):
+        return op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args)
+
+
+class through_launchers(TorchDispatchMode):
+    """Inside it the operators take their Triton launchers, on meta tensors too."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "tim_kernels":
+            return launch_operator(op, *args)
+        return op(*args, **(kwargs or {}))
+
+
+def specialise(launch: Launch) -> tuple[dict, dict, dict]:
+    """What selects the code: types, constants by position, and which pointers are aligned."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -87,12 +116,19 @@ def compile_launch(launch: Launch, architecture: int) -> Resources:
             signature[parameter.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + TYPES[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            is_aligned = value.storage_offset() * value.element_size() % 16 == 0
+            if is_aligned and not parameter.do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return signature, constants, attributes
+
+
+def compile_launch(launch: Launch, architecture: int) -> Resources:
+    """Compile for sm_<architecture>; memory starts where torch's allocator aligns it."""
+    source = ASTSource(launch.kernel, *specialise(launch))
     target = GPUTarget("cuda", architecture, 32)
     compiled = triton.compile(source, target=target, options=launch.options)
     return read_cubin(compiled.asm["cubin"], shared=compiled.metadata.shared)

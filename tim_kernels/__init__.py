@@ -1,29 +1,42 @@
 """Fused operations of Transition Models (arXiv 2509.04394). Needs torch alone."""
 
 from .ada_layer_norm.op import ada_layer_norm, gated_residual, gated_residual_ada_layer_norm
-from .attention.reference import attention
+from .attention.op import attention
 from .backend import BackendUnavailable, explain, set_backend, use_backend
-from .qk_norm_rope.reference import grid_positions, norm_rope, rope_tables
+from .patching import Report, accelerate, restore
+from .qk_norm_rope.op import qk_norm_rope
+from .qk_norm_rope.reference import grid_positions, rope_tables
 from .segments import Segments
-from .swiglu.reference import swiglu
-from .time_pair_embedding.reference import CONDITIONS, sinusoid
+from .swiglu.op import swiglu
+from .time_pair_embedding.op import TimeMLP, time_pair_embedding
+from .time_pair_embedding.reference import CONDITIONS
+from .transition_inputs.op import transition_inputs
+from .transition_loss.op import transition_loss
+from .transition_step.op import transition_step
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CONDITIONS",
     "BackendUnavailable",
+    "Report",
     "Segments",
+    "TimeMLP",
+    "accelerate",
     "ada_layer_norm",
     "attention",
     "explain",
     "gated_residual",
     "gated_residual_ada_layer_norm",
     "grid_positions",
-    "norm_rope",
+    "qk_norm_rope",
+    "restore",
     "rope_tables",
     "set_backend",
-    "sinusoid",
     "swiglu",
+    "time_pair_embedding",
+    "transition_inputs",
+    "transition_loss",
+    "transition_step",
     "use_backend",
 ]

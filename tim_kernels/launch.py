@@ -2,9 +2,10 @@
 
 A token tensor is (B, N, …) or packed (T, …) and reaches a kernel as three arguments: pointer,
 batch stride, token stride. A conditioning row is (B, C) or (1, C) and reaches it as two: pointer,
-sample stride. Strides are passed in units of ALIGN elements, a constant of the kernel, so that
-the compiler knows them to be multiples of it and can use 16-byte accesses; lengths and strides
-are never specialised, so nothing recompiles when a length changes.
+sample stride; heads of tokens (B, N, heads, head_dim) as four, with a head stride. Strides are
+passed in units of ALIGN elements, a constant of the kernel, so that the compiler knows them to be
+multiples of it and can use 16-byte accesses; lengths and strides are never specialised, so
+nothing recompiles when a length changes.
 """
 
 import functools
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ALIGN = 16  # elements
+ALIGN = 16, 8, 1  # elements; heads of 72 are 8 apart
 
 
 def kernel(function):
@@ -41,6 +42,16 @@ class RowView(NamedTuple):
     stride: int = 0
 
 
+class HeadView(NamedTuple):
+    tensor: Tensor | None
+    stride_b: int = 0
+    stride_n: int = 0
+    stride_h: int = 0
+
+
+VIEWS = TokenView, RowView, HeadView
+
+
 def token_view(x: Tensor | None, packed: bool, inner: int = 1) -> TokenView:
     """x by its token strides; copied only if its last `inner` dimensions have gaps."""
     if x is None:
@@ -52,6 +63,15 @@ def token_view(x: Tensor | None, packed: bool, inner: int = 1) -> TokenView:
             break
         width *= x.shape[-dim]
     return TokenView(x, 0, x.stride(0)) if packed else TokenView(x, x.stride(0), x.stride(1))
+
+
+def head_view(x: Tensor | None, packed: bool) -> HeadView:
+    """(B, N, heads, head_dim) or (T, heads, head_dim) by its strides; copied only if the
+    channels of a head have gaps."""
+    if x is None:
+        return HeadView(None)
+    x, stride_b, stride_n = token_view(x, packed)
+    return HeadView(x, stride_b, stride_n, x.stride(-2))
 
 
 def row_view(row: Tensor | None) -> RowView:
@@ -83,21 +103,21 @@ class Plan:
         fair = self.samples * self.length // (4 * multiprocessors(self.device))
         self.rows *= max(1, min(most, fair) // self.rows)
 
-    def launch(self, function, *arguments, **options) -> None:
+    def launch(self, function, *arguments, columns: int = 1, **options) -> None:
         """Run `function` with (cu_seqlens, length, tiles, rows per program) and then `arguments`,
-        views expanded; nothing happens when there are no tokens."""
+        views expanded; nothing happens when there are no tokens. `columns` programs share a tile,
+        told apart by program_id(1)."""
         if self.is_empty:
             return
-        strides = [n for view in arguments if isinstance(view, (TokenView, RowView))
-                   for n in view[1:]]  # fmt: skip
-        align = ALIGN if all(stride % ALIGN == 0 for stride in strides) else 1
+        strides = [n for view in arguments if isinstance(view, VIEWS) for n in view[1:]]
+        align = next(a for a in ALIGN if all(stride % a == 0 for stride in strides))
         flat = [self.cu_seqlens, self.length, self.tiles, self.rows]
         for argument in arguments:
-            if isinstance(argument, (TokenView, RowView)):
+            if isinstance(argument, VIEWS):
                 flat += argument[0], *(stride // align for stride in argument[1:])
             else:
                 flat.append(argument)
-        function[(self.samples * self.tiles,)](*flat, ALIGN=align, **options)
+        function[(self.samples * self.tiles, columns)](*flat, ALIGN=align, **options)
 
 
 @functools.cache

@@ -28,8 +28,8 @@ def define(schema: str, kernel: Callable, fake: Callable) -> Callable:
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for device in ("CPU", "CUDA"):
-        LIBRARY.impl(name, kernel, device)
+    LIBRARY.impl(name, kernel, "CPU")
+    LIBRARY.impl(name, _on_its_device(kernel), "CUDA")
     torch.library.register_fake(f"tim_kernels::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.tim_kernels, name).default
     _GRADIENTS[name] = None
@@ -95,6 +95,17 @@ def differentiable(op, setup_context: Callable, backward: Callable, jvp: Callabl
         return op(*args)
 
     return call
+
+
+def _on_its_device(kernel: Callable) -> Callable:
+    """`kernel` with its tensors' device current, where Triton launches."""
+
+    def run(*args):
+        tensor = next(arg for arg in args if isinstance(arg, Tensor))
+        with torch.cuda.device(tensor.device):
+            return kernel(*args)
+
+    return run
 
 
 _GRADIENTS: dict[str, type[torch.autograd.Function] | None] = {}

@@ -5,8 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import relative_error
 from eager import EagerTiM, randomise
+from golden_files import relative_error
 
 from tim.models import TiMTransformer2DModel
 from tim_kernels import CONDITIONS, grid_positions

@@ -1,7 +1,7 @@
 """The model against the published implementation's outputs (float32, CPU)."""
 
 import torch
-from conftest import relative_error
+from golden_files import relative_error
 
 from tim.models import TiMTransformer2DModel
 from tim_kernels import grid_positions, rope_tables

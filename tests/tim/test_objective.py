@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import relative_error
 from eager import randomise
+from golden_files import relative_error
 
 from tim.models import TiMTransformer2DModel
 from tim.objective import TIME_WEIGHTS, TransitionObjective

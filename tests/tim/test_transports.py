@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import relative_error
+from golden_files import relative_error
 
 from tim.transports import TRANSPORTS, make
 

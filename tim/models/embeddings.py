@@ -1,7 +1,6 @@
-import torch
-from torch import Tensor, nn
+"""The modules that turn latents, times and conditions into tokens and vectors."""
 
-from tim_kernels import CONDITIONS, sinusoid
+from torch import Tensor, nn
 
 from ..checks import readable
 from .layers import SwiGLU
@@ -12,11 +11,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
         super().__init__()
-        self.patch_size = patch_size
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
 
 
 class TimestepEmbedder(nn.Module):
@@ -24,32 +19,9 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int, frequency_dim: int = 256):
         super().__init__()
-        self.frequency_dim = frequency_dim
         self.mlp = nn.Sequential(
             nn.Linear(frequency_dim, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
-
-    def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(sinusoid(t, self.frequency_dim).to(self.mlp[0].weight.dtype))
-
-
-def time_pair_embedding(
-    t: Tensor, r: Tensor, t_embedder: nn.Module, delta_embedder: nn.Module, condition: str
-) -> tuple[Tensor, Tensor]:
-    """T(t) and the delta embedding of the pair (t, r), each (B, C).
-
-    `condition` lists what the delta embedding sums: its last term goes through the delta
-    embedder D, the others through T. "t,t-r" is T(t) + D(t−r).
-    """
-    if condition not in CONDITIONS:
-        raise ValueError(f"new_condition must be one of {CONDITIONS}, got {condition!r}")
-    times = {"t": t, "r": r, "t-r": t - r}
-    t_embedding = t_embedder(t)
-    *summands, last = condition.split(",")
-    delta = delta_embedder(times[last])
-    for name in summands:
-        delta = delta + (t_embedding if name == "t" else t_embedder(times[name]))
-    return t_embedding, delta
 
 
 class LabelEmbedder(nn.Module):
@@ -71,9 +43,6 @@ class LabelEmbedder(nn.Module):
                 f"class labels must lie in 0 … {rows - 1}, got {int(y.min())} … {int(y.max())}"
             )
 
-    def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)
-
 
 class CaptionEmbedder(nn.Module):
     """Text features (B, L, cap_feat_dim) → (B, L, C)."""
@@ -90,12 +59,3 @@ class CaptionEmbedder(nn.Module):
                 f"y must hold text features of shape ({batch}, tokens, {width}); "
                 f"got {tuple(y.shape)} {y.dtype}"
             )
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.mlp(self.norm(y.to(self.norm.weight.dtype)))
-
-
-def unpatchify(x: Tensor, height: int, width: int, patch_size: int) -> Tensor:
-    """(B, h·w, p·p·c) → (B, c, h·p, w·p); a token is laid out (p_row, p_col, channel)."""
-    x = x.unflatten(-1, (patch_size, patch_size, -1)).unflatten(1, (height, width))
-    return torch.einsum("bhwpqc->bchpwq", x).flatten(4, 5).flatten(2, 3)

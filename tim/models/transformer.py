@@ -6,18 +6,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from tim_kernels import CONDITIONS, grid_positions, rope_tables
+from tim_kernels import CONDITIONS
+from tim_kernels import nn as fused
 from tim_kernels.qk_norm_rope.reference import ORDERS
 
 from ..checks import check_times
-from .embeddings import (
-    CaptionEmbedder,
-    LabelEmbedder,
-    PatchEmbed,
-    TimestepEmbedder,
-    time_pair_embedding,
-    unpatchify,
-)
+from .embeddings import CaptionEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder
 from .layers import ClassBlock, FinalLayer, TextBlock, projector, zero_
 
 
@@ -122,33 +116,23 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
         block `encoder_depth`, (B, N, z_dim). Raises ValueError for inputs that do not fit.
         """
         self._check_inputs(x, t, r, y, return_features)
-        height, width = (size // self.config.patch_size for size in x.shape[2:])
-        head_dim = self.config.hidden_size // self.config.num_heads
-        positions = grid_positions(height, width, self.config.rope_order, x.device)
-        tables = rope_tables(positions, head_dim)
-
-        c, delta = time_pair_embedding(
-            t, r, self.t_embedder, self.delta_embedder or self.t_embedder, self.config.new_condition
+        sample, features = fused.tim(
+            self,
+            x,
+            t,
+            r,
+            y,
+            new_condition=self.config.new_condition,
+            rope_order=self.config.rope_order,
+            features_depth=self.config.encoder_depth if return_features else None,
+            checkpoint=self._gradient_checkpointing_func if self._is_checkpointing() else None,
         )
-        c = c + delta
-        text = self.y_embedder(y)
-        if self.config.cap_feat_dim is None:
-            c, text = c + text, None
-
-        x = self.x_embedder(x)  # (B, N, C)
-        features = None
-        for depth, block in enumerate(self.blocks, start=1):
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, c, delta, text, tables)
-            else:
-                x = block(x, c, delta, text, tables)
-            if return_features and depth == self.config.encoder_depth:
-                features = self.projector(x)
-        sample = unpatchify(self.final_layer(x, c), height, width, self.config.patch_size)
-
         if return_dict:
             return TiMTransformer2DModelOutput(sample, features)
         return (sample, features) if return_features else sample
+
+    def _is_checkpointing(self) -> bool:
+        return self.gradient_checkpointing and torch.is_grad_enabled()
 
     def _check_inputs(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, features: bool) -> None:
         channels, patch = self.config.in_channels, self.config.patch_size

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers import get_scheduler
 
 from tim import config
 from tim.data import build_dataset
@@ -74,6 +74,7 @@ class Trainer:
             optimizer,
             num_warmup_steps=run.lr_warmup_steps,
             num_training_steps=run.max_train_steps,
+            scheduler_specific_kwargs=dict(run.get("lr_scheduler_params") or {}),
         )
         self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.step = 0

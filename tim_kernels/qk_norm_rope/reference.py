@@ -3,8 +3,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dtypes import accumulation_dtype
+from ..segments import Segments, rows_per_token
 
 ORDERS = ("upstream", "grid")
+THETA = 10000.0
 
 
 def grid_positions(height: int, width: int, order: str, device=None) -> Tensor:
@@ -17,8 +19,34 @@ def grid_positions(height: int, width: int, order: str, device=None) -> Tensor:
     if order not in ORDERS:
         raise ValueError(f"order must be one of {ORDERS}, got {order!r}")
     n = torch.arange(height * width, device=device)
-    divisor = width if order == "grid" else height
+    return positions_of(n, width if order == "grid" else height)
+
+
+def positions_of(n: Tensor, divisor: Tensor | int) -> Tensor:
+    """(n mod divisor, n div divisor), (..., 2)."""
     return torch.stack((n % divisor, n // divisor), dim=-1)
+
+
+def token_positions(tokens: Tensor, divisor: Tensor | int, segments: Segments | None) -> Tensor:
+    """Positions of every token by its index in its sample, (N, 2), (B, N, 2) or (T, 2).
+
+    divisor is one for all samples, or int32 with one per sample.
+    """
+    if segments is None:
+        n = torch.arange(tokens.shape[1], device=tokens.device)
+        return positions_of(n, divisor if isinstance(divisor, int) else divisor.unsqueeze(1))
+    T, cu = tokens.shape[0], segments.cu_seqlens
+    first = torch.repeat_interleave(cu[:-1], cu.diff(), output_size=T)
+    if isinstance(divisor, Tensor):
+        divisor = torch.repeat_interleave(divisor, cu.diff(), output_size=T)
+    return positions_of(torch.arange(T, device=tokens.device) - first, divisor)
+
+
+def frequencies(head_dim: int, device=None) -> Tensor:
+    """10000^(−2j/(head_dim/2)), float32 (head_dim/4,)."""
+    half = head_dim // 2
+    exponent = torch.arange(0, half, 2, device=device, dtype=torch.float32) / half
+    return 1.0 / (THETA**exponent)
 
 
 def rope_tables(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -29,11 +57,8 @@ def rope_tables(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """
     if head_dim % 4:
         raise ValueError(f"head_dim must be a multiple of 4 for 2-D RoPE, got {head_dim}")
-    half = head_dim // 2
-    exponent = torch.arange(0, half, 2, device=positions.device, dtype=torch.float32) / half
-    freqs = 1.0 / (10000.0**exponent)  # (head_dim/4,)
-    angles = positions.to(torch.float32).unsqueeze(-1) * freqs  # (..., 2, head_dim/4)
-    angles = angles.flatten(-2).repeat_interleave(2, dim=-1)
+    angles = positions.to(torch.float32).unsqueeze(-1) * frequencies(head_dim, positions.device)
+    angles = angles.flatten(-2).repeat_interleave(2, dim=-1)  # (..., 2, head_dim/4) before
     return angles.cos(), angles.sin()
 
 
@@ -50,8 +75,9 @@ def norm_rope(
     tables: tuple[Tensor, Tensor] | None,
     shift: Tensor | None = None,
     eps: float = 1e-5,
+    segments: Segments | None = None,
 ) -> Tensor:
-    """RoPE(LN(x + shift)) for (B, N, heads, head_dim).
+    """RoPE(LN(x + shift)) for (B, N, heads, head_dim), or (T, heads, head_dim) packed.
 
     shift is (B, heads·head_dim); no weight means no norm, no tables no rotation.
     Returns x's dtype.
@@ -59,9 +85,11 @@ def norm_rope(
     dtype = accumulation_dtype(x)
     out = x.to(dtype)
     if shift is not None:
-        out = out + shift.to(dtype).unflatten(-1, x.shape[-2:]).unsqueeze(1)
+        shift = shift.to(dtype).unflatten(-1, x.shape[-2:])
+        out = out + rows_per_token(shift, x, segments)
     if weight is not None:
-        out = F.layer_norm(out, x.shape[-1:], weight.to(dtype), bias.to(dtype), eps)
+        bias = None if bias is None else bias.to(dtype)
+        out = F.layer_norm(out, x.shape[-1:], weight.to(dtype), bias, eps)
     if tables is not None:
         cos, sin = (table.to(dtype).unsqueeze(-2) for table in tables)
         out = out * cos + rotate_pairs(out) * sin

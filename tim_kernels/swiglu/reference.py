@@ -5,7 +5,7 @@ from ..dtypes import accumulation_dtype
 
 
 def swiglu(gate: Tensor, value: Tensor | None = None) -> Tensor:
-    """silu(gate)·value (arXiv 2002.05202, equation 6).
+    """silu(gate)·value (arXiv 2002.05202, equation 5).
 
     gate and value are (..., C); with value left out, gate is the packed (..., 2C) of both.
     Returns (..., C) in gate's dtype.

@@ -1,0 +1,143 @@
+"""Registers, spills, shared memory, occupancy, instructions and access widths of every kernel.
+
+    python -m benchmarks.resources [--arch 90] [--width 1152] [--dtype bfloat16] [--op swiglu]
+
+Every op is called as the models call it, on meta tensors; each kernel that it would launch is
+compiled ahead of time, so no GPU is needed.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what users get; Triton 3.10 will not
+
+import torch
+import triton
+
+from tim_kernels import use_backend
+
+from .calls import DIRECTIONS, calls
+from .cubin import (
+    ARCHITECTURES,
+    Launch,
+    Resources,
+    compile_launch,
+    record_launches,
+    specialise,
+    through_launchers,
+)
+
+HEAD_DIMS = {768: 64, 1152: 72}  # of the published models; 64 at any other width
+SHARED = {80: 164, 90: 228, 100: 228}  # KiB of shared memory a multiprocessor
+REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of a multiprocessor
+
+
+@dataclass
+class Row:
+    """One kernel as one call of an op launches it, compiled for one architecture."""
+
+    backend: str
+    kernel: str
+    call: str
+    arch: int
+    width: int
+    dtype: str
+    num_warps: int
+    constants: dict
+    resources: Resources
+
+    @property
+    def warps(self) -> int:
+        """Estimate of the warps that a multiprocessor holds, 64 at most."""
+        per_warp = -(-self.resources.registers // 8) * 8 * 32
+        by_registers = REGISTERS // 4 // per_warp * 4  # each quarter has its own registers
+        by_shared = SHARED[self.arch] * 1024 // (self.resources.shared + 1024)  # 1 KiB is CUDA's
+        blocks = min(WARPS // self.num_warps, by_registers // self.num_warps, by_shared, BLOCKS)
+        return blocks * self.num_warps
+
+
+Job = tuple[int, str, str, Launch]  # width, dtype, name of the call, one of its launches
+
+
+def triton_jobs(widths: Iterable[int], dtypes: Iterable[str], ops: Iterable[str]) -> list[Job]:
+    """Each kernel that a call of some op launches, once, at the first width that needs it."""
+    jobs: dict[str, Job] = {}
+    for width, dtype in itertools.product(widths, dtypes):
+        for call in calls(width, HEAD_DIMS.get(width, 64), getattr(torch, dtype)):
+            for direction in DIRECTIONS:
+                with use_backend("triton"), record_launches() as launches, through_launchers():
+                    call.run(direction)
+                for launch in launches:
+                    if not ops or launch.name.partition(".")[0] in ops:
+                        code = repr((launch.name, specialise(launch), launch.options))
+                        jobs.setdefault(code, (width, dtype, call.name, launch))
+    return list(jobs.values())
+
+
+def report(jobs: Sequence[Job], architectures: Iterable[int], processes: int) -> list[Row]:
+    _Jobs.all = list(itertools.product(jobs, architectures))
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        return pool.map(_compile, range(len(_Jobs.all)), chunksize=1)
+
+
+class _Jobs:
+    """What the worker processes inherit: a kernel cannot be pickled."""
+
+    all: list[tuple[Job, int]]
+
+
+def _compile(index: int) -> Row:
+    (width, dtype, call, launch), arch = _Jobs.all[index]
+    constants = {
+        parameter.name: str(launch.arguments[parameter.name])
+        for parameter in launch.kernel.params
+        if parameter.is_constexpr
+    }
+    warps, resources = launch.options.get("num_warps", 4), compile_launch(launch, arch)
+    return Row("triton", launch.name, call, arch, width, dtype, warps, constants, resources)
+
+
+def table(rows: Iterable[Row]) -> str:
+    lines = [
+        f"{'kernel':<32}{'call':<32}{'arch':>5}{'width':>6} {'dtype':<9}{'warps':>6}{'regs':>5}"
+        f"{'spills':>7}{'shared':>7}{'of 64':>6}{'instr':>7}{'ld 16 B':>10}{'st 16 B':>10}"
+    ]
+    for row in rows:
+        r = row.resources
+        loads = f"{r.wide_loads}/{r.wide_loads + r.narrow_loads}"
+        stores = f"{r.wide_stores}/{r.wide_stores + r.narrow_stores}"
+        lines.append(
+            f"{row.kernel:<32}{row.call:<32}{row.arch:>5}{row.width:>6} {row.dtype:<9}"
+            f"{row.num_warps:>6}{r.registers:>5}{r.spills:>7}{r.shared:>7}{row.warps:>6}"
+            f"{r.instructions:>7}{loads:>10}{stores:>10}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[90], choices=ARCHITECTURES)
+    parser.add_argument("--width", type=int, nargs="+", default=[768, 1152])
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
+    parser.add_argument("--op", nargs="+", default=[], help="ada_layer_norm, …; all by default")
+    parser.add_argument("--json", type=Path, help="where to write the rows too")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
+    rows = report(triton_jobs(args.width, args.dtype, args.op), args.arch, args.processes)
+    print(f"Triton {triton.__version__}; per kernel: warps a program, warps of 64 a multiprocessor")
+    print(table(rows))
+    if args.json:
+        entries = [asdict(row) | {"warps": row.warps} for row in rows]
+        args.json.write_text(json.dumps({"triton": triton.__version__, "rows": entries}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""Registration, derivatives and public function of QK-norm with axial RoPE."""
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..registration import define, differentiable
+from ..segments import Segments, check_row, check_same_device, check_tokens
+from . import reference
+
+NAME = "qk_norm_rope"
+PLACES = "Tensor? positions, SymInt divisor, Tensor? divisors"
+PACKING = "Tensor? cu_seqlens, SymInt max_length"
+
+
+def _forward(q, *args):
+    return backend.kernels(NAME, q).forward(q, *args)
+
+
+def _forward_fake(q, k, *_):
+    return q.new_empty(q.shape), q.new_empty(0) if k is None else k.new_empty(k.shape)
+
+
+def _backward(dq_out, dk_out, q, *args):
+    return backend.kernels(NAME, q).backward(dq_out, dk_out, q, *args)
+
+
+def _backward_fake(dq_out, dk_out, q, k, q_weight, k_weight, q_shift, k_shift, *places):
+    cu = places[-2]
+    H, D = q.shape[-2:]
+    samples = q.shape[0] if cu is None else cu.shape[0] - 1
+    is_shifted = q_shift is not None or k_shift is not None
+    return (
+        q.new_empty(0 if dq_out is None else q.shape),
+        q.new_empty(0) if dk_out is None else k.new_empty(k.shape),
+        q.new_empty((2, samples if is_shifted else 0, H * D), dtype=torch.float32),
+        q.new_empty((4, D), dtype=torch.float32),
+    )
+
+
+def _jvp(q, *args):
+    return backend.kernels(NAME, q).jvp(q, *args)
+
+
+forward_op = define(
+    "qk_norm_rope(Tensor q, Tensor? k, Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, "
+    f"Tensor? k_bias, Tensor? q_shift, Tensor? k_shift, {PLACES}, float eps, {PACKING}) "
+    "-> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+backward_op = define(
+    "qk_norm_rope_backward(Tensor? dq_out, Tensor? dk_out, Tensor q, Tensor? k, Tensor? q_weight, "
+    f"Tensor? k_weight, Tensor? q_shift, Tensor? k_shift, {PLACES}, float eps, {PACKING}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+jvp_op = define(
+    "qk_norm_rope_jvp(Tensor q, Tensor? k, Tensor? q_weight, Tensor? k_weight, Tensor? q_shift, "
+    "Tensor? k_shift, Tensor? tq, Tensor? tk, Tensor? tq_weight, Tensor? tq_bias, "
+    "Tensor? tk_weight, Tensor? tk_bias, Tensor? tq_shift, Tensor? tk_shift, "
+    f"{PLACES}, float eps, {PACKING}) -> (Tensor, Tensor)",
+    _jvp,
+    _forward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, q_weight, q_bias, k_weight, k_bias, q_shift, k_shift = inputs[:8]
+    positions, divisor, divisors, eps, cu, max_length = inputs[8:]
+    saved = q, k, q_weight, k_weight, q_shift, k_shift, positions, divisors, cu
+    ctx.save_for_backward(*saved)
+    ctx.save_for_forward(*saved)
+    ctx.divisor, ctx.eps, ctx.max_length = divisor, eps, max_length
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[2:8]]
+    ctx.leading = [None if x is None else x.shape[0] for x in (q_shift, k_shift)]
+
+
+def _vjp(ctx, dq_out, dk_out):
+    q, k, q_weight, k_weight, q_shift, k_shift, positions, divisors, cu = ctx.saved_tensors
+    if k is None:
+        dk_out = None
+    dq, dk, shifts, affine = backward_op(
+        dq_out, dk_out, q, k, q_weight, k_weight, q_shift, k_shift,
+        positions, ctx.divisor, divisors, ctx.eps, cu, ctx.max_length,
+    )  # fmt: skip
+    made = [dq_out is not None] * 2 + [dk_out is not None] * 2
+    rows = [
+        row.to(dtype) if dtype is not None and is_made else None
+        for row, dtype, is_made in zip(affine.unbind(0), ctx.dtypes, made, strict=False)
+    ]
+    for i, leading in enumerate(ctx.leading):
+        if leading is None or not made[2 * i]:
+            rows.append(None)
+            continue
+        row = shifts[i].sum(0, keepdim=True) if leading == 1 else shifts[i]
+        rows.append(row.to(ctx.dtypes[4 + i]))
+    dq = None if dq_out is None else dq
+    dk = None if dk_out is None else dk
+    return dq, dk, *rows, *(None,) * 6
+
+
+def _tangent(
+    ctx, tq, tk, tq_weight, tq_bias, tk_weight, tk_bias, tq_shift, tk_shift, *_
+):  # fmt: skip
+    q, k, q_weight, k_weight, q_shift, k_shift, positions, divisors, cu = ctx.saved_tensors
+    return jvp_op(
+        q, k, q_weight, k_weight, q_shift, k_shift,
+        tq, tk, tq_weight, tq_bias, tk_weight, tk_bias, tq_shift, tk_shift,
+        positions, ctx.divisor, divisors, ctx.eps, cu, ctx.max_length,
+    )  # fmt: skip
+
+
+_call = differentiable(forward_op, _setup_context, _vjp, _tangent)
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor | None = None,
+    q_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    *,
+    positions: Tensor | None = None,
+    grid: tuple[int, int] | None = None,
+    sizes: Tensor | None = None,
+    order: str = "upstream",
+    q_shift: Tensor | None = None,
+    k_shift: Tensor | None = None,
+    eps: float = 1e-5,
+    segments: Segments | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """RoPE(LN(q + q_shift)·q_weight + q_bias), and the same of k, in one read.
+
+    LayerNorm over the channels of a head (QK-norm, arXiv 2302.05442, section 2) and axial RoPE
+    (arXiv 2104.09864, in two dimensions): with f_j = 10000^(−2j/(head_dim/2)), the channels
+    (2j, 2j + 1) of the head's first half turn by the angle position[0]·f_j, those of its second
+    half by position[1]·f_j. Positions come from one of
+
+    - `positions`: integers (N, 2) for all samples, (B, N, 2), or (T, 2) of packed tokens;
+    - `grid` = (h, w), the row-major h×w grid of every sample: order "grid" gives token n its
+      (column, row) = (n mod w, n div w), order "upstream" (n mod h, n div h), as the released
+      weights of TiM (arXiv 2509.04394) were trained;
+    - `sizes`: int32 (S, 2) on the device, each sample's own (h, w), with the same two orders.
+
+    With none of them nothing is rotated.
+
+    Args:
+        q, k: (B, N, heads, head_dim), or (T, heads, head_dim) packed with `segments`; float32,
+            bfloat16 or float16. Views of a packed qkv are read in place. k is shaped as q.
+        q_weight, q_bias, k_weight, k_bias: (head_dim,), any floating dtype; without a weight
+            there is no norm, without a bias none is added.
+        q_shift, k_shift: added before the norm, one row a sample, (B, heads·head_dim) or
+            (1, heads·head_dim).
+        eps: added to the variance.
+
+    Returns q', or (q', k') if k is given: contiguous, in their inputs' dtypes, computed in
+    float32 and rounded once.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, more than one source of positions,
+            a rotated head_dim that is not a multiple of 4, an unknown order.
+    """
+    affine = dict(q_weight=q_weight, q_bias=q_bias, k_weight=k_weight, k_bias=k_bias)
+    shifts = dict(q_shift=q_shift, k_shift=k_shift)
+    samples = _check(q, k, affine, shifts, segments)
+    _check_positions(q, samples, positions, grid, sizes, order, segments)
+    divisor, divisors = 0, None  # of the token's index, by which it falls into its two positions
+    if grid is not None:
+        divisor = grid[1] if order == "grid" else grid[0]
+    if sizes is not None:
+        divisors = sizes[:, 1 if order == "grid" else 0]
+    rows = *affine.values(), *shifts.values()
+    if backend.choose(NAME, q) == "reference":
+        if grid is not None or sizes is not None:
+            by = divisor if divisors is None else divisors
+            positions = reference.token_positions(q, by, segments)
+        outputs = _reference(q, k, *rows, positions, eps, segments)
+    else:
+        packing = (None, 0) if segments is None else (segments.cu_seqlens, segments.max_length)
+        outputs = _call(q, k, *rows, positions, divisor, divisors, float(eps), *packing)
+    return outputs[0] if k is None else tuple(outputs)
+
+
+def _reference(
+    q, k, q_weight, q_bias, k_weight, k_bias, q_shift, k_shift, positions, eps, segments
+):
+    tables = None if positions is None else reference.rope_tables(positions, q.shape[-1])
+    q = reference.norm_rope(q, q_weight, q_bias, tables, q_shift, eps, segments)
+    if k is not None:
+        k = reference.norm_rope(k, k_weight, k_bias, tables, k_shift, eps, segments)
+    return q, k
+
+
+def _check(q: Tensor, k: Tensor | None, affine: dict, shifts: dict, segments) -> int:
+    samples = check_tokens("q", q, segments)
+    check_same_device("q", q, q)
+    layout = "(B, N, heads, head_dim)" if segments is None else "(T, heads, head_dim)"
+    if q.ndim != layout.count(",") + 1:
+        raise ValueError(f"q must be {layout}, got {tuple(q.shape)}")
+    if k is not None:
+        check_same_device("k", k, q)
+        if k.shape != q.shape:
+            raise ValueError(f"k must be shaped as q, {tuple(q.shape)}; got {tuple(k.shape)}")
+    H, D = q.shape[-2:]
+    for name, row in (affine | shifts).items():
+        if row is None:
+            continue
+        if name[0] == "k" and k is None:
+            raise ValueError(f"{name} is given, but no k")
+        if name in shifts:
+            check_row(name, row, samples, H * D, q)
+            continue
+        check_same_device(name, row, q)
+        if row.shape != (D,):
+            raise ValueError(f"{name} must be ({D},), got {tuple(row.shape)}")
+        if affine[f"{name[0]}_weight"] is None:
+            raise ValueError(f"{name} is given, but no {name[0]}_weight: the norm needs a weight")
+    return samples
+
+
+def _check_positions(q, samples, positions, grid, sizes, order, segments) -> None:
+    given = [
+        name
+        for name, source in (("positions", positions), ("grid", grid), ("sizes", sizes))
+        if source is not None
+    ]
+    if not given:
+        return
+    if len(given) > 1:
+        raise ValueError(f"give one of positions, grid and sizes, got {' and '.join(given)}")
+    if order not in reference.ORDERS:
+        raise ValueError(f"order must be one of {reference.ORDERS}, got {order!r}")
+    if q.shape[-1] % 4:
+        raise ValueError(f"head_dim must be a multiple of 4 for 2-D RoPE, got {q.shape[-1]}")
+    if positions is not None:
+        shapes = [(*q.shape[:2], 2), (q.shape[1], 2)] if segments is None else [(q.shape[0], 2)]
+        _check_integers("positions", positions, shapes, (torch.int32, torch.int64), q)
+    elif sizes is not None:
+        _check_integers("sizes", sizes, [(samples, 2)], (torch.int32,), q)
+    elif len(grid) != 2 or (segments is None and grid[0] * grid[1] != q.shape[1]):
+        raise ValueError(
+            f"grid must be (h, w) with h·w the number of tokens, {q.shape[1]}; got {tuple(grid)}"
+        )
+
+
+def _check_integers(name, tensor, shapes, dtypes, q) -> None:
+    if tensor.shape not in shapes or tensor.dtype not in dtypes or tensor.device != q.device:
+        needed = " or ".join(map(str, shapes))
+        kinds = " or ".join(map(str, dtypes))
+        raise ValueError(
+            f"{name} must be {kinds}, {needed}, on {q.device}; "
+            f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+        )

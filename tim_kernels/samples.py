@@ -1,0 +1,101 @@
+"""Kernels over latents: (B, …) tensors, contiguous within a sample, one coefficient a sample.
+
+A tensor reaches a kernel as two arguments, pointer and sample stride; a coefficient vector (B,)
+as one, by its plain name, so that not even its alignment selects code. Lengths and strides are
+in units of ALIGN elements, a constant of the kernel, as in launch.py.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import multiprocessors
+
+ALIGN = 8  # elements: 16 bytes of a 2-byte dtype
+
+
+class SampleView(NamedTuple):
+    tensor: Tensor | None
+    stride: int = 0
+
+
+def sample_view(x: Tensor | None) -> SampleView:
+    """x by its sample stride; copied only if a sample has gaps."""
+    if x is None:
+        return SampleView(None)
+    flat = x.flatten(1)
+    flat = flat if flat.stride(1) == 1 or flat.shape[1] < 2 else flat.contiguous()
+    return SampleView(flat, flat.stride(0))
+
+
+def vector(coefficient: Tensor | None) -> Tensor | None:
+    return None if coefficient is None else coefficient.contiguous()
+
+
+class SamplePlan:
+    """One launch of samples × programs programs, each for `tiles` tiles of a sample's `length`."""
+
+    def __init__(self, x: Tensor, length: int, block: int):
+        self.x, self.samples, self.length, self.block, self.tiles = x, x.shape[0], length, block, 1
+
+    @property
+    def programs(self) -> int:
+        return -(-self.length // (self.block * self.tiles))
+
+    def spread(self) -> None:
+        """Give each program as many tiles as leave every multiprocessor eight programs."""
+        self.tiles = max(1, self.samples * self.programs // (8 * multiprocessors(self.x.device)))
+
+    def launch(self, function, *arguments, **options) -> None:
+        """Run `function` with (length, programs) and then `arguments`, views expanded; nothing
+        happens when there are no elements."""
+        if self.x.numel() == 0:
+            return
+        strides = [a.stride for a in arguments if isinstance(a, SampleView)]
+        align = ALIGN if all(n % ALIGN == 0 for n in (self.length, *strides)) else 1
+        flat = [self.length // align, self.programs]
+        for argument in arguments:
+            if isinstance(argument, SampleView):
+                flat += argument.tensor, argument.stride // align
+            else:
+                flat.append(argument)
+        grid = (self.samples * self.programs,)
+        function[grid](*flat, ALIGN=align, BLOCK=self.block, **options)
+
+
+@triton.jit
+def locate(length, programs, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's sample, the offsets (BLOCK,) of its tile and which of them are inside."""
+    program = tl.program_id(0)
+    sample = (program // programs).to(tl.int64)
+    offset = (program % programs).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return sample, offset, offset < tl.cast(length, tl.int64) * ALIGN
+
+
+@triton.jit
+def load(
+    ptr, sample, stride, offset, mask, ALIGN: tl.constexpr, dtype: tl.constexpr = tl.float32
+):  # fmt: skip
+    """Elements of a sample in `dtype`; zeros where masked or if ptr is None."""
+    if ptr is None:
+        return tl.zeros_like(offset).to(dtype)
+    else:
+        return tl.load(ptr + sample * stride * ALIGN + offset, mask=mask, other=0.0).to(dtype)
+
+
+@triton.jit
+def store(ptr, sample, stride, offset, mask, value, ALIGN: tl.constexpr):
+    """Write elements of a sample; nothing if ptr is None."""
+    if ptr is not None:
+        tl.store(ptr + sample * stride * ALIGN + offset, value, mask=mask)
+
+
+@triton.jit
+def scaled(coefficients, row, value):
+    """coefficients[row]·value; zero if coefficients is None."""
+    if coefficients is None:
+        return tl.zeros_like(value)
+    else:
+        return tl.load(coefficients + row).to(value.dtype) * value

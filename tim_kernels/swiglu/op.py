@@ -1,0 +1,107 @@
+"""Registration, derivatives and public function of SwiGLU's elementwise half."""
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..registration import define, differentiable
+from . import reference
+
+NAME = "swiglu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _forward(gate, value):
+    return backend.kernels(NAME, gate).forward(gate, value)
+
+
+def _output(gate, value, *tangents):
+    width = gate.shape[-1] if value is not None else gate.shape[-1] // 2
+    return gate.new_empty((*gate.shape[:-1], width))
+
+
+def _backward(dout, gate, value):
+    return backend.kernels(NAME, gate).backward(dout, gate, value)
+
+
+def _backward_fake(dout, gate, value):
+    dvalue = gate.new_empty(0) if value is None else value.new_empty(value.shape)
+    return gate.new_empty(gate.shape), dvalue
+
+
+def _jvp(gate, value, tgate, tvalue):
+    return backend.kernels(NAME, gate).jvp(gate, value, tgate, tvalue)
+
+
+forward_op = define("swiglu(Tensor gate, Tensor? value) -> Tensor", _forward, _output)
+backward_op = define(
+    "swiglu_backward(Tensor dout, Tensor gate, Tensor? value) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+jvp_op = define(
+    "swiglu_jvp(Tensor gate, Tensor? value, Tensor? tgate, Tensor? tvalue) -> Tensor",
+    _jvp,
+    _output,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+    ctx.save_for_forward(*inputs)
+
+
+def _vjp(ctx, dout):
+    gate, value = ctx.saved_tensors
+    if dout is None:
+        return None, None
+    dgate, dvalue = backward_op(dout, gate, value)
+    return dgate, None if value is None else dvalue
+
+
+def _tangent(ctx, tgate, tvalue):
+    return jvp_op(*ctx.saved_tensors, tgate, tvalue)
+
+
+_call = differentiable(forward_op, _setup_context, _vjp, _tangent)
+
+
+def swiglu(gate: Tensor, value: Tensor | None = None) -> Tensor:
+    """silu(gate)·value, the elementwise half of SwiGLU (arXiv 2002.05202, equation 5).
+
+    Args:
+        gate, value: (…, C), any leading shape; float32, bfloat16 or float16 in any mix. Halves
+            of one (…, 2C) tensor are read where they are.
+        value: None says that gate is the packed (…, 2C) = [gate | value], the output of one GEMM
+            for both projections; its gradient is then one packed tensor too.
+
+    Returns (…, C) in gate's dtype; computed in float32 and rounded once. float64 runs on the
+    reference.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    _check(gate, value)
+    is_double = torch.float64 in (gate.dtype, gate.dtype if value is None else value.dtype)
+    if is_double or backend.choose(NAME, gate) == "reference":
+        return reference.swiglu(gate, value)
+    return _call(gate, value)
+
+
+def _check(gate: Tensor, value: Tensor | None) -> None:
+    for name, x in (("gate", gate), ("value", value)):
+        if x is not None and x.dtype not in DTYPES:
+            raise ValueError(f"{name} must be float32, bfloat16 or float16; got {x.dtype}")
+    if gate.ndim == 0:
+        raise ValueError("gate must be (…, C), got a scalar")
+    if value is None:
+        if gate.shape[-1] % 2:
+            raise ValueError(
+                f"gate without value must be packed (…, 2C), of even width; got {tuple(gate.shape)}"
+            )
+    elif value.shape != gate.shape:
+        raise ValueError(
+            f"value must be shaped as gate, {tuple(gate.shape)}; got {tuple(value.shape)}"
+        )
+    elif value.device != gate.device:
+        raise ValueError(f"value must be on {gate.device} like gate, got {value.device}")

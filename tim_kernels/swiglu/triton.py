@@ -1,0 +1,141 @@
+"""Triton kernels of out = silu(gate)·value, on two tensors or on the halves of one.
+
+The op is elementwise, so the output is cut into runs of BLOCK elements, whatever its width: a run
+starts anywhere in a row and may cross into the next ones, and no lane is idle but those past the
+very end. The width is a constant, so finding row and column costs a multiplication, and the
+compiler sees that 16 bytes never straddle a row whose width allows it. Inputs and gradients are
+reached by a row stride, which is all that tells a packed half from a tensor of its own.
+
+In the kernels g is gate, v value, d gradients, t tangents.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import kernel
+
+BLOCK = 1024  # elements a program; with 4 warps 8 a thread, 16 bytes of bfloat16
+
+
+@triton.jit
+def _locate(C: tl.constexpr, BLOCK: tl.constexpr):
+    """Row and column of each element of this program's run."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    i = (start % C).to(tl.int32) + tl.arange(0, BLOCK)
+    return start // C + i // C, i % C
+
+
+@triton.jit
+def _load(ptr, stride, row, column, is_row, ALIGN: tl.constexpr):
+    """Elements of a view as float32; zeros if ptr is None."""
+    if ptr is None:
+        return tl.zeros_like(column).to(tl.float32)
+    else:
+        return tl.load(ptr + row * stride * ALIGN + column, mask=is_row, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _silu(g):
+    """silu(g) = g·σ(g) and its derivative σ(g)·(1 + g·(1 − σ(g)))."""
+    s = tl.sigmoid(g)
+    return g * s, s * (1 + g * (1 - s))
+
+
+@kernel
+def _forward_kernel(
+    rows, g_ptr, g_stride, v_ptr, v_stride, out_ptr, out_stride,
+    C: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    row, column = _locate(C, BLOCK)
+    is_row = row < rows
+    g = _load(g_ptr, g_stride, row, column, is_row, ALIGN)
+    v = _load(v_ptr, v_stride, row, column, is_row, ALIGN)
+    y, _ = _silu(g)
+    tl.store(out_ptr + row * out_stride * ALIGN + column, y * v, mask=is_row)
+
+
+@kernel
+def _backward_kernel(
+    rows, d_ptr, d_stride, g_ptr, g_stride, v_ptr, v_stride,
+    dg_ptr, dg_stride, dv_ptr, dv_stride,
+    C: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    row, column = _locate(C, BLOCK)
+    is_row = row < rows
+    d = _load(d_ptr, d_stride, row, column, is_row, ALIGN)
+    g = _load(g_ptr, g_stride, row, column, is_row, ALIGN)
+    v = _load(v_ptr, v_stride, row, column, is_row, ALIGN)
+    y, slope = _silu(g)
+    tl.store(dg_ptr + row * dg_stride * ALIGN + column, d * v * slope, mask=is_row)
+    tl.store(dv_ptr + row * dv_stride * ALIGN + column, d * y, mask=is_row)
+
+
+@kernel
+def _jvp_kernel(
+    rows, g_ptr, g_stride, v_ptr, v_stride, tg_ptr, tg_stride, tv_ptr, tv_stride,
+    out_ptr, out_stride,
+    C: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    row, column = _locate(C, BLOCK)
+    is_row = row < rows
+    g = _load(g_ptr, g_stride, row, column, is_row, ALIGN)
+    v = _load(v_ptr, v_stride, row, column, is_row, ALIGN)
+    tg = _load(tg_ptr, tg_stride, row, column, is_row, ALIGN)
+    tv = _load(tv_ptr, tv_stride, row, column, is_row, ALIGN)
+    y, slope = _silu(g)
+    tl.store(out_ptr + row * out_stride * ALIGN + column, tg * slope * v + y * tv, mask=is_row)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x as (rows, width), in place if its leading dimensions have one stride between them."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _pair(gate: Tensor | None, value: Tensor | None, is_packed: bool) -> list[Tensor | None]:
+    """gate and value as rows; of a packed tensor, its halves."""
+    if is_packed:
+        return [None, None] if gate is None else list(rows_of(gate).chunk(2, dim=1))
+    return [None if x is None else rows_of(x) for x in (gate, value)]
+
+
+def _launch(function, *views: Tensor | None) -> None:
+    """Run `function` on (rows, C) views, the last of which is an output."""
+    rows, C = views[-1].shape
+    strides = [0 if view is None else view.stride(0) for view in views]
+    align = math.gcd(16, *strides)
+    flat = [n for view, stride in zip(views, strides, strict=True) for n in (view, stride // align)]
+    programs = triton.cdiv(rows * C, BLOCK)
+    function[(programs,)](rows, *flat, C=C, BLOCK=BLOCK, ALIGN=align, num_warps=4)
+
+
+def forward(gate, value):
+    """silu(gate)·value; value None says that gate is packed."""
+    C = gate.shape[-1] if value is not None else gate.shape[-1] // 2
+    out = gate.new_empty((*gate.shape[:-1], C))
+    if out.numel():
+        _launch(_forward_kernel, *_pair(gate, value, value is None), out.view(-1, C))
+    return out
+
+
+def backward(dout, gate, value):
+    """(dgate, dvalue), or of a packed gate its gradient and an empty tensor."""
+    dgate = gate.new_empty(gate.shape)
+    dvalue = gate.new_empty(0) if value is None else value.new_empty(value.shape)
+    if gate.numel():
+        inputs, outputs = _pair(gate, value, value is None), _pair(dgate, dvalue, value is None)
+        _launch(_backward_kernel, rows_of(dout), *inputs, *outputs)
+    return dgate, dvalue
+
+
+def jvp(gate, value, tgate, tvalue):
+    """The tangent of silu(gate)·value; a tangent that is None is zero."""
+    C = gate.shape[-1] if value is not None else gate.shape[-1] // 2
+    tout = gate.new_empty((*gate.shape[:-1], C))
+    if tout.numel():
+        pairs = _pair(gate, value, value is None) + _pair(tgate, tvalue, value is None)
+        _launch(_jvp_kernel, *pairs, tout.view(-1, C))
+    return tout

@@ -1,0 +1,169 @@
+"""Registration, derivatives and public function of the embedding of a pair of times.
+
+The sinusoids of all times are one operator; the layers above them stay F.linear and F.silu, on
+the stacked rows of each embedder. Launches, forward, with two embedders: 1 for the sinusoids,
+3 for each embedder (GEMM with bias, SiLU, GEMM with bias), 1 for a sum of two terms, 2 for a sum
+of three; 7 in all for "t-r". With one embedder 4, and 1 or 2 for the sum. A kernel for both SiLUs
+or for the sum of three would save one launch of a whole forward each, at rows too few to have
+bytes worth saving, so they have none.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..registration import define, differentiable
+from . import reference
+from .reference import CONDITIONS, TimeMLP
+
+NAME = "time_pair_embedding"
+DIM = 256  # of a sinusoid
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _forward(t, r, times, dtype):
+    return backend.kernels(NAME, t).forward(t, r, times, dtype)
+
+
+def _forward_fake(t, r, times, dtype):
+    return t.new_empty((times.count(",") + 1, t.shape[0], DIM), dtype=dtype)
+
+
+def _backward(dout, t, r, times):
+    return backend.kernels(NAME, t).backward(dout, t, r, times)
+
+
+def _backward_fake(dout, t, r, times):
+    return t.new_empty(t.shape), r.new_empty(r.shape)
+
+
+def _jvp(t, r, tt, tr, times, dtype):
+    return backend.kernels(NAME, t).jvp(t, r, tt, tr, times, dtype)
+
+
+def _jvp_fake(t, r, tt, tr, times, dtype):
+    return _forward_fake(t, r, times, dtype)
+
+
+forward_op = define(
+    "time_sinusoids(Tensor t, Tensor r, str times, ScalarType dtype) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+backward_op = define(
+    "time_sinusoids_backward(Tensor dout, Tensor t, Tensor r, str times) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+jvp_op = define(
+    "time_sinusoids_jvp(Tensor t, Tensor r, Tensor? tt, Tensor? tr, str times, ScalarType dtype) "
+    "-> Tensor",
+    _jvp,
+    _jvp_fake,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    t, r, ctx.times, ctx.dtype = inputs
+    ctx.save_for_backward(t, r)
+    ctx.save_for_forward(t, r)
+
+
+def _vjp(ctx, dout):
+    if dout is None:
+        return None, None, None, None
+    return *backward_op(dout, *ctx.saved_tensors, ctx.times), None, None
+
+
+def _tangent(ctx, tt, tr, *_):
+    return jvp_op(*ctx.saved_tensors, tt, tr, ctx.times, ctx.dtype)
+
+
+_sinusoids = differentiable(forward_op, _setup_context, _vjp, _tangent)
+
+
+def time_pair_embedding(
+    t: Tensor,
+    r: Tensor,
+    t_mlp: TimeMLP,
+    delta_mlp: TimeMLP | None = None,
+    condition: str = "t-r",
+) -> tuple[Tensor, Tensor]:
+    """T(t) and the delta embedding of the pair (t, r) (arXiv 2509.04394).
+
+    An embedder is a two-layer MLP of the sinusoid [cos(τ·f), sin(τ·f)] of a time τ, with
+    f_i = exp(−ln(10000)·i/128), i < 128. The delta embedding is, with T and D the two embedders:
+    "t-r": D(t−r); "r": D(r); "t,r": T(t)+D(r); "t,t-r": T(t)+D(t−r); "r,t-r": T(r)+D(t−r);
+    "t,r,t-r": T(t)+T(r)+D(t−r). Only what the condition needs is computed.
+
+    Args:
+        t, r: network times (B,); float32, or bfloat16 or float16.
+        t_mlp: the parameters of T: w1 (H, 256), b1 (H,), w2 (C, H), b2 (C,), of one dtype.
+        delta_mlp: those of D, with the same C and dtype; None if T serves for both.
+        condition: one of CONDITIONS.
+
+    Returns two (B, C) tensors of the weights' dtype. The sinusoids are float32, rounded to it for
+    the first layer. float64 runs on the reference.
+
+    Raises:
+        ValueError: a condition, shapes, dtypes or devices that do not fit.
+    """
+    delta_mlp = None if delta_mlp is not None and _same(delta_mlp, t_mlp) else delta_mlp
+    _check(t, r, t_mlp, delta_mlp, condition)
+    dtype = t_mlp.w1.dtype
+    is_double = torch.float64 in (t.dtype, r.dtype, dtype)
+    if is_double or backend.choose(NAME, t) == "reference":
+        return reference.time_pair_embedding(t, r, t_mlp, delta_mlp, condition)
+
+    *summands, last = condition.split(",")
+    times = ["t", "r", last] if "r" in summands else ["t", last]
+    x = _sinusoids(t, r, ",".join(times), dtype)  # (times, B, 256), the last for D
+    if delta_mlp is None:
+        rows = t_mlp(x).unbind(0)
+    else:
+        x_t, x_delta = x.split((len(times) - 1, 1))
+        rows = (*t_mlp(x_t).unbind(0), delta_mlp(x_delta).squeeze(0))
+    return rows[0], _sum(rows if "t" in summands else rows[1:])
+
+
+def _sum(terms: tuple[Tensor, ...]) -> Tensor:
+    """The sum in float32, rounded once."""
+    if len(terms) == 1:
+        return terms[0]
+    if len(terms) == 2:
+        return terms[0] + terms[1]
+    return torch.stack(terms).sum(0, dtype=terms[0].dtype)
+
+
+def _same(a: TimeMLP, b: TimeMLP) -> bool:
+    return all(one is other for one, other in zip(a, b, strict=True))
+
+
+def _check(t: Tensor, r: Tensor, t_mlp: TimeMLP, delta_mlp: TimeMLP | None, condition: str) -> None:
+    if condition not in CONDITIONS:
+        raise ValueError(f"condition must be one of {CONDITIONS}, got {condition!r}")
+    for name, time in (("t", t), ("r", r)):
+        if time.ndim != 1 or time.dtype not in DTYPES:
+            raise ValueError(
+                f"{name} must be (B,), float32, bfloat16 or float16; "
+                f"got {tuple(time.shape)} {time.dtype}"
+            )
+    if r.shape != t.shape or r.device != t.device:
+        raise ValueError(
+            f"r must be shaped as t, {tuple(t.shape)} on {t.device}; "
+            f"got {tuple(r.shape)} on {r.device}"
+        )
+    C, dtype = t_mlp.w2.shape[0], t_mlp.w1.dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"t_mlp.w1 must be float32, bfloat16 or float16; got {dtype}")
+    for name, mlp in (("t_mlp", t_mlp), ("delta_mlp", delta_mlp)):
+        if mlp is None:
+            continue
+        H = mlp.w1.shape[0]
+        for field, shape in (("w1", (H, DIM)), ("b1", (H,)), ("w2", (C, H)), ("b2", (C,))):
+            weight = getattr(mlp, field)
+            if weight.shape != shape or weight.dtype != dtype or weight.device != t.device:
+                raise ValueError(
+                    f"{name}.{field} must be {dtype} {shape} on {t.device}; "
+                    f"got {weight.dtype} {tuple(weight.shape)} on {weight.device}"
+                )

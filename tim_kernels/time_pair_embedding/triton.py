@@ -1,0 +1,134 @@
+"""Triton kernels of the sinusoids of several times, in one launch.
+
+Row (slot, sample) of the output (slots, B, 256) is [cos(τ·f), sin(τ·f)], τ the time that the slot
+asks for: t, r or t − r. The frequencies f_i = exp(−ln(10000)·i/128) are made in every program, in
+the same steps as the reference: the exponent rounded to float32, its exponential in float64 and
+then rounded, so that an angle of a thousand radians is the reference's, bit for bit almost always.
+Sine and cosine reduce their argument exactly. They are made again in backward and tangent.
+
+A program has one row, a thread one frequency: the rows are few and short, what costs is the
+arithmetic, and with several angles a thread the exact reduction would take local memory.
+
+In the kernels d is a gradient, c and s cosine and sine, tt and tr tangents of t and r.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import kernel
+
+HALF = tl.constexpr(128)  # frequencies, of which each of 4 warps has 32
+LOG_PERIOD = tl.constexpr(9.210340371976184)  # ln 10000
+TIMES = ("t", "r", "t-r")
+
+
+@triton.jit
+def _frequencies():
+    exponent = -LOG_PERIOD * tl.arange(0, HALF).to(tl.float32) / HALF
+    return tl.exp(exponent.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def _load(ptr, stride, sample):
+    """A sample's time as float32; zero if ptr is None."""
+    if ptr is None:
+        return 0.0
+    else:
+        return tl.load(ptr + sample * stride).to(tl.float32)
+
+
+@triton.jit
+def _pick(codes, slot, t, r):
+    """t, r or t − r: what the slot asks for. Two bits a slot index TIMES."""
+    code = (codes >> (2 * slot)) & 3
+    return tl.where(code == 0, t, tl.where(code == 1, r, t - r))
+
+
+@triton.jit
+def _halves(ptr, row):
+    """Pointers to the two halves of a row."""
+    left = ptr + row * (2 * HALF) + tl.arange(0, HALF)
+    return left, left + HALF
+
+
+@kernel
+def _forward_kernel(B, codes, t_ptr, t_stride, r_ptr, r_stride, out_ptr):
+    row = tl.program_id(0).to(tl.int64)
+    slot, sample = row // B, row % B
+    t, r = _load(t_ptr, t_stride, sample), _load(r_ptr, r_stride, sample)
+    angle = _pick(codes, slot, t, r) * _frequencies()
+    left, right = _halves(out_ptr, row)
+    tl.store(left, tl.cos(angle))
+    tl.store(right, tl.sin(angle))
+
+
+@kernel
+def _jvp_kernel(
+    B, codes, t_ptr, t_stride, r_ptr, r_stride, tt_ptr, tt_stride, tr_ptr, tr_stride, out_ptr
+):
+    row = tl.program_id(0).to(tl.int64)
+    slot, sample = row // B, row % B
+    t, r = _load(t_ptr, t_stride, sample), _load(r_ptr, r_stride, sample)
+    tt, tr = _load(tt_ptr, tt_stride, sample), _load(tr_ptr, tr_stride, sample)
+    f = _frequencies()
+    angle, rate = _pick(codes, slot, t, r) * f, _pick(codes, slot, tt, tr) * f
+    left, right = _halves(out_ptr, row)
+    tl.store(left, -tl.sin(angle) * rate)
+    tl.store(right, tl.cos(angle) * rate)
+
+
+@kernel
+def _backward_kernel(B, slots, codes, d_ptr, t_ptr, t_stride, r_ptr, r_stride, dt_ptr, dr_ptr):
+    sample = tl.program_id(0).to(tl.int64)
+    t, r = _load(t_ptr, t_stride, sample), _load(r_ptr, r_stride, sample)
+    f = _frequencies()
+    dt, dr = 0.0, 0.0
+    for slot in range(slots):
+        angle = _pick(codes, slot, t, r) * f
+        left, right = _halves(d_ptr, sample + tl.cast(slot, tl.int64) * B)
+        dc, ds = tl.load(left).to(tl.float32), tl.load(right).to(tl.float32)
+        d = tl.sum((ds * tl.cos(angle) - dc * tl.sin(angle)) * f, 0)
+        dt += _pick(codes, slot, d, 0.0)
+        dr += _pick(codes, slot, 0.0, d)
+    tl.store(dt_ptr + sample, dt)
+    tl.store(dr_ptr + sample, dr)
+
+
+def _slots(times: str) -> tuple[int, int]:
+    """How many slots a list of times has, and their codes, two bits each."""
+    codes = [TIMES.index(time) for time in times.split(",")]
+    return len(codes), sum(code << (2 * slot) for slot, code in enumerate(codes))
+
+
+def _vectors(*vectors) -> list:
+    return [n for v in vectors for n in ((None, 0) if v is None else (v, v.stride(0)))]
+
+
+def _sinusoids(function, times, dtype, *vectors):
+    slots, codes = _slots(times)
+    B = vectors[0].shape[0]
+    out = torch.empty((slots, B, 2 * HALF.value), dtype=dtype, device=vectors[0].device)
+    if B:
+        function[(slots * B,)](B, codes, *_vectors(*vectors), out, num_warps=4)
+    return out
+
+
+def forward(t, r, times, dtype):
+    """The sinusoids (slots, B, 256) of `times`, a list like "t,r,t-r"."""
+    return _sinusoids(_forward_kernel, times, dtype, t, r)
+
+
+def jvp(t, r, tt, tr, times, dtype):
+    """The tangent of the sinusoids; a tangent that is None is zero."""
+    return _sinusoids(_jvp_kernel, times, dtype, t, r, tt, tr)
+
+
+def backward(dout, t, r, times):
+    """(dt, dr), in the times' dtypes."""
+    slots, codes = _slots(times)
+    B, dt, dr = t.shape[0], t.new_empty(t.shape), r.new_empty(r.shape)
+    if B:
+        arguments = dout.contiguous(), *_vectors(t, r), dt, dr
+        _backward_kernel[(B,)](B, slots, codes, *arguments, num_warps=4)
+    return dt, dr

@@ -1,0 +1,188 @@
+"""Registration, derivatives and public function of the transition inputs."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..coefficients import check_latents, check_like, check_vector
+from ..registration import define, differentiable
+from . import reference
+
+NAME = "transition_inputs"
+
+
+class TransitionInputs(NamedTuple):
+    """What `transition_inputs` returns; None where it was not asked for."""
+
+    x_t: Tensor
+    v_t: Tensor | None
+    x_pm: Tensor | None
+
+
+def _made(x, d_alpha, alpha_pm) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(
+        x.new_empty(0 if rows is None else (rows.shape[0], *x.shape[1:]))
+        for rows in (x, d_alpha, alpha_pm)
+    )
+
+
+def _forward(x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm):
+    kernels = backend.kernels(NAME, x)
+    return kernels.forward(x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm)
+
+
+def _forward_fake(x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm):
+    return _made(x, d_alpha, alpha_pm)
+
+
+def _backward(
+    dx_t, dv_t, dx_pm, x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm, dx, dz, rows
+):
+    coefficients = alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm
+    kernels = backend.kernels(NAME, x)
+    return kernels.backward(dx_t, dv_t, dx_pm, x, z, coefficients, dx, dz, rows)
+
+
+def _backward_fake(
+    dx_t, dv_t, dx_pm, x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm, dx, dz, rows
+):
+    return (
+        x.new_empty(x.shape if dx else 0),
+        z.new_empty(z.shape if dz else 0),
+        x.new_empty((8, x.shape[0]), dtype=torch.float32),
+    )
+
+
+def _jvp(
+    x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm,
+    tx, tz, talpha, tsigma, td_alpha, td_sigma, talpha_pm, tsigma_pm,
+):  # fmt: skip
+    coefficients = alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm
+    tangents = talpha, tsigma, td_alpha, td_sigma, talpha_pm, tsigma_pm
+    return backend.kernels(NAME, x).jvp(x, z, coefficients, tx, tz, tangents)
+
+
+def _jvp_fake(x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm, *tangents):
+    return _made(x, d_alpha, alpha_pm)
+
+
+_INPUTS = (
+    "Tensor x, Tensor z, Tensor alpha, Tensor sigma, Tensor? d_alpha, Tensor? d_sigma, "
+    "Tensor? alpha_pm, Tensor? sigma_pm"
+)
+forward_op = define(
+    f"transition_inputs({_INPUTS}) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake
+)
+backward_op = define(
+    f"transition_inputs_backward(Tensor? dx_t, Tensor? dv_t, Tensor? dx_pm, {_INPUTS}, "
+    "bool needs_dx, bool needs_dz, bool needs_rows) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+jvp_op = define(
+    f"transition_inputs_jvp({_INPUTS}, Tensor? tx, Tensor? tz, Tensor? talpha, Tensor? tsigma, "
+    "Tensor? td_alpha, Tensor? td_sigma, Tensor? talpha_pm, Tensor? tsigma_pm) "
+    "-> (Tensor, Tensor, Tensor)",
+    _jvp,
+    _jvp_fake,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+    ctx.save_for_forward(*inputs)
+
+
+def _vjp(ctx, dx_t, dv_t, dx_pm):
+    inputs = ctx.saved_tensors
+    x, _, alpha, _, d_alpha, _, alpha_pm, _ = inputs
+    dv_t = None if d_alpha is None else dv_t
+    dx_pm = None if alpha_pm is None else dx_pm
+    needs = ctx.needs_input_grad[-8:]
+    dx, dz, rows = backward_op(dx_t, dv_t, dx_pm, *inputs, needs[0], needs[1], any(needs[2:]))
+    gradients = [dx if needs[0] else None, dz if needs[1] else None]
+    for kind, (a, b) in enumerate(((alpha, rows[:2]), (d_alpha, rows[2:4]), (alpha_pm, None))):
+        if a is None or not any(needs[2 + 2 * kind : 4 + 2 * kind]):
+            gradients += None, None
+        elif b is not None:
+            last = x.shape[0] - a.shape[0]
+            gradients += (row[last:] for row in b)
+        else:
+            last = x.shape[0] - a.shape[0] // 2
+            gradients += (torch.cat((rows[i, last:], rows[i + 2, last:])) for i in (4, 5))
+    pairs = zip(gradients, inputs, strict=True)
+    return tuple(None if g is None else g.to(value.dtype) for g, value in pairs)
+
+
+def _tangent(ctx, *tangents):
+    return jvp_op(*ctx.saved_tensors, *tangents)
+
+
+_call = differentiable(forward_op, _setup_context, _vjp, _tangent)
+
+
+def transition_inputs(
+    x: Tensor,
+    z: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    d_alpha: Tensor | None = None,
+    d_sigma: Tensor | None = None,
+    alpha_pm: Tensor | None = None,
+    sigma_pm: Tensor | None = None,
+) -> TransitionInputs:
+    """What a network is asked on the trajectory from data x to noise z, from one read of both.
+
+    x_t = α x + σ z is the state, v_t = α' x + σ' z its velocity and x_{t±ε} = α± x + σ± z its
+    neighbours in time (arXiv 2509.04394, section 3.3); the last two for the trailing M samples,
+    those that need a derivative. Differentiable in every argument.
+
+    Args:
+        x, z: latents (B, …); float32, bfloat16 or float16 (float64 runs on the reference).
+        alpha, sigma: (B,), any floating dtype.
+        d_alpha, d_sigma: α' and σ' of the trailing M ≤ B samples, (M,).
+        alpha_pm, sigma_pm: α and σ of the trailing M samples, at t + ε and then at t − ε, (2·M,).
+
+    Returns (x_t (B, …), v_t (M, …) or None, x_pm (2·M, …) or None) in x's dtype, computed in
+    float32 and rounded once.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    _check(x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm)
+    arguments = x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm
+    if torch.float64 in (x.dtype, z.dtype) or backend.choose(NAME, x) == "reference":
+        return TransitionInputs(*reference.transition_inputs(*arguments))
+    x_t, v_t, x_pm = _call(*arguments)
+    return TransitionInputs(
+        x_t, None if d_alpha is None else v_t, None if alpha_pm is None else x_pm
+    )
+
+
+def _check(x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm) -> None:
+    check_latents("x", x)
+    check_like("z", z, x.shape[0], "x", x)
+    check_vector("alpha", alpha, x.shape[0], x)
+    check_vector("sigma", sigma, x.shape[0], x)
+    for names, a, b, per_sample in (
+        (("d_alpha", "d_sigma"), d_alpha, d_sigma, 1),
+        (("alpha_pm", "sigma_pm"), alpha_pm, sigma_pm, 2),
+    ):
+        if (a is None) != (b is None):
+            raise ValueError(f"give both {names[0]} and {names[1]}, or neither")
+        if a is None:
+            continue
+        if a.ndim != 1 or a.shape[0] % per_sample or a.shape[0] > per_sample * x.shape[0]:
+            raise ValueError(
+                f"{names[0]} must have {per_sample} numbers for each of the trailing M ≤ "
+                f"{x.shape[0]} samples; got {tuple(a.shape)}"
+            )
+        check_vector(names[0], a, a.shape[0], x)
+        check_vector(names[1], b, a.shape[0], x)
+    if d_alpha is not None and alpha_pm is not None and alpha_pm.shape[0] != 2 * d_alpha.shape[0]:
+        raise ValueError(
+            f"alpha_pm must be ({2 * d_alpha.shape[0]},), two for each of d_alpha; "
+            f"got {tuple(alpha_pm.shape)}"
+        )

@@ -1,0 +1,145 @@
+"""Registration, derivatives and public function of the transition loss."""
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..coefficients import check_latents, check_like, check_vector
+from ..registration import define, differentiable
+from . import reference
+
+NAME = "transition_loss"
+
+
+def _forward(
+    prediction, x, z, a_x, a_z, a_D, a_cond, a_uncond, dF, epsilon, F_cond, F_uncond
+):  # fmt: skip
+    coefficients = a_x, a_z, a_D, a_cond, a_uncond
+    kernels = backend.kernels(NAME, prediction)
+    return kernels.forward(prediction, x, z, coefficients, dF, epsilon, F_cond, F_uncond)
+
+
+def _forward_fake(prediction, *_):
+    return prediction.new_empty((2, prediction.shape[0]), dtype=torch.float32)
+
+
+def _backward(
+    d_squared, d_cosine,
+    prediction, x, z, a_x, a_z, a_D, a_cond, a_uncond, dF, epsilon, F_cond, F_uncond,
+):  # fmt: skip
+    target = x, z, (a_x, a_z, a_D, a_cond, a_uncond), dF, epsilon, F_cond, F_uncond
+    kernels = backend.kernels(NAME, prediction)
+    return kernels.backward(d_squared, d_cosine, prediction, *target)
+
+
+def _backward_fake(d_squared, d_cosine, prediction, *_):
+    return prediction.new_empty(prediction.shape)
+
+
+def _jvp(
+    prediction, x, z, a_x, a_z, a_D, a_cond, a_uncond, dF, epsilon, F_cond, F_uncond, tangent
+):  # fmt: skip
+    coefficients = a_x, a_z, a_D, a_cond, a_uncond
+    kernels = backend.kernels(NAME, prediction)
+    return kernels.jvp(prediction, x, z, coefficients, dF, epsilon, F_cond, F_uncond, tangent)
+
+
+_INPUTS = (
+    "Tensor prediction, Tensor x, Tensor z, Tensor a_x, Tensor a_z, Tensor a_D, Tensor a_cond, "
+    "Tensor a_uncond, Tensor? dF, float? epsilon, Tensor? F_cond, Tensor? F_uncond"
+)
+forward_op = define(f"transition_loss({_INPUTS}) -> Tensor", _forward, _forward_fake)
+backward_op = define(
+    f"transition_loss_backward(Tensor? d_squared, Tensor? d_cosine, {_INPUTS}) -> Tensor",
+    _backward,
+    _backward_fake,
+)
+jvp_op = define(f"transition_loss_jvp({_INPUTS}, Tensor tangent) -> Tensor", _jvp, _forward_fake)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, epsilon, F_cond, F_uncond = inputs
+    ctx.save_for_backward(*tensors, F_cond, F_uncond)
+    ctx.save_for_forward(*tensors, F_cond, F_uncond)
+    ctx.epsilon = epsilon
+
+
+def _saved(ctx):
+    *tensors, F_cond, F_uncond = ctx.saved_tensors
+    return *tensors, ctx.epsilon, F_cond, F_uncond
+
+
+def _vjp(ctx, gradient):
+    return backward_op(*gradient.unbind(0), *_saved(ctx)), *(None,) * 11
+
+
+def _tangent(ctx, tangent, *_):
+    saved = _saved(ctx)
+    if tangent is None:
+        return saved[0].new_zeros((2, saved[0].shape[0]), dtype=torch.float32)
+    return jvp_op(*saved, tangent)
+
+
+_call = differentiable(forward_op, _setup_context, _vjp, _tangent)
+
+
+def transition_loss(
+    prediction: Tensor,
+    x: Tensor,
+    z: Tensor,
+    coefficients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    dF: Tensor | None = None,
+    epsilon: float | None = None,
+    F_cond: Tensor | None = None,
+    F_uncond: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Distance of a prediction from the target of a transition, two terms a sample.
+
+    The target a_x x + a_z z + a_D D + a_c F_cond + a_u F_uncond of arXiv 2509.04394, equation 10
+    is formed on the fly. It is a constant: only the prediction has a gradient and a tangent.
+    squared is the mean of (prediction − target)², cosine the mean over positions of
+    1 − cos(prediction, target) over channels, as torch.nn.functional.cosine_similarity has it.
+
+    Args:
+        prediction, x, z: (B, C, …); float32, bfloat16 or float16 (float64 runs on the reference).
+        coefficients: of x, z, D, F_cond and F_uncond, each (B,).
+        dF: D of the trailing M ≤ B samples, (M, C, …), the others having none; or, if `epsilon`
+            is given, the network at t + epsilon and then at t − epsilon, (2·M, C, …), from which
+            D = (F₊ − F₋)/2ε is subtracted in float32.
+        F_cond, F_uncond: the enhancement's predictions (B, C, …); both or neither.
+
+    Returns (squared, cosine), float32 (B,); not finite where an input is not.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    _check(prediction, x, z, coefficients, dF, epsilon, F_cond, F_uncond)
+    is_double = torch.float64 in (prediction.dtype, x.dtype, z.dtype)
+    if is_double or backend.choose(NAME, prediction) == "reference":
+        return reference.transition_loss(
+            prediction, x, z, coefficients, dF, epsilon, F_cond, F_uncond
+        )
+    terms = _call(prediction, x, z, *coefficients, dF, epsilon, F_cond, F_uncond)
+    return terms[0], terms[1]
+
+
+def _check(prediction, x, z, coefficients, dF, epsilon, F_cond, F_uncond) -> None:
+    check_latents("prediction", prediction)
+    samples = prediction.shape[0]
+    for name, tensor in dict(x=x, z=z, F_cond=F_cond, F_uncond=F_uncond).items():
+        if tensor is not None:
+            check_like(name, tensor, samples, "prediction", prediction)
+    if (F_cond is None) != (F_uncond is None):
+        raise ValueError("give both F_cond and F_uncond, or neither")
+    for name, vector in zip(("x", "z", "dF", "F_cond", "F_uncond"), coefficients, strict=True):
+        check_vector(f"the coefficient of {name}", vector, samples, prediction)
+    if epsilon is not None and (dF is None or not epsilon > 0):
+        raise ValueError(f"epsilon must be positive and come with dF, got {epsilon}")
+    if dF is not None:
+        per_sample = 1 if epsilon is None else 2
+        if dF.shape[0] % per_sample or dF.shape[0] > per_sample * samples:
+            raise ValueError(
+                f"dF must have {per_sample} of each of the trailing M ≤ {samples} samples; "
+                f"got {tuple(dF.shape)}"
+            )
+        check_like("dF", dF, dF.shape[0], "prediction", prediction)

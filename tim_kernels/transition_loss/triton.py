@@ -1,0 +1,206 @@
+"""Triton kernels of the transition loss.
+
+For the prediction p and the target t of a sample, C channels at each of N positions,
+
+    t = a_x x + a_z z + a_D D + a_c F_c + a_u F_u,  D = rate·(F_+ − F_−) for the trailing samples
+    squared = Σ (p − t)² / CN                       cosine = Σ_n (1 − cos(p_n, t_n)) / N
+    cos(p, t) = ⟨p, t⟩ / (|p| |t|), each norm at least EPS
+
+A program has all channels of a block of positions, so that nothing is read twice; the target is
+made again in backward and tangent and never written. With u = p/|p| and v = t/|t|, the gradient of
+cos is (v − cos·u)/|p|, without its second term where |p| is below EPS.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import kernel
+from ..samples import SamplePlan, sample_view, scaled, vector
+from .reference import EPS
+
+TILE = 2048  # elements
+
+
+@triton.jit
+def _load(ptr, sample, stride, offset, mask, ALIGN: tl.constexpr):
+    """(CHANNELS, BLOCK) elements of a sample in float32."""
+    if ptr is None:
+        return tl.zeros_like(offset).to(tl.float32)
+    else:
+        return tl.load(ptr + sample * stride * ALIGN + offset, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _target(
+    sample, skipped, offset, mask, x_ptr, x_b, z_ptr, z_b, plus_ptr, plus_b, minus_ptr, minus_b,
+    f_cond_ptr, f_cond_b, f_uncond_ptr, f_uncond_b, a_x, a_z, a_d, a_cond, a_uncond, rate,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    target = scaled(a_x, sample, _load(x_ptr, sample, x_b, offset, mask, ALIGN))
+    target += scaled(a_z, sample, _load(z_ptr, sample, z_b, offset, mask, ALIGN))
+    if plus_ptr is not None:
+        row = sample - skipped
+        if row >= 0:
+            d = _load(plus_ptr, row, plus_b, offset, mask, ALIGN)
+            if minus_ptr is not None:
+                d = (d - _load(minus_ptr, row, minus_b, offset, mask, ALIGN)) * rate
+            target += scaled(a_d, sample, d)
+    if f_cond_ptr is not None:
+        f = _load(f_cond_ptr, sample, f_cond_b, offset, mask, ALIGN)
+        target += scaled(a_cond, sample, f)
+        f = _load(f_uncond_ptr, sample, f_uncond_b, offset, mask, ALIGN)
+        target += scaled(a_uncond, sample, f)
+    return target
+
+
+@triton.jit
+def _unit(x, EPS: tl.constexpr):
+    """x/|x| over channels, |x| (BLOCK,), which is at least EPS, and where it was less; NaN stays."""
+    norm = tl.sqrt_rn(tl.sum(x * x, 0))
+    is_small = norm < EPS
+    norm = tl.where(is_small, EPS, norm)
+    return x / norm[None, :], norm, is_small
+
+
+@triton.jit
+def _cosine(p, t, EPS: tl.constexpr):
+    """1 − cos(p, t) at each position, (BLOCK,)."""
+    u, _, _ = _unit(p, EPS)
+    v, _, _ = _unit(t, EPS)
+    return 1.0 - tl.sum(u * v, 0)
+
+
+@triton.jit
+def _cosine_gradient(p, t, EPS: tl.constexpr):
+    """The gradient of `_cosine` in p, (CHANNELS, BLOCK)."""
+    u, p_norm, is_small = _unit(p, EPS)
+    v, _, _ = _unit(t, EPS)
+    along = tl.where(is_small, 0.0, tl.sum(u * v, 0))
+    return (u * along[None, :] - v) / p_norm[None, :]
+
+
+@kernel
+def _forward_kernel(
+    length, programs, tiles, skipped, p_ptr, p_b,
+    x_ptr, x_b, z_ptr, z_b, plus_ptr, plus_b, minus_ptr, minus_b,
+    f_cond_ptr, f_cond_b, f_uncond_ptr, f_uncond_b, a_x, a_z, a_d, a_cond, a_uncond, rate,
+    per_element, per_position, tangent_ptr, tangent_b, partial_ptr,
+    C: tl.constexpr, CHANNELS: tl.constexpr, EPS: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sample = (tl.program_id(0) // programs).to(tl.int64)
+    begin = (tl.program_id(0) % programs).to(tl.int64) * (tiles * BLOCK)
+    positions = tl.cast(length, tl.int64) * ALIGN
+    channel = tl.arange(0, CHANNELS)[:, None]
+    squared, cosine = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for tile in range(tiles):
+        position = begin + tile * BLOCK + tl.arange(0, BLOCK)
+        is_position = position < positions
+        offset = channel * positions + position[None, :]
+        mask = (channel < C) & is_position[None, :]
+        p = _load(p_ptr, sample, p_b, offset, mask, ALIGN)
+        t = _target(
+            sample, skipped, offset, mask, x_ptr, x_b, z_ptr, z_b,
+            plus_ptr, plus_b, minus_ptr, minus_b, f_cond_ptr, f_cond_b, f_uncond_ptr, f_uncond_b,
+            a_x, a_z, a_d, a_cond, a_uncond, rate, ALIGN,
+        )  # fmt: skip
+        if tangent_ptr is None:
+            squared += tl.sum((p - t) * (p - t), 0)
+            cosine += tl.where(is_position, _cosine(p, t, EPS), 0.0)
+        else:
+            tangent = _load(tangent_ptr, sample, tangent_b, offset, mask, ALIGN)
+            squared += 2.0 * tl.sum((p - t) * tangent, 0)
+            cosine += tl.sum(_cosine_gradient(p, t, EPS) * tangent, 0)
+    partial_ptr += tl.program_id(0)  # (2, programs)
+    tl.store(partial_ptr, tl.sum(squared, 0) * per_element)
+    tl.store(partial_ptr + tl.num_programs(0), tl.sum(cosine, 0) * per_position)
+
+
+@kernel
+def _backward_kernel(
+    length, programs, d_squared, d_cosine, skipped, p_ptr, p_b,
+    x_ptr, x_b, z_ptr, z_b, plus_ptr, plus_b, minus_ptr, minus_b,
+    f_cond_ptr, f_cond_b, f_uncond_ptr, f_uncond_b, a_x, a_z, a_d, a_cond, a_uncond, rate,
+    per_element, per_position, dp_ptr,
+    C: tl.constexpr, CHANNELS: tl.constexpr, EPS: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sample = (tl.program_id(0) // programs).to(tl.int64)
+    positions = tl.cast(length, tl.int64) * ALIGN
+    channel = tl.arange(0, CHANNELS)[:, None]
+    position = (tl.program_id(0) % programs).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    offset = channel * positions + position[None, :]
+    mask = (channel < C) & (position < positions)[None, :]
+    p = _load(p_ptr, sample, p_b, offset, mask, ALIGN)
+    t = _target(
+        sample, skipped, offset, mask, x_ptr, x_b, z_ptr, z_b,
+        plus_ptr, plus_b, minus_ptr, minus_b, f_cond_ptr, f_cond_b, f_uncond_ptr, f_uncond_b,
+        a_x, a_z, a_d, a_cond, a_uncond, rate, ALIGN,
+    )  # fmt: skip
+    dp = tl.zeros_like(p)
+    if d_squared is not None:
+        dp += scaled(d_squared, sample, 2.0 * per_element * (p - t))
+    if d_cosine is not None:
+        dp += scaled(d_cosine, sample, per_position * _cosine_gradient(p, t, EPS))
+    tl.store(dp_ptr + sample * positions * C + offset, dp, mask=mask)
+
+
+def _difference(x, dF, epsilon):
+    """F_+, F_−, 1/2ε and how many leading samples have none; F_− is None where F_+ is D itself."""
+    if dF is None:
+        return (None, None), 0.0, 0
+    if epsilon is None:
+        return (dF, None), 1.0, x.shape[0] - dF.shape[0]
+    half = dF.shape[0] // 2
+    return (dF[:half], dF[half:]), 0.5 / epsilon, x.shape[0] - half
+
+
+def _plan(prediction):
+    C = prediction.shape[1]
+    CHANNELS = triton.next_power_of_2(max(C, 1))
+    positions = prediction.shape[2:].numel()
+    plan = SamplePlan(prediction, positions, max(8, TILE // CHANNELS))
+    per = 1 / max(1, C * positions), 1 / max(1, positions)
+    return plan, per, dict(C=C, CHANNELS=CHANNELS, EPS=EPS, num_warps=4)
+
+
+def _terms(p, x, z, coefficients, dF, epsilon, F_cond, F_uncond, tangent=None):
+    plan, per, constants = _plan(p)
+    plan.spread()
+    sides, rate, skipped = _difference(x, dF, epsilon)
+    shape = (2, plan.samples, plan.programs)
+    if p.numel() == 0:  # the mean of nothing
+        return p.new_full(shape[:2], float("nan"), dtype=torch.float32)
+    partial = p.new_empty(shape, dtype=torch.float32)
+    plan.launch(
+        _forward_kernel, plan.tiles, skipped,
+        *map(sample_view, (p, x, z, *sides, F_cond, F_uncond)), *map(vector, coefficients), rate,
+        *per, sample_view(tangent), partial, **constants,
+    )  # fmt: skip
+    return partial.sum(2) if plan.programs > 1 else partial.squeeze(2)
+
+
+def forward(prediction, x, z, coefficients, dF, epsilon, F_cond, F_uncond):
+    """(2, B): the squared and the cosine term of each sample."""
+    return _terms(prediction, x, z, coefficients, dF, epsilon, F_cond, F_uncond)
+
+
+def jvp(prediction, x, z, coefficients, dF, epsilon, F_cond, F_uncond, tangent):
+    """The derivative of `forward` along a tangent of the prediction."""
+    return _terms(prediction, x, z, coefficients, dF, epsilon, F_cond, F_uncond, tangent)
+
+
+def backward(
+    d_squared, d_cosine, prediction, x, z, coefficients, dF, epsilon, F_cond, F_uncond
+):  # fmt: skip
+    """The gradient of the prediction."""
+    plan, per, constants = _plan(prediction)
+    sides, rate, skipped = _difference(x, dF, epsilon)
+    out = prediction.new_empty(prediction.shape)
+    plan.launch(
+        _backward_kernel, vector(d_squared), vector(d_cosine), skipped,
+        *map(sample_view, (prediction, x, z, *sides, F_cond, F_uncond)),
+        *map(vector, coefficients), rate, *per, out, **constants,
+    )  # fmt: skip
+    return out

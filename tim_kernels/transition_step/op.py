@@ -1,0 +1,129 @@
+"""Registration, derivatives and public function of the sampler's step."""
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..coefficients import check_latents, check_like, check_vector
+from ..registration import define, differentiable
+from . import reference
+
+NAME = "transition_step"
+
+
+def _forward(x, F_cond, F_uncond, noise, guidance, a, b, c):
+    return backend.kernels(NAME, x).forward(x, F_cond, F_uncond, noise, guidance, a, b, c)
+
+
+def _forward_fake(x, *_):
+    return x.new_empty(x.shape)
+
+
+def _backward(d, x, F_cond, F_uncond, noise, guidance, a, b, c, needs):
+    kernels = backend.kernels(NAME, x)
+    return kernels.backward(d, x, F_cond, F_uncond, noise, guidance, a, b, c, needs)
+
+
+def _backward_fake(d, x, F_cond, F_uncond, noise, guidance, a, b, c, needs):
+    tensors = zip((x, F_cond, F_uncond, noise), needs, strict=False)
+    made = [t.new_empty(t.shape) if needed else x.new_empty(0) for t, needed in tensors]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return *made, x.new_empty((4, x.shape[0]), dtype=dtype)
+
+
+def _jvp(x, F_cond, F_uncond, noise, guidance, a, b, c, *tangents):
+    kernels = backend.kernels(NAME, x)
+    return kernels.jvp(x, F_cond, F_uncond, noise, guidance, a, b, c, *tangents)
+
+
+_INPUTS = (
+    "Tensor x, Tensor F_cond, Tensor? F_uncond, Tensor? noise, Tensor? guidance, "
+    "Tensor a, Tensor b, Tensor? c"
+)
+forward_op = define(f"transition_step({_INPUTS}) -> Tensor", _forward, _forward_fake)
+backward_op = define(
+    f"transition_step_backward(Tensor d, {_INPUTS}, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+jvp_op = define(
+    f"transition_step_jvp({_INPUTS}, Tensor? tx, Tensor? tF_cond, Tensor? tF_uncond, "
+    "Tensor? tnoise, Tensor? tguidance, Tensor? ta, Tensor? tb, Tensor? tc) -> Tensor",
+    _jvp,
+    _forward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+    ctx.save_for_forward(*inputs)
+
+
+def _vjp(ctx, d):
+    inputs = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[-8:])
+    *tensors, rows = backward_op(d, *inputs, [*needs[:4], any(needs[4:])])
+    da, db, dc, dguidance = rows.unbind(0)
+    gradients = *tensors, dguidance, da, db, dc
+    triples = zip(gradients, inputs, needs, strict=True)
+    return tuple(g.to(value.dtype) if needed else None for g, value, needed in triples)
+
+
+def _tangent(ctx, *tangents):
+    return jvp_op(*ctx.saved_tensors, *tangents)
+
+
+_call = differentiable(forward_op, _setup_context, _vjp, _tangent)
+
+
+def transition_step(
+    x: Tensor,
+    F_cond: Tensor,
+    coefficients: tuple[Tensor, Tensor, Tensor | None],
+    F_uncond: Tensor | None = None,
+    guidance: float | Tensor = 1.0,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Carry the state x to an earlier time, x_r = a x + b F + c noise, in one launch.
+
+    F = F_uncond + guidance·(F_cond − F_uncond) is classifier-free guidance (arXiv 2207.12598);
+    without F_uncond, F = F_cond. The coefficients are those of a transport's step (arXiv
+    2509.04394, section 3.4). Differentiable in every tensor.
+
+    Args:
+        x: the state (B, …); float64 or any narrower floating dtype.
+        F_cond, F_uncond: what the network says, shaped as x, any floating dtype.
+        coefficients: (a, b, c), each (B,); c is needed with noise only.
+        guidance: one number, or one a sample (B,); a tensor saves a launch.
+        noise: shaped as x.
+
+    Returns x's shape and dtype, computed in float64 if x is float64, else in float32.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    a, b, c = coefficients
+    if noise is None:
+        c = None
+    elif c is None:
+        raise ValueError("noise needs the third coefficient, got None")
+    if F_uncond is None:
+        guidance = None
+    elif not isinstance(guidance, Tensor):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        guidance = x.new_full((x.shape[0],), guidance, dtype=wide)
+    _check(x, F_cond, F_uncond, noise, guidance=guidance, a=a, b=b, c=c)
+    if backend.choose(NAME, x) == "reference":
+        return reference.transition_step(x, F_cond, (a, b, c), F_uncond, guidance, noise)
+    return _call(x, F_cond, F_uncond, noise, guidance, a, b, c)
+
+
+def _check(x, F_cond, F_uncond, noise, **vectors) -> None:
+    check_latents("x", x)
+    for name, tensor in (("F_cond", F_cond), ("F_uncond", F_uncond), ("noise", noise)):
+        if tensor is not None:
+            check_like(name, tensor, x.shape[0], "x", x)
+    for name, vector in vectors.items():
+        if vector is not None:
+            check_vector(name, vector, x.shape[0], x)

@@ -1,0 +1,156 @@
+"""Triton kernels of a guided step of the sampler.
+
+    F = F_u + g (F_c − F_u)    x_r = a x + b F + c n
+
+without F_u, F = F_c. All in the state's precision: WIDE is float64 if the state is, else float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import kernel
+from ..samples import SamplePlan, load, locate, sample_view, scaled, store, vector
+
+BLOCK = 1024
+
+
+@triton.jit
+def _guided(f_cond, f_uncond, has_uncond: tl.constexpr, guidance, sample):
+    if has_uncond:
+        return f_uncond + scaled(guidance, sample, f_cond - f_uncond)
+    else:
+        return f_cond
+
+
+@kernel
+def _forward_kernel(
+    length, programs,
+    x_ptr, x_b, f_cond_ptr, f_cond_b, f_uncond_ptr, f_uncond_b, noise_ptr, noise_b,
+    guidance, a, b, c, out_ptr,
+    WIDE: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sample, offset, mask = locate(length, programs, ALIGN, BLOCK)
+    x = load(x_ptr, sample, x_b, offset, mask, ALIGN, WIDE)
+    f_cond = load(f_cond_ptr, sample, f_cond_b, offset, mask, ALIGN, WIDE)
+    f_uncond = load(f_uncond_ptr, sample, f_uncond_b, offset, mask, ALIGN, WIDE)
+    f = _guided(f_cond, f_uncond, f_uncond_ptr is not None, guidance, sample)
+    out = scaled(a, sample, x) + scaled(b, sample, f)
+    if noise_ptr is not None:
+        noise = load(noise_ptr, sample, noise_b, offset, mask, ALIGN, WIDE)
+        out += scaled(c, sample, noise)
+    store(out_ptr, sample, length, offset, mask, out, ALIGN)
+
+
+@kernel
+def _jvp_kernel(
+    length, programs,
+    x_ptr, x_b, f_cond_ptr, f_cond_b, f_uncond_ptr, f_uncond_b, noise_ptr, noise_b,
+    guidance, a, b, c,
+    tx_ptr, tx_b, tf_cond_ptr, tf_cond_b, tf_uncond_ptr, tf_uncond_b, tnoise_ptr, tnoise_b,
+    tguidance, ta, tb, tc, out_ptr,
+    WIDE: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sample, offset, mask = locate(length, programs, ALIGN, BLOCK)
+    x = load(x_ptr, sample, x_b, offset, mask, ALIGN, WIDE)
+    f_cond = load(f_cond_ptr, sample, f_cond_b, offset, mask, ALIGN, WIDE)
+    f_uncond = load(f_uncond_ptr, sample, f_uncond_b, offset, mask, ALIGN, WIDE)
+    noise = load(noise_ptr, sample, noise_b, offset, mask, ALIGN, WIDE)
+    tx = load(tx_ptr, sample, tx_b, offset, mask, ALIGN, WIDE)
+    tf_cond = load(tf_cond_ptr, sample, tf_cond_b, offset, mask, ALIGN, WIDE)
+    tf_uncond = load(tf_uncond_ptr, sample, tf_uncond_b, offset, mask, ALIGN, WIDE)
+    tnoise = load(tnoise_ptr, sample, tnoise_b, offset, mask, ALIGN, WIDE)
+    has_uncond: tl.constexpr = guidance is not None
+    f = _guided(f_cond, f_uncond, has_uncond, guidance, sample)
+    tf = _guided(tf_cond, tf_uncond, has_uncond, guidance, sample)
+    tf += scaled(tguidance, sample, f_cond - f_uncond)
+    out = scaled(ta, sample, x) + scaled(tb, sample, f) + scaled(tc, sample, noise)
+    out += scaled(a, sample, tx) + scaled(b, sample, tf)
+    out += scaled(c, sample, tnoise)
+    store(out_ptr, sample, length, offset, mask, out, ALIGN)
+
+
+@kernel
+def _backward_kernel(
+    length, programs, d_ptr, d_b,
+    x_ptr, x_b, f_cond_ptr, f_cond_b, f_uncond_ptr, f_uncond_b, noise_ptr, noise_b,
+    guidance, a, b, c, dx_ptr, df_cond_ptr, df_uncond_ptr, dnoise_ptr, partial_ptr,
+    WIDE: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sample, offset, mask = locate(length, programs, ALIGN, BLOCK)
+    d = load(d_ptr, sample, d_b, offset, mask, ALIGN, WIDE)
+    store(dx_ptr, sample, length, offset, mask, scaled(a, sample, d), ALIGN)
+    store(dnoise_ptr, sample, length, offset, mask, scaled(c, sample, d), ALIGN)
+    df = scaled(b, sample, d)
+    if guidance is None:
+        store(df_cond_ptr, sample, length, offset, mask, df, ALIGN)
+    else:
+        df_cond = scaled(guidance, sample, df)
+        store(df_cond_ptr, sample, length, offset, mask, df_cond, ALIGN)
+        store(df_uncond_ptr, sample, length, offset, mask, df - df_cond, ALIGN)
+    if partial_ptr is not None:  # (4, programs) for a, b, c, guidance
+        x = load(x_ptr, sample, x_b, offset, mask, ALIGN, WIDE)
+        f_cond = load(f_cond_ptr, sample, f_cond_b, offset, mask, ALIGN, WIDE)
+        f_uncond = load(f_uncond_ptr, sample, f_uncond_b, offset, mask, ALIGN, WIDE)
+        noise = load(noise_ptr, sample, noise_b, offset, mask, ALIGN, WIDE)
+        f = _guided(f_cond, f_uncond, guidance is not None, guidance, sample)
+        partial_ptr += tl.program_id(0)
+        step = tl.num_programs(0).to(tl.int64)
+        tl.store(partial_ptr, tl.sum(d * x, 0))
+        tl.store(partial_ptr + step, tl.sum(d * f, 0))
+        tl.store(partial_ptr + 2 * step, tl.sum(d * noise, 0))
+        tl.store(partial_ptr + 3 * step, tl.sum(df * (f_cond - f_uncond), 0))
+
+
+def _precision(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _launch(function, x, *arguments):
+    plan = SamplePlan(x, x.shape[1:].numel(), BLOCK)
+    wide = tl.float64 if x.dtype == torch.float64 else tl.float32
+    plan.launch(function, *arguments, WIDE=wide, num_warps=4)
+
+
+def forward(x, f_cond, f_uncond, noise, guidance, a, b, c):
+    out = x.new_empty(x.shape)
+    tensors, coefficients = (x, f_cond, f_uncond, noise), (guidance, a, b, c)
+    _launch(
+        _forward_kernel, x, *map(sample_view, tensors), *map(vector, coefficients), out
+    )  # fmt: skip
+    return out
+
+
+def jvp(x, f_cond, f_uncond, noise, guidance, a, b, c, *tangents):
+    """The tangent of x_r; a tangent that is None is zero."""
+    _, _, _, _, tguidance, ta, tb, tc = tangents
+    out = x.new_empty(x.shape)
+    is_f_read = tb is not None or tguidance is not None
+    tensors = (
+        None if ta is None else x,
+        f_cond if is_f_read else None,
+        f_uncond if is_f_read else None,
+        None if tc is None else noise,
+    )
+    _launch(
+        _jvp_kernel, x, *map(sample_view, tensors), *map(vector, (guidance, a, b, c)),
+        *map(sample_view, tangents[:4]), *map(vector, tangents[4:]), out,
+    )  # fmt: skip
+    return out
+
+
+def backward(d, x, f_cond, f_uncond, noise, guidance, a, b, c, needs):
+    """(dx, dF_c, dF_u, dn, rows), empty what is not needed; rows is (4, B) for a, b, c and g in
+    the state's precision, and the only one that reads the inputs."""
+    tensors = x, f_cond, f_uncond, noise
+    made = [
+        tensor.new_empty(tensor.shape) if is_needed else None
+        for tensor, is_needed in zip(tensors, needs, strict=False)
+    ]
+    plan = SamplePlan(x, x.shape[1:].numel(), BLOCK)
+    partial = x.new_zeros((4, x.shape[0], plan.programs if needs[4] else 0), dtype=_precision(x))
+    _launch(
+        _backward_kernel, x, sample_view(d), *map(sample_view, tensors),
+        *map(vector, (guidance, a, b, c)), *made, partial if needs[4] else None,
+    )  # fmt: skip
+    return *(x.new_empty(0) if tensor is None else tensor for tensor in made), partial.sum(2)
