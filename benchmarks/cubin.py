@@ -12,7 +12,7 @@ import inspect
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -57,29 +57,31 @@ class Launch:
 
 @dataclass
 class Resources:
-    """Per thread: registers and spilled bytes; per kernel: SASS instruction counts."""
+    """Per thread: registers, bytes of local memory; per program: bytes of shared memory; of the
+    code: instructions, and accesses to global memory of 16 bytes a thread (wide) and of fewer."""
 
     registers: int
     spills: int
     shared: int
     instructions: int
-    wide_loads: int  # 16-byte global loads
+    wide_loads: int
     narrow_loads: int
     wide_stores: int
     narrow_stores: int
 
 
 @contextlib.contextmanager
-def record_launches() -> Iterator[list[Launch]]:
-    """Collect Triton launches instead of running them, with TRITON_INTERPRET=1 too."""
+def record_launches(note: Callable[[Launch], None] | None = None) -> Iterator[list[Launch]]:
+    """Collect Triton launches, or `note` each, instead of running them; also interpreted ones."""
     launches: list[Launch] = []
+    note = note or launches.append
 
     def record(self, *args, grid, warmup, **kwargs):
         names = list(inspect.signature(self.fn).parameters)
         arguments = dict(zip(names, args, strict=False))
         arguments |= {k: v for k, v in kwargs.items() if k in names}
         options = {k: v for k, v in kwargs.items() if k not in names}
-        launches.append(Launch(self, arguments, options, grid))
+        note(Launch(self, arguments, options, grid))
 
     with patch.object(JITFunction, "run", record), patch.object(InterpretedFunction, "run", record):
         yield launches
@@ -146,7 +148,6 @@ def read_cubin(cubin: bytes, shared: int = 0) -> Resources:
     registers = int(re.search(r"REG:(\d+)", usage).group(1))
     stack, local = (int(re.search(rf"{word}:(\d+)", usage).group(1)) for word in ("STACK", "LOCAL"))
     code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", sass, re.M)
-    spilled = stack + local + sum(op.startswith(("LDL", "STL")) for op in code)
 
     def count(prefix: str, wide: bool) -> int:
         return sum(
@@ -155,7 +156,7 @@ def read_cubin(cubin: bytes, shared: int = 0) -> Resources:
         )
 
     return Resources(
-        registers, spilled, shared, len(code),
+        registers, stack + local, shared, len(code),
         count("LDG", True), count("LDG", False), count("STG", True), count("STG", False),
     )  # fmt: skip
 

@@ -34,7 +34,7 @@ from tim.models import TiMTransformer2DModel
 from tim_kernels import use_backend
 
 from .calls import calls
-from .cubin import launch_operator, record_launches
+from .cubin import Launch, launch_operator, record_launches
 
 GEMM, ATTENTION, REST = "GEMM", "attention", "rest"
 GEMMS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
@@ -99,7 +99,8 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if op.namespace == "tim_kernels":
-            return self._run_launcher(op, args)
+            with record_launches(self._count_launch), self:
+                return launch_operator(op, *args)
         if op.has_kernel_for_dispatch_key(_COMPOSITE) and not op.has_kernel_for_dispatch_key(_CPU):
             with self:
                 return op.decompose(*args, **kwargs)
@@ -121,13 +122,9 @@ class _Counter(TorchDispatchMode):
         flops = formula(*args, **kwargs, out_val=out) if formula else 0
         self.work.append(Work(name, _category(name), _bytes(inputs) + written, flops))
 
-    def _run_launcher(self, op, args):
-        with record_launches() as launches, self:
-            out = launch_operator(op, *args)
-        for launch in launches:
-            touched = _bytes(_tensors(launch.arguments))
-            self.work.append(Work(launch.name, _category(launch.name), touched))
-        return out
+    def _count_launch(self, launch: Launch) -> None:
+        touched = _bytes(_tensors(launch.arguments))
+        self.work.append(Work(launch.name, _category(launch.name), touched))
 
 
 def _category(name: str) -> str:

@@ -14,7 +14,6 @@ def readable(tensor: Tensor) -> bool:
     """Whether looking at values is free: a real CPU tensor, outside torch.compile."""
     return (
         tensor.device.type == "cpu"
-        and isinstance(tensor, torch.Tensor)
         and type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
     )
@@ -28,7 +27,7 @@ def check_times(t: Tensor, r: Tensor, batch: int) -> None:
                 f"{name} must be a floating-point tensor of shape ({batch},), one time a sample; "
                 f"got {tuple(time.shape)} {time.dtype}"
             )
-    if _order_required.get() and readable(t) and readable(r) and bool((r > t).any()):
+    if readable(t) and readable(r) and _order_required.get() and bool((r > t).any()):
         i = int((r > t).nonzero()[0])
         raise ValueError(
             f"r must not be later than t: sample {i} has r = {float(r[i]):g} > t = {float(t[i]):g}"

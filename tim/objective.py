@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
+from tim_kernels.transition_inputs.op import TransitionInputs, transition_inputs
+from tim_kernels.transition_loss.op import transition_loss
+
 from .checks import check_times, unordered_times
-from .transports import Transport, per_sample
+from .transports import Transport
 
 TIME_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "constant": lambda d, sigma: torch.ones_like(d),
@@ -120,18 +123,28 @@ class TransitionObjective:
         if t is None:
             t, r, n_diffusion = self.sample_times(x.shape[0], device=x.device)
         n_diffusion = n_diffusion or 0
-        x_t = self._interpolate(x, z, t)
+        inputs = self._inputs(x, z, t, n_diffusion)
         times = self._network_times(t, r)
         if features_target is None:
-            prediction, projection = model(x_t, *times, y), x_t.new_zeros(())
+            prediction, projection = model(inputs.x_t, *times, y), x.new_zeros(())
         else:
-            prediction, features = model(x_t, *times, y, return_features=True)
+            prediction, features = model(inputs.x_t, *times, y, return_features=True)
             similarity = F.cosine_similarity(features.float(), features_target.float(), dim=-1)
             projection = (1 - similarity).mean()
 
         with torch.no_grad():
-            target = self._target(model, x, z, y, ema_model, y_null, t, r, n_diffusion)
-        loss = _per_sample_loss(prediction, target)
+            dF = F_cond = F_uncond = None
+            if n_diffusion < x.shape[0]:
+                rest = slice(n_diffusion, None)
+                dF = self._derivative(model, inputs, y[rest], t[rest], r[rest])
+            if self.transport.enhance_target:
+                x_t, time = inputs.x_t.repeat(2, 1, 1, 1), t.repeat(2)
+                both = ema_model(x_t, *self._network_times(time, time), torch.cat((y, y_null)))
+                F_cond, F_uncond = both.chunk(2)
+            coefficients = self.transport.target_coefficients(t, r)
+        epsilon = self.differential_epsilon if self._is_difference else None
+        terms = transition_loss(prediction, x, z, coefficients, dF, epsilon, F_cond, F_uncond)
+        loss = sum(_finite(term) for term in terms)
         weight = self.time_weight(t, r) / (loss.detach() + 1e-5)
         return TransitionLoss((weight * loss).mean(), projection, loss.detach().mean())
 
@@ -149,49 +162,48 @@ class TransitionObjective:
             return lambda t: t / (1 - t)
         return lambda t: t
 
+    @property
+    def _is_difference(self) -> bool:
+        return self.derivative_type == "dde"
+
     def derivative(self, model: nn.Module, x: Tensor, z: Tensor, y: Tensor, t: Tensor, r: Tensor):
         """dF/dt along the trajectory x_t = α x + σ z with r held, (B, C, H, W), no gradient."""
-        network = extract_model_from_parallel(model, keep_torch_compile=False)
         with torch.no_grad():
-            method = self._dde if self.derivative_type == "dde" else self._jvp
-            return method(network, x, z, y, t, r)
+            dF = self._derivative(model, self._inputs(x, z, t), y, t, r)
+            if not self._is_difference:
+                return dF
+            later, earlier = dF.to(torch.promote_types(dF.dtype, torch.float32)).chunk(2)
+            return (later - earlier) / (2 * self.differential_epsilon)
 
-    def _dde(self, network, x, z, y, t, r):
-        step = self.differential_epsilon
-        t = torch.cat((t + step, t - step))
-        x_t = self._interpolate(x.repeat(2, 1, 1, 1), z.repeat(2, 1, 1, 1), t)
-        with unordered_times():
-            both = network(x_t, *self._network_times(t, r.repeat(2)), torch.cat((y, y)))
-        later, earlier = both.to(_at_least_float32(both)).chunk(2)
-        return (later - earlier) / (2 * step)
+    def _inputs(self, x: Tensor, z: Tensor, t: Tensor, n_diffusion: int = 0) -> TransitionInputs:
+        """x_t, and of all but the first n_diffusion samples what the derivative needs."""
+        if not self._is_difference:
+            alpha, sigma, d_alpha, d_sigma = self.transport.interpolant(t)
+            return transition_inputs(
+                x, z, alpha, sigma, d_alpha[n_diffusion:], d_sigma[n_diffusion:]
+            )
+        batch, (later, earlier) = x.shape[0], self._around(t[n_diffusion:])
+        alpha, sigma, _, _ = self.transport.interpolant(torch.cat((t, later, earlier)))
+        return transition_inputs(
+            x, z, alpha[:batch], sigma[:batch], alpha_pm=alpha[batch:], sigma_pm=sigma[batch:]
+        )
 
-    def _jvp(self, network, x, z, y, t, r):
-        _, _, d_alpha, d_sigma = self.transport.interpolant(t)
-        velocity = _mix(d_alpha, x, d_sigma, z)
+    def _around(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return t + self.differential_epsilon, t - self.differential_epsilon
+
+    def _derivative(self, model, inputs: TransitionInputs, y, t, r) -> Tensor:
+        """dF/dt of the trailing len(t) samples, or for "dde" F(t + ε) and F(t − ε), stacked."""
+        network = extract_model_from_parallel(model, keep_torch_compile=False)
+        if self._is_difference:
+            times = self._network_times(torch.cat(self._around(t)), r.repeat(2))
+            with unordered_times():
+                return network(inputs.x_pm, *times, torch.cat((y, y)))
 
         def trajectory(x_t, t):
             return network(x_t, *self._network_times(t, r), y)
 
-        x_t = self._interpolate(x, z, t)
-        return torch.func.jvp(trajectory, (x_t, t), (velocity, torch.ones_like(t)))[1]
-
-    def _target(self, model, x, z, y, ema_model, y_null, t, r, n_diffusion) -> Tensor:
-        dtype = _at_least_float32(x)
-        x_wide, z_wide = x.to(dtype), z.to(dtype)
-        dF = torch.zeros_like(x_wide)
-        if n_diffusion < x.shape[0]:
-            rest = slice(n_diffusion, None)
-            dF[rest] = self.derivative(model, x[rest], z[rest], y[rest], t[rest], r[rest])
-        F_cond = F_uncond = None
-        if self.transport.enhance_target:
-            x_t, time = self._interpolate(x, z, t).repeat(2, 1, 1, 1), t.repeat(2)
-            both = ema_model(x_t, *self._network_times(time, time), torch.cat((y, y_null)))
-            F_cond, F_uncond = both.to(dtype).chunk(2)
-        return self.transport.target(x_wide, z_wide, t, r, dF, F_cond, F_uncond)
-
-    def _interpolate(self, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma, _, _ = self.transport.interpolant(t)
-        return _mix(alpha, x, sigma, z)
+        x_t = inputs.x_t[-len(t) :]
+        return torch.func.jvp(trajectory, (x_t, t), (inputs.v_t, torch.ones_like(t)))[1]
 
     def _network_times(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         return self.transport.network_time(t), self.transport.network_time(r)
@@ -207,23 +219,6 @@ class TransitionObjective:
             check_times(t, r, x.shape[0])
         if self.transport.enhance_target and (ema_model is None or y_null is None):
             raise ValueError("an enhanced target needs ema_model and y_null")
-
-
-def _at_least_float32(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _mix(a: Tensor, x: Tensor, b: Tensor, z: Tensor) -> Tensor:
-    """a x + b z with one a and b a sample, computed in float32 and rounded once to x's dtype."""
-    return (per_sample(a, x) * x + per_sample(b, z) * z).to(x.dtype)
-
-
-def _per_sample_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error plus mean cosine distance over channels, (B,), in float32."""
-    prediction = prediction.to(_at_least_float32(prediction))
-    squared = (prediction - target).square().flatten(1).mean(1)
-    cosine = (1 - F.cosine_similarity(prediction, target, dim=1)).flatten(1).mean(1)
-    return _finite(squared) + _finite(cosine)
 
 
 def _finite(loss: Tensor) -> Tensor:

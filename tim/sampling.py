@@ -5,6 +5,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tim_kernels.transition_step.op import transition_step
+
 from .checks import check_finite
 from .transports import Transport
 
@@ -64,6 +66,7 @@ def sample(
     both_y = torch.cat((y, y_null)) if guided else None
     times = torch.linspace(T_max, T_min, num_steps + 1, dtype=torch.float64).tolist()
     x = z.to(torch.float64)
+    guidance = x.new_full((batch,), cfg_scale)
     states = [x]
     for t, r in tqdm(list(zip(times[:-1], times[1:], strict=True)), disable=not progress):
         t_batch, r_batch = x.new_full((batch,), t), x.new_full((batch,), r)
@@ -71,15 +74,15 @@ def sample(
         now, then = (_network_time(transport, time, dtype) for time in (t_batch, target))
         if guided and cfg_low * T_max < t < cfg_high * T_max:
             both = model(x.to(dtype).repeat(2, 1, 1, 1), now.repeat(2), then.repeat(2), both_y)
-            conditional, unconditional = both.to(torch.float64).chunk(2)
-            F = unconditional + cfg_scale * (conditional - unconditional)
+            F, F_uncond = both.chunk(2)
         else:
-            F = model(x.to(dtype), now, then, y).to(torch.float64)
+            F, F_uncond = model(x.to(dtype), now, then, y), None
+        stochasticity, noise = 0.0, None
         if stochasticity_ratio and t < T_max and r > T_min:
+            stochasticity = stochasticity_ratio
             noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            x = transport.step(x, t_batch, r_batch, F, stochasticity_ratio, noise)
-        else:
-            x = transport.step(x, t_batch, r_batch, F)
+        coefficients = transport.step_coefficients(t_batch, r_batch, stochasticity)
+        x = transition_step(x, F, coefficients, F_uncond, guidance, noise)
         states.append(x)
     return torch.stack(states).to(z.dtype) if return_trajectory else x.to(z.dtype)
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tim_kernels.coefficients import weighted_sum
+
 
 class TargetCoefficients(NamedTuple):
     """target = x·x_ + z·z_ + dF·dF_ + F_cond·cond_ + F_uncond·uncond_, each (B,)."""
@@ -29,21 +31,6 @@ class StepCoefficients(NamedTuple):
     x: Tensor
     F: Tensor
     noise: Tensor
-
-
-def per_sample(coefficient: Tensor, like: Tensor) -> Tensor:
-    """(B,) → (B, 1, 1, …), to multiply a tensor shaped as `like`."""
-    return coefficient.view(-1, *[1] * (like.ndim - 1))
-
-
-def linear_combination(coefficients, tensors) -> Tensor:
-    """Σ coefficient·tensor over the pairs whose tensor is given."""
-    terms = [
-        per_sample(c, tensor) * tensor
-        for c, tensor in zip(coefficients, tensors, strict=True)
-        if tensor is not None
-    ]
-    return sum(terms[1:], terms[0])
 
 
 class Transport(ABC):
@@ -136,7 +123,7 @@ class Transport(ABC):
             raise ValueError("an enhanced target needs F_cond and F_uncond of the EMA network")
         if not self.enhance_target:
             F_cond = F_uncond = None
-        return linear_combination(self.target_coefficients(t, r), (x, z, dF, F_cond, F_uncond))
+        return weighted_sum(self.target_coefficients(t, r), (x, z, dF, F_cond, F_uncond))
 
     def step(
         self,
@@ -151,7 +138,7 @@ class Transport(ABC):
         if stochasticity and noise is None:
             raise ValueError("a stochastic step needs noise shaped as x_t")
         coefficients = self.step_coefficients(t, r, stochasticity)
-        return linear_combination(coefficients, (x_t, F, noise if stochasticity else None))
+        return weighted_sum(coefficients, (x_t, F, noise if stochasticity else None))
 
 
 class OTFM(Transport):

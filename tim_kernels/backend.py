@@ -85,7 +85,6 @@ def obstacle(backend: str, op: str, device: str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _choose(op: str, device: str, is_real: bool) -> str:
     name = requested()
     if name == "auto":
@@ -95,6 +94,10 @@ def _choose(op: str, device: str, is_real: bool) -> str:
     if is_real and (reason := obstacle(name, op, device)):
         raise BackendUnavailable(f"backend {name!r} cannot run {op}: {reason}")
     return name
+
+
+# torch.compiler.assume_constant_result, without its import of the whole compiler
+_choose._dynamo_marked_constant = True
 
 
 def choose(op: str, tensor: Tensor) -> str:

@@ -24,7 +24,8 @@ NO_TANGENT = (
 def define(schema: str, kernel: Callable, fake: Callable) -> Callable:
     """Register `tim_kernels::<schema>`: `kernel` runs it, `fake` gives the outputs' shapes.
 
-    The operator has no derivative until `differentiable` adds one, and says so when asked.
+    The operator has no derivative until `differentiable` adds one, and raises when asked for it:
+    a tangent that depends on weights may be used as a constant, not differentiated.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -32,15 +33,13 @@ def define(schema: str, kernel: Callable, fake: Callable) -> Callable:
     LIBRARY.impl(name, _on_its_device(kernel), "CUDA")
     torch.library.register_fake(f"tim_kernels::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.tim_kernels, name).default
-    _GRADIENTS[name] = None
+    _GRADIENTS[name] = _without_derivative(op, name)
 
     def autograd(keyset, *args):
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if torch._C._is_fwd_grad_enabled() and _has_tangent(tensors):
             raise NotImplementedError(NO_TANGENT.format(name))
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            if _GRADIENTS[name] is None:
-                raise NotImplementedError(f"tim_kernels::{name} has no derivative")
             return _GRADIENTS[name].apply(keyset, *args)
         return _below_autograd(op, keyset, args)
 
@@ -108,7 +107,24 @@ def _on_its_device(kernel: Callable) -> Callable:
     return run
 
 
-_GRADIENTS: dict[str, type[torch.autograd.Function] | None] = {}
+_GRADIENTS: dict[str, type[torch.autograd.Function]] = {}
+
+
+def _without_derivative(op, name: str) -> type[torch.autograd.Function]:
+    class Constant(torch.autograd.Function):
+        @staticmethod
+        def forward(keyset, *args):
+            return _below_autograd(op, keyset, args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            raise NotImplementedError(f"tim_kernels::{name} has no derivative: it is one itself")
+
+    return Constant
 
 
 def _has_tangent(tensors) -> bool:

@@ -94,9 +94,16 @@ def sum_rows(is_row, a, b):
 
 
 @triton.jit
-def row_sum(a, b):
-    """Sum over channels, (ROWS, 1)."""
-    return (tl.sum(a, 1) + tl.sum(b, 1))[:, None]
+def row_sum(a, b, APART: tl.constexpr = False):
+    """Sum over channels, (ROWS, 1).
+
+    APART lets each piece keep the layout of its own loads: only sums then change layout between
+    the two, as the compiler does not see through a reduction over another dimension.
+    """
+    sum_b = tl.sum(b, 1)
+    if APART:
+        sum_b = tl.sum(sum_b[None, :], 0)
+    return (tl.sum(a, 1) + sum_b)[:, None]
 
 
 @triton.jit
@@ -110,26 +117,28 @@ def only_channels(a, b, C: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def normalise(a, b, eps, C: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+def normalise(
+    a, b, eps, C: tl.constexpr, A: tl.constexpr, B: tl.constexpr, APART: tl.constexpr = False
+):
     """x̂ = (x − mean)·rstd of each row, and rstd; masked lanes stay zero.
 
     The mean is taken twice, the second time of the centred row, so that rows far from zero lose
     nothing to the rounding of a large sum.
     """
-    mean = row_sum(a, b) / C
+    mean = row_sum(a, b, APART) / C
     a, b = only_channels(a - mean, b - mean, C, A, B)
-    rest = row_sum(a, b) / C
+    rest = row_sum(a, b, APART) / C
     a, b = only_channels(a - rest, b - rest, C, A, B)
-    rstd = 1.0 / tl.sqrt_rn(row_sum(a * a, b * b) / C + eps)
+    rstd = 1.0 / tl.sqrt_rn(row_sum(a * a, b * b, APART) / C + eps)
     return a * rstd, b * rstd, rstd
 
 
 @triton.jit
-def normalise_linear(xa, xb, rstd, ta, tb, C: tl.constexpr):
+def normalise_linear(xa, xb, rstd, ta, tb, C: tl.constexpr, APART: tl.constexpr = False):
     """The derivative of `normalise` at x̂ applied to t; it is its own transpose.
 
     rstd·(t − mean(t) − x̂·mean(x̂·t)) is the tangent of x̂ and the gradient of x alike.
     """
-    mean = row_sum(ta, tb) / C
-    along = row_sum(xa * ta, xb * tb) / C
+    mean = row_sum(ta, tb, APART) / C
+    along = row_sum(xa * ta, xb * tb, APART) / C
     return rstd * (ta - mean - xa * along), rstd * (tb - mean - xb * along)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import multiprocessors
+from .tuning import tuned
 
 ALIGN = 8  # elements: 16 bytes of a 2-byte dtype
 
@@ -35,10 +36,15 @@ def vector(coefficient: Tensor | None) -> Tensor | None:
 
 
 class SamplePlan:
-    """One launch of samples × programs programs, each for `tiles` tiles of a sample's `length`."""
+    """One launch of samples × programs programs, each for `tiles` tiles of a sample's `length`.
 
-    def __init__(self, x: Tensor, length: int, block: int):
-        self.x, self.samples, self.length, self.block, self.tiles = x, x.shape[0], length, block, 1
+    A tile is `block` of them, `name`'s tuned number of elements with `channels` at each.
+    """
+
+    def __init__(self, name: str, x: Tensor, length: int, channels: int = 1):
+        elements, self.num_warps = tuned(name, x.device)
+        self.block = max(8, elements // channels)
+        self.x, self.samples, self.length, self.tiles = x, x.shape[0], length, 1
 
     @property
     def programs(self) -> int:
@@ -62,7 +68,9 @@ class SamplePlan:
             else:
                 flat.append(argument)
         grid = (self.samples * self.programs,)
-        function[grid](*flat, ALIGN=align, BLOCK=self.block, **options)
+        function[grid](
+            *flat, ALIGN=align, BLOCK=self.block, num_warps=self.num_warps, **options
+        )  # fmt: skip
 
 
 @triton.jit
@@ -82,13 +90,16 @@ def load(
     if ptr is None:
         return tl.zeros_like(offset).to(dtype)
     else:
-        return tl.load(ptr + sample * stride * ALIGN + offset, mask=mask, other=0.0).to(dtype)
+        value = tl.load(ptr + sample * stride * ALIGN + offset, mask=mask, other=0.0)
+        return value if value.dtype == dtype else value.to(tl.float32).to(dtype)
 
 
 @triton.jit
 def store(ptr, sample, stride, offset, mask, value, ALIGN: tl.constexpr):
     """Write elements of a sample; nothing if ptr is None."""
     if ptr is not None:
+        if ptr.dtype.element_ty != value.dtype:
+            value = value.to(tl.float32)
         tl.store(ptr + sample * stride * ALIGN + offset, value, mask=mask)
 
 

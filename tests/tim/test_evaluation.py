@@ -67,7 +67,10 @@ def test_table_and_plot(tmp_path):
     results = {
         "classifier_accuracy": 0.99,
         "frechet_distance_of_train_images": 0.5,
-        "networks": {"TiM": {"steps": steps}, "flow matching": {"steps": steps}},
+        "networks": dict.fromkeys(
+            ("TiM", "flow matching"),
+            {"by_guidance": {str(scale): steps for scale in evaluation.GUIDANCE}},
+        ),
     }
     lines = evaluation.table(results).splitlines()
     assert len(lines) == 2 + len(evaluation.STEPS)

@@ -44,6 +44,8 @@ def tiny(**training):
             "checkpointing_steps": 4,
             "log_steps": 2,
             "validation_steps": 100,
+            "lr_scheduler": "constant_with_warmup",
+            "lr_scheduler_params": None,
             "lr_warmup_steps": 2,
             **training,
         },

@@ -93,8 +93,8 @@ def test_float64_state(form, network):
         results.append((out.detach(), *gradients, tangent))
     for a, b in zip(*results, strict=True):
         assert a.dtype == b.dtype
-        torch.testing.assert_close(a, b, rtol=1e-12 if a.dtype == torch.float64 else None,
-                                   atol=1e-12 if a.dtype == torch.float64 else None)  # fmt: skip
+        tolerance = 1e-12 if a.dtype == torch.float64 else None
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (4, 1), (1, 1, 1, 1), (2, 2, 33, 17)])
@@ -198,10 +198,10 @@ def test_opcheck():
         torch.library.opcheck(op.jvp_op, (*args, *args))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     form=st.sampled_from(sorted(FORMS)),
-    shape=st.lists(st.integers(1, 12), min_size=2, max_size=4),
+    shape=st.lists(st.integers(1, 9), min_size=2, max_size=4),
     dtype=st.sampled_from(DTYPES),
     network=st.sampled_from(DTYPES),
 )

@@ -8,6 +8,7 @@ distance between its features of the samples and of the held-out images.
 
 import json
 import math
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ from tim.training import load_export
 from tim.transports import Transport
 
 STEPS = (1, 2, 4, 8, 32)
+GUIDANCE = (1.0, 1.25)  # classifier-free guidance scales; 1 is none
 _CHUNK = 250  # images sampled or classified at once
 
 
@@ -112,17 +114,28 @@ def frechet_distance(classifier: DigitClassifier, images: Tensor, real: Tensor) 
 
 @torch.no_grad()
 def draw(
-    network: nn.Module, transport: Transport, *, num_steps: int, per_class: int, seed: int
+    network: nn.Module,
+    transport: Transport,
+    *,
+    num_steps: int,
+    per_class: int,
+    seed: int,
+    guidance: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """`per_class` samples of every digit, without guidance; the noise depends on `seed` alone.
+    """`per_class` samples of every digit; the noise depends on `seed` alone.
+
+    Guidance acts on every step, the first too: two network evaluations a step.
 
     Returns:
         Images (N, 1, 28, 28) float32, clipped to [-1, 1], and the requested digits (N,).
     """
     labels = torch.arange(mnist.NUM_CLASSES).repeat_interleave(per_class)
     z = torch.randn(len(labels), 1, 28, 28, generator=torch.Generator().manual_seed(seed))
-    chunks = zip(z.split(_CHUNK), labels.split(_CHUNK), strict=True)
-    images = [sample(network, transport, *chunk, num_steps=num_steps) for chunk in chunks]
+    options = dict(num_steps=num_steps, cfg_scale=guidance, cfg_low=-1.0, cfg_high=2.0)
+    images = [
+        sample(network, transport, z, y, torch.full_like(y, mnist.NUM_CLASSES), **options)
+        for z, y in zip(z.split(_CHUNK), labels.split(_CHUNK), strict=True)
+    ]
     return torch.cat(images).float().clamp(-1, 1), labels
 
 
@@ -146,12 +159,17 @@ def evaluate(folders: dict[str, Path], *, per_class: int = 100, seed: int = 0) -
     }
     for name, folder in folders.items():
         network, transport, cfg = load_export(folder)
-        by_steps = {}
-        for steps in tqdm(STEPS, desc=name):
+        by_guidance: dict[str, dict] = {str(guidance): {} for guidance in GUIDANCE}
+        for guidance, steps in tqdm(list(product(GUIDANCE, STEPS)), desc=name):
             images, labels = draw(
-                network, transport, num_steps=steps, per_class=per_class, seed=seed
+                network,
+                transport,
+                num_steps=steps,
+                per_class=per_class,
+                seed=seed,
+                guidance=guidance,
             )
-            by_steps[str(steps)] = {
+            by_guidance[str(guidance)][str(steps)] = {
                 **recognised(classifier, images, labels),
                 "frechet_distance": frechet_distance(classifier, images, real),
             }
@@ -161,22 +179,23 @@ def evaluate(folders: dict[str, Path], *, per_class: int = 100, seed: int = 0) -
             * cfg.training.gradient_accumulation_steps
             * cfg.data.dataloader.batch_size,
             "diffusion_ratio": cfg.model.transition_loss.diffusion_ratio,
-            "steps": by_steps,
+            "by_guidance": by_guidance,
         }
     return results
 
 
-def table(results: dict[str, Any]) -> str:
-    """The measurements as a Markdown table."""
-    names = list(results["networks"])
-    head = ["steps", *(f"{n}: recognised" for n in names), *(f"{n}: Fréchet" for n in names)]
+def table(results: dict[str, Any], guidance: float = 1.0) -> str:
+    """The measurements at one guidance scale as a Markdown table."""
+    networks = results["networks"]
+    measured = [network["by_guidance"][str(guidance)] for network in networks.values()]
+    head = ["steps", *(f"{n}: recognised" for n in networks), *(f"{n}: Fréchet" for n in networks)]
     lines = [head, ["---:"] * len(head)]
     for steps in map(str, STEPS):
-        of_steps = [results["networks"][name]["steps"][steps] for name in names]
         shares = [
-            f"{100 * m['recognised']:.1f} ± {100 * m['standard_error']:.1f} %" for m in of_steps
+            f"{100 * m[steps]['recognised']:.1f} ± {100 * m[steps]['standard_error']:.1f} %"
+            for m in measured
         ]
-        lines.append([steps, *shares, *(f"{m['frechet_distance']:.2f}" for m in of_steps)])
+        lines.append([steps, *shares, *(f"{m[steps]['frechet_distance']:.2f}" for m in measured)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -186,12 +205,16 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, network in results["networks"].items():
-        measured = [network["steps"][str(steps)] for steps in STEPS]
-        shares = [100 * m["recognised"] for m in measured]
-        errors = [100 * m["standard_error"] for m in measured]
-        left.errorbar(STEPS, shares, errors, marker="o", capsize=3, label=name)
-        right.plot(STEPS, [m["frechet_distance"] for m in measured], marker="o", label=name)
+    for colour, (name, network) in zip(("C0", "C1"), results["networks"].items(), strict=False):
+        for guidance, style in zip(GUIDANCE, ("-", "--"), strict=True):
+            by_steps = network["by_guidance"][str(guidance)]
+            measured = [by_steps[str(steps)] for steps in STEPS]
+            shares = [100 * m["recognised"] for m in measured]
+            errors = [100 * m["standard_error"] for m in measured]
+            distances = [m["frechet_distance"] for m in measured]
+            look = dict(color=colour, ls=style, marker="o", label=f"{name}, guidance {guidance}")
+            left.errorbar(STEPS, shares, errors, capsize=3, **look)
+            right.plot(STEPS, distances, **look)
     left.axhline(100 * results["classifier_accuracy"], color="grey", ls=":", label="real, held out")
     floor = results["frechet_distance_of_train_images"]
     right.axhline(floor, color="grey", ls=":", label="real, train")
@@ -200,7 +223,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set(xlabel="sampling steps", xticks=STEPS, xticklabels=STEPS)
-        axes.legend()
+        axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -216,7 +239,8 @@ def main(
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=2) + "\n")
     plot(results, output.with_suffix(".png"))
-    typer.echo(table(results))
+    for guidance in GUIDANCE:
+        typer.echo(f"\nguidance {guidance}\n{table(results, guidance)}")
 
 
 if __name__ == "__main__":

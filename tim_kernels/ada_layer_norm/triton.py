@@ -30,6 +30,7 @@ from ..rows import (
     sum_rows,
     tile_rows,
 )
+from ..tuning import tuned
 
 
 @kernel
@@ -153,24 +154,25 @@ def _jvp_kernel(
         store_rows(ty_ptr, row_out, is_row, ta, tb, C, A, B)
 
 
-def _plan(x, cu, max_length, elements):
+def _plan(kernel_name, x, cu, max_length):
     """The plan and the constants of a kernel over rows of x."""
+    elements, num_warps = tuned(f"ada_layer_norm.{kernel_name}", x.device)
     C = x.shape[-1]
     A, B = pieces(C)
     ROWS = tile_rows(C, elements)
-    return Plan(x, cu, max_length, ROWS), dict(C=C, A=A, B=B, ROWS=ROWS)
+    return Plan(x, cu, max_length, ROWS), dict(C=C, A=A, B=B, ROWS=ROWS, num_warps=num_warps)
 
 
 def forward(x, branch, gate, bias, shift, scale, eps, cu, max_length):
     """(x', y), either of them an empty tensor where the op does not make it."""
     new = x.new_empty(x.shape if branch is not None else (0,))
     y = x.new_empty(x.shape if scale is not None else (0,))
-    plan, constants = _plan(x, cu, max_length, elements=2048)
+    plan, constants = _plan("forward", x, cu, max_length)
     plan.launch(
         _forward_kernel,
         *(token_view(tensor, cu is not None) for tensor in (x, branch)),
         *map(row_view, (gate, bias, shift, scale)),
-        new, y, eps, **constants, num_warps=1,
+        new, y, eps, **constants,
     )  # fmt: skip
     return new, y
 
@@ -183,7 +185,7 @@ def backward(dout, dy, x, branch, gate, bias, scale, eps, cu, max_length):
     """
     dx = x.new_empty(x.shape)
     dbranch = x.new_empty(0) if branch is None else branch.new_empty(x.shape)
-    plan, constants = _plan(x, cu, max_length, elements=1024)
+    plan, constants = _plan("backward", x, cu, max_length)
     plan.spread()
     make = torch.zeros if plan.is_empty else torch.empty
     partial = make((4, plan.samples, plan.tiles, x.shape[-1]), dtype=torch.float32, device=x.device)
@@ -191,7 +193,7 @@ def backward(dout, dy, x, branch, gate, bias, scale, eps, cu, max_length):
         _backward_kernel,
         *(token_view(tensor, cu is not None) for tensor in (dout, dy, x, branch)),
         *map(row_view, (gate, bias, scale)),
-        dx, dbranch, partial, plan.samples * plan.tiles, eps, **constants, num_warps=4,
+        dx, dbranch, partial, plan.samples * plan.tiles, eps, **constants,
     )  # fmt: skip
     return dx, dbranch, partial.sum(2)
 
@@ -200,13 +202,13 @@ def jvp(x, branch, gate, bias, scale, tx, tbranch, tgate, tbias, tshift, tscale,
     """Tangents of (x', y); a tangent that is None is zero."""
     tnew = x.new_empty(x.shape if branch is not None else (0,))
     ty = x.new_empty(x.shape if scale is not None else (0,))
-    plan, constants = _plan(x, cu, length, elements=2048)
+    plan, constants = _plan("jvp", x, cu, length)
     plan.launch(
         _jvp_kernel,
         *(token_view(tensor, cu is not None) for tensor in (x, branch)),
         *map(row_view, (gate, bias, scale)),
         *(token_view(tensor, cu is not None) for tensor in (tx, tbranch)),
         *map(row_view, (tgate, tbias, tshift, tscale)),
-        tnew, ty, eps, **constants, num_warps=2,
+        tnew, ty, eps, **constants,
     )  # fmt: skip
     return tnew, ty

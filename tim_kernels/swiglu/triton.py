@@ -16,8 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import kernel
-
-BLOCK = 1024  # elements a program; with 4 warps 8 a thread, 16 bytes of bfloat16
+from ..tuning import tuned
 
 
 @triton.jit
@@ -108,8 +107,9 @@ def _launch(function, *views: Tensor | None) -> None:
     strides = [0 if view is None else view.stride(0) for view in views]
     align = math.gcd(16, *strides)
     flat = [n for view, stride in zip(views, strides, strict=True) for n in (view, stride // align)]
-    programs = triton.cdiv(rows * C, BLOCK)
-    function[(programs,)](rows, *flat, C=C, BLOCK=BLOCK, ALIGN=align, num_warps=4)
+    block, num_warps = tuned("swiglu", views[-1].device)  # 8 a thread: 16 bytes of bfloat16
+    programs = triton.cdiv(rows * C, block)
+    function[(programs,)](rows, *flat, C=C, BLOCK=block, ALIGN=align, num_warps=num_warps)
 
 
 def forward(gate, value):

@@ -14,8 +14,6 @@ import triton.language as tl
 from ..launch import kernel
 from ..samples import SamplePlan, load, locate, sample_view, scaled, store, vector
 
-BLOCK = 1024
-
 
 @triton.jit
 def _mix(a, b, x, z, ta, tb, u, w, row):
@@ -114,11 +112,11 @@ def _mixes(pair, coefficients, like, second=(None, None), tangents=(None,) * 6):
     x_t = like.new_empty(like.shape)
     v_t = like.new_empty(0 if d_alpha is None else (d_alpha.shape[0], *shape))
     x_pm = like.new_empty(0 if alpha_pm is None else (alpha_pm.shape[0], *shape))
-    SamplePlan(like, shape.numel(), BLOCK).launch(
+    SamplePlan("transition_inputs", like, shape.numel()).launch(
         _mix_kernel, *_trailing(like, d_alpha, alpha_pm),
         *map(sample_view, pair), *map(vector, coefficients),
         *map(sample_view, second), *map(vector, tangents),
-        x_t, None if d_alpha is None else v_t, None if alpha_pm is None else x_pm, num_warps=4,
+        x_t, None if d_alpha is None else v_t, None if alpha_pm is None else x_pm,
     )  # fmt: skip
     return x_t, v_t, x_pm
 
@@ -138,7 +136,7 @@ def backward(dx_t, dv_t, dx_pm, x, z, coefficients, needs_dx, needs_dz, needs_ro
     """(dx, dz, rows), what is not needed being empty: rows is float32 (8, B), the gradients of
     (α, σ), (α', σ'), (α₊, σ₊) and (α₋, σ₋); x and z are read only for it."""
     dx, dz = x.new_empty(x.shape if needs_dx else 0), z.new_empty(z.shape if needs_dz else 0)
-    plan = SamplePlan(x, x.shape[1:].numel(), BLOCK)
+    plan = SamplePlan("transition_inputs", x, x.shape[1:].numel())
     partial = x.new_zeros(
         (8, plan.samples, plan.programs if needs_rows else 0), dtype=torch.float32
     )
@@ -147,6 +145,5 @@ def backward(dx_t, dv_t, dx_pm, x, z, coefficients, needs_dx, needs_dz, needs_ro
         *map(sample_view, (dx_t, dv_t, dx_pm)),
         *map(sample_view, (x, z) if needs_rows else (None, None)), *map(vector, coefficients),
         dx if needs_dx else None, dz if needs_dz else None, partial if needs_rows else None,
-        num_warps=4,
     )  # fmt: skip
     return dx, dz, partial.sum(2)

@@ -133,8 +133,8 @@ def _check(prediction, x, z, coefficients, dF, epsilon, F_cond, F_uncond) -> Non
         raise ValueError("give both F_cond and F_uncond, or neither")
     for name, vector in zip(("x", "z", "dF", "F_cond", "F_uncond"), coefficients, strict=True):
         check_vector(f"the coefficient of {name}", vector, samples, prediction)
-    if epsilon is not None and (dF is None or not epsilon > 0):
-        raise ValueError(f"epsilon must be positive and come with dF, got {epsilon}")
+    if epsilon is not None and not epsilon > 0:
+        raise ValueError(f"epsilon must be positive, got {epsilon}")
     if dF is not None:
         per_sample = 1 if epsilon is None else 2
         if dF.shape[0] % per_sample or dF.shape[0] > per_sample * samples:

@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from ..coefficients import per_sample, weighted_sum
+from ..coefficients import cast, per_sample, weighted_sum
 from ..dtypes import accumulation_dtype
 
 EPS = 1e-8  # the least norm in the cosine, as in torch.nn.functional.cosine_similarity
@@ -19,24 +19,22 @@ def transition_loss(
 ) -> tuple[Tensor, Tensor]:
     """Mean square of prediction − target, mean over positions of 1 − cos(prediction, target)."""
     dtype = accumulation_dtype(prediction, x, z)
-    prediction = prediction.to(dtype)
-    a_x, a_z, a_D, a_cond, a_uncond = coefficients
-    target = weighted_sum((a_x, a_z), (x, z), dtype)
+    prediction, x, z, dF, F_cond, F_uncond = cast((prediction, x, z, dF, F_cond, F_uncond), dtype)
+    a_x, a_z, a_D, a_cond, a_uncond = cast(coefficients, dtype)
+    target = weighted_sum((a_x, a_z), (x, z))
     if dF is not None:
-        dF = dF.to(dtype)
         if epsilon is not None:
             later, earlier = dF.chunk(2)
             dF = (later - earlier) / (2 * epsilon)
         first = x.shape[0] - dF.shape[0]
-        rest = target[first:] + per_sample(a_D.to(dtype)[first:], dF) * dF
+        rest = target[first:] + per_sample(a_D[first:], dF) * dF
         target = torch.cat((target[:first], rest))
     if F_cond is not None:
-        target = target + weighted_sum((a_cond,), (F_cond,), dtype)
-        target = target + weighted_sum((a_uncond,), (F_uncond,), dtype)
+        target = target + weighted_sum((a_cond, a_uncond), (F_cond, F_uncond))
     target = target.detach()
 
     squared = (prediction - target).square().flatten(1).mean(1)
-    cosine = (_unit(prediction) * _unit(target)).sum(1)
+    cosine = (_unit(prediction) * _unit(target)).sum(1, keepdim=True)
     return squared, (1 - cosine).flatten(1).mean(1)
 
 

@@ -16,19 +16,8 @@ import triton
 import triton.language as tl
 
 from ..launch import kernel
-from ..samples import SamplePlan, sample_view, scaled, vector
+from ..samples import SamplePlan, load, sample_view, scaled, vector
 from .reference import EPS
-
-TILE = 2048  # elements
-
-
-@triton.jit
-def _load(ptr, sample, stride, offset, mask, ALIGN: tl.constexpr):
-    """(CHANNELS, BLOCK) elements of a sample in float32."""
-    if ptr is None:
-        return tl.zeros_like(offset).to(tl.float32)
-    else:
-        return tl.load(ptr + sample * stride * ALIGN + offset, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -37,26 +26,26 @@ def _target(
     f_cond_ptr, f_cond_b, f_uncond_ptr, f_uncond_b, a_x, a_z, a_d, a_cond, a_uncond, rate,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    target = scaled(a_x, sample, _load(x_ptr, sample, x_b, offset, mask, ALIGN))
-    target += scaled(a_z, sample, _load(z_ptr, sample, z_b, offset, mask, ALIGN))
+    target = scaled(a_x, sample, load(x_ptr, sample, x_b, offset, mask, ALIGN))
+    target += scaled(a_z, sample, load(z_ptr, sample, z_b, offset, mask, ALIGN))
     if plus_ptr is not None:
         row = sample - skipped
         if row >= 0:
-            d = _load(plus_ptr, row, plus_b, offset, mask, ALIGN)
+            d = load(plus_ptr, row, plus_b, offset, mask, ALIGN)
             if minus_ptr is not None:
-                d = (d - _load(minus_ptr, row, minus_b, offset, mask, ALIGN)) * rate
+                d = (d - load(minus_ptr, row, minus_b, offset, mask, ALIGN)) * rate
             target += scaled(a_d, sample, d)
     if f_cond_ptr is not None:
-        f = _load(f_cond_ptr, sample, f_cond_b, offset, mask, ALIGN)
+        f = load(f_cond_ptr, sample, f_cond_b, offset, mask, ALIGN)
         target += scaled(a_cond, sample, f)
-        f = _load(f_uncond_ptr, sample, f_uncond_b, offset, mask, ALIGN)
+        f = load(f_uncond_ptr, sample, f_uncond_b, offset, mask, ALIGN)
         target += scaled(a_uncond, sample, f)
     return target
 
 
 @triton.jit
 def _unit(x, EPS: tl.constexpr):
-    """x/|x| over channels, |x| (BLOCK,), which is at least EPS, and where it was less; NaN stays."""
+    """x/|x| over channels, |x| (BLOCK,) raised to EPS, and where it was less; NaN stays."""
     norm = tl.sqrt_rn(tl.sum(x * x, 0))
     is_small = norm < EPS
     norm = tl.where(is_small, EPS, norm)
@@ -99,7 +88,7 @@ def _forward_kernel(
         is_position = position < positions
         offset = channel * positions + position[None, :]
         mask = (channel < C) & is_position[None, :]
-        p = _load(p_ptr, sample, p_b, offset, mask, ALIGN)
+        p = load(p_ptr, sample, p_b, offset, mask, ALIGN)
         t = _target(
             sample, skipped, offset, mask, x_ptr, x_b, z_ptr, z_b,
             plus_ptr, plus_b, minus_ptr, minus_b, f_cond_ptr, f_cond_b, f_uncond_ptr, f_uncond_b,
@@ -109,7 +98,7 @@ def _forward_kernel(
             squared += tl.sum((p - t) * (p - t), 0)
             cosine += tl.where(is_position, _cosine(p, t, EPS), 0.0)
         else:
-            tangent = _load(tangent_ptr, sample, tangent_b, offset, mask, ALIGN)
+            tangent = load(tangent_ptr, sample, tangent_b, offset, mask, ALIGN)
             squared += 2.0 * tl.sum((p - t) * tangent, 0)
             cosine += tl.sum(_cosine_gradient(p, t, EPS) * tangent, 0)
     partial_ptr += tl.program_id(0)  # (2, programs)
@@ -132,7 +121,7 @@ def _backward_kernel(
     position = (tl.program_id(0) % programs).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     offset = channel * positions + position[None, :]
     mask = (channel < C) & (position < positions)[None, :]
-    p = _load(p_ptr, sample, p_b, offset, mask, ALIGN)
+    p = load(p_ptr, sample, p_b, offset, mask, ALIGN)
     t = _target(
         sample, skipped, offset, mask, x_ptr, x_b, z_ptr, z_b,
         plus_ptr, plus_b, minus_ptr, minus_b, f_cond_ptr, f_cond_b, f_uncond_ptr, f_uncond_b,
@@ -160,9 +149,9 @@ def _plan(prediction):
     C = prediction.shape[1]
     CHANNELS = triton.next_power_of_2(max(C, 1))
     positions = prediction.shape[2:].numel()
-    plan = SamplePlan(prediction, positions, max(8, TILE // CHANNELS))
+    plan = SamplePlan("transition_loss", prediction, positions, CHANNELS)
     per = 1 / max(1, C * positions), 1 / max(1, positions)
-    return plan, per, dict(C=C, CHANNELS=CHANNELS, EPS=EPS, num_warps=4)
+    return plan, per, dict(C=C, CHANNELS=CHANNELS, EPS=EPS)
 
 
 def _terms(p, x, z, coefficients, dF, epsilon, F_cond, F_uncond, tangent=None):

@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from ..coefficients import per_sample, weighted_sum
+from ..coefficients import cast, per_sample, weighted_sum
 from ..dtypes import accumulation_dtype
 
 
@@ -14,8 +14,7 @@ def transition_step(
 ) -> Tensor:
     """a x + b F + c noise with F = F_u + g (F_c − F_u)."""
     dtype = accumulation_dtype(x)
-    F = F_cond.to(dtype)
+    state, F, F_uncond, guidance, noise = cast((x, F_cond, F_uncond, guidance, noise), dtype)
     if F_uncond is not None:
-        F_uncond = F_uncond.to(dtype)
-        F = F_uncond + per_sample(guidance.to(dtype), x) * (F - F_uncond)
-    return weighted_sum(coefficients, (x, F, noise), dtype).to(x.dtype)
+        F = F_uncond + per_sample(guidance, F) * (F - F_uncond)
+    return weighted_sum(cast(coefficients, dtype), (state, F, noise)).to(x.dtype)

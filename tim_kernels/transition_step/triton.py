@@ -12,8 +12,6 @@ import triton.language as tl
 from ..launch import kernel
 from ..samples import SamplePlan, load, locate, sample_view, scaled, store, vector
 
-BLOCK = 1024
-
 
 @triton.jit
 def _guided(f_cond, f_uncond, has_uncond: tl.constexpr, guidance, sample):
@@ -106,18 +104,20 @@ def _precision(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _launch(function, x, *arguments):
-    plan = SamplePlan(x, x.shape[1:].numel(), BLOCK)
-    wide = tl.float64 if x.dtype == torch.float64 else tl.float32
-    plan.launch(function, *arguments, WIDE=wide, num_warps=4)
+def _plan(x):
+    return SamplePlan("transition_step", x, x.shape[1:].numel())
+
+
+def _launch(plan, function, *arguments):
+    wide = tl.float64 if plan.x.dtype == torch.float64 else tl.float32
+    plan.launch(function, *arguments, WIDE=wide)
 
 
 def forward(x, f_cond, f_uncond, noise, guidance, a, b, c):
     out = x.new_empty(x.shape)
     tensors, coefficients = (x, f_cond, f_uncond, noise), (guidance, a, b, c)
-    _launch(
-        _forward_kernel, x, *map(sample_view, tensors), *map(vector, coefficients), out
-    )  # fmt: skip
+    arguments = *map(sample_view, tensors), *map(vector, coefficients), out
+    _launch(_plan(x), _forward_kernel, *arguments)
     return out
 
 
@@ -133,7 +133,7 @@ def jvp(x, f_cond, f_uncond, noise, guidance, a, b, c, *tangents):
         None if tc is None else noise,
     )
     _launch(
-        _jvp_kernel, x, *map(sample_view, tensors), *map(vector, (guidance, a, b, c)),
+        _plan(x), _jvp_kernel, *map(sample_view, tensors), *map(vector, (guidance, a, b, c)),
         *map(sample_view, tangents[:4]), *map(vector, tangents[4:]), out,
     )  # fmt: skip
     return out
@@ -142,15 +142,16 @@ def jvp(x, f_cond, f_uncond, noise, guidance, a, b, c, *tangents):
 def backward(d, x, f_cond, f_uncond, noise, guidance, a, b, c, needs):
     """(dx, dF_c, dF_u, dn, rows), empty what is not needed; rows is (4, B) for a, b, c and g in
     the state's precision, and the only one that reads the inputs."""
-    tensors = x, f_cond, f_uncond, noise
+    tensors, plan = (x, f_cond, f_uncond, noise), _plan(x)
     made = [
         tensor.new_empty(tensor.shape) if is_needed else None
         for tensor, is_needed in zip(tensors, needs, strict=False)
     ]
-    plan = SamplePlan(x, x.shape[1:].numel(), BLOCK)
-    partial = x.new_zeros((4, x.shape[0], plan.programs if needs[4] else 0), dtype=_precision(x))
+    programs = plan.programs if needs[4] else 0
+    wide = torch.promote_types(x.dtype, torch.float32)
+    partial = x.new_zeros((4, plan.samples, programs), dtype=wide)
     _launch(
-        _backward_kernel, x, sample_view(d), *map(sample_view, tensors),
+        plan, _backward_kernel, sample_view(d), *map(sample_view, tensors),
         *map(vector, (guidance, a, b, c)), *made, partial if needs[4] else None,
     )  # fmt: skip
     return *(x.new_empty(0) if tensor is None else tensor for tensor in made), partial.sum(2)
