@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import backend
 from ..registration import define, differentiable
@@ -38,6 +39,15 @@ def _backward_fake(dq_out, dk_out, q, k, q_weight, k_weight, q_shift, k_shift, *
     )
 
 
+def _packed_backward(dq_out, dk_out, dv, qkv, *args):
+    return backend.kernels(NAME, qkv).backward_packed(dq_out, dk_out, dv, qkv, *args)
+
+
+def _packed_backward_fake(dq_out, dk_out, dv, qkv, *args):
+    q, k, _ = qkv.unbind(-3)
+    return qkv.new_empty(qkv.shape), *_backward_fake(dq_out, dk_out, q, k, *args)[2:]
+
+
 def _jvp(q, *args):
     return backend.kernels(NAME, q).jvp(q, *args)
 
@@ -55,6 +65,13 @@ backward_op = define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+)
+packed_backward_op = define(
+    "qkv_norm_rope_backward(Tensor? dq_out, Tensor? dk_out, Tensor? dv, Tensor qkv, "
+    "Tensor? q_weight, Tensor? k_weight, Tensor? q_shift, Tensor? k_shift, "
+    f"{PLACES}, float eps, {PACKING}) -> (Tensor, Tensor, Tensor)",
+    _packed_backward,
+    _packed_backward_fake,
 )
 jvp_op = define(
     "qk_norm_rope_jvp(Tensor q, Tensor? k, Tensor? q_weight, Tensor? k_weight, Tensor? q_shift, "
@@ -78,27 +95,30 @@ def _setup_context(ctx, inputs, output):
 
 
 def _vjp(ctx, dq_out, dk_out):
-    q, k, q_weight, k_weight, q_shift, k_shift, positions, divisors, cu = ctx.saved_tensors
+    q, k, *saved, positions, divisors, cu = ctx.saved_tensors
     if k is None:
         dk_out = None
-    dq, dk, shifts, affine = backward_op(
-        dq_out, dk_out, q, k, q_weight, k_weight, q_shift, k_shift,
+    dq, dk, *sums = backward_op(
+        dq_out, dk_out, q, k, *saved,
         positions, ctx.divisor, divisors, ctx.eps, cu, ctx.max_length,
     )  # fmt: skip
-    made = [dq_out is not None] * 2 + [dk_out is not None] * 2
-    rows = [
-        row.to(dtype) if dtype is not None and is_made else None
-        for row, dtype, is_made in zip(affine.unbind(0), ctx.dtypes, made, strict=False)
-    ]
-    for i, leading in enumerate(ctx.leading):
-        if leading is None or not made[2 * i]:
-            rows.append(None)
-            continue
-        row = shifts[i].sum(0, keepdim=True) if leading == 1 else shifts[i]
-        rows.append(row.to(ctx.dtypes[4 + i]))
     dq = None if dq_out is None else dq
     dk = None if dk_out is None else dk
-    return dq, dk, *rows, *(None,) * 6
+    return dq, dk, *_row_gradients(ctx, *sums, dq_out, dk_out), *(None,) * 6
+
+
+def _row_gradients(ctx, shifts: Tensor, affine: Tensor, dq_out, dk_out) -> list[Tensor | None]:
+    """Gradients of the weights, biases and shifts in their own leading sizes and dtypes."""
+    is_made = dq_out is not None, dk_out is not None
+    rows = [*affine.unbind(0), *shifts.unbind(0)]
+    for i, dtype in enumerate(ctx.dtypes):
+        if dtype is None or not is_made[i // 2 if i < 4 else i - 4]:
+            rows[i] = None
+        elif i >= 4 and ctx.leading[i - 4] == 1:
+            rows[i] = rows[i].sum(0, keepdim=True)
+    return [
+        None if row is None else row.to(dtype) for row, dtype in zip(rows, ctx.dtypes, strict=True)
+    ]
 
 
 def _tangent(
@@ -113,6 +133,44 @@ def _tangent(
 
 
 _call = differentiable(forward_op, _setup_context, _vjp, _tangent)
+
+
+class _Packed(torch.autograd.Function):
+    """The same of a packed qkv, in eager code: v is a view, and backward fills one dqkv.
+
+    An operator may not return a view, so torch.compile gets `_call` on views instead.
+    """
+
+    @staticmethod
+    def forward(qkv, *args):
+        q, k, v = (qkv.select(-3, i) for i in range(3))
+        return *forward_op(q, k, *args), v
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        _setup_context(ctx, (inputs[0], None, *inputs[1:]), output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq_out, dk_out, dv):
+        qkv, _, *saved, positions, divisors, cu = ctx.saved_tensors
+        dqkv, *sums = packed_backward_op(
+            dq_out, dk_out, dv, qkv, *saved,
+            positions, ctx.divisor, divisors, ctx.eps, cu, ctx.max_length,
+        )  # fmt: skip
+        return dqkv, *_row_gradients(ctx, *sums, dq_out, dk_out), *(None,) * 6
+
+    @staticmethod
+    def jvp(ctx, tqkv, tq_weight, tq_bias, tk_weight, tk_bias, tq_shift, tk_shift, *_):
+        qkv, _, *saved, positions, divisors, cu = ctx.saved_tensors
+        q, k, _ = qkv.unbind(-3)
+        tq, tk, tv = (None,) * 3 if tqkv is None else (tqkv.select(-3, i) for i in range(3))
+        tq_out, tk_out = jvp_op(
+            q, k, *saved, tq, tk, tq_weight, tq_bias, tk_weight, tk_bias, tq_shift, tk_shift,
+            positions, ctx.divisor, divisors, ctx.eps, cu, ctx.max_length,
+        )  # fmt: skip
+        return tq_out, tk_out, tv
 
 
 def qk_norm_rope(

@@ -147,6 +147,17 @@ def _load_heads(
 
 
 @triton.jit
+def _store_heads(
+    x_ptr, x_b, x_n, x_h, sample, row, head, is_row, a, b,
+    D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    start = x_ptr + ((sample * x_b + row * x_n + head.to(tl.int64) * x_h) * ALIGN)[:, None]
+    column_a, column_b = tl.arange(0, A)[None, :], A + tl.arange(0, B)[None, :]
+    tl.store(start + column_a, a, mask=is_row[:, None] & (column_a < D))
+    tl.store(start + column_b, b, mask=is_row[:, None] & (column_b < D))
+
+
+@triton.jit
 def _forward_heads(
     x_ptr, x_b, x_n, x_h, weight_ptr, bias_ptr, shift_ptr, shift_s, freq_ptr, turn, y_ptr, eps,
     sample, row, row_out, head, is_row, H: tl.constexpr, D: tl.constexpr,
@@ -199,13 +210,13 @@ def _backward_heads(
     cu_ptr, length, tiles, rows_per_program, dy_ptr, dy_b, dy_n, dy_h, x_ptr, x_b, x_n, x_h,
     weight_ptr, shift_ptr, shift_s,
     position_ptr, position_b, divisor, divisors_ptr, divisors_s, freq_ptr,
-    dx_ptr, dshift_ptr, affine_ptr, step, eps,
+    dx_ptr, dx_b, dx_n, dx_h, dshift_ptr, affine_ptr, step, eps,
     H: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
     HB: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """dx, and this program's part of dshift (programs, H, D) and of dweight, dbias
     (2, programs·columns, D)."""
-    sample, tile, first, first_out, span = locate(cu_ptr, length, tiles)
+    sample, tile, first, _, span = locate(cu_ptr, length, tiles)
     start, stop = tile * rows_per_program, min((tile + 1) * rows_per_program, span)
     program = tl.program_id(0).to(tl.int64)
     column = 0 if H == HB else tl.program_id(1)
@@ -219,7 +230,7 @@ def _backward_heads(
             sample, first, n, n < stop, D, A, B, ALIGN,
         )  # fmt: skip
         token = begin + tl.arange(0, T * HB) // HB
-        row, row_out, is_row = first + token, first_out + token, token < stop
+        row, is_row = first + token, token < stop
         ga, gb = _load_heads(
             dy_ptr, dy_b, dy_n, dy_h, None, 0, sample, row, head, is_row, D, A, B, ALIGN
         )
@@ -235,7 +246,7 @@ def _backward_heads(
             ga, gb = normalise_linear(xa, xb, rstd, ga * wa, gb * wb, D, APART=A != B)
         if shift_ptr is not None:
             dshift_a, dshift_b = dshift_a + ga, dshift_b + gb
-        store_rows(dx_ptr, row_out * H + head, is_row, ga, gb, D, A, B)
+        _store_heads(dx_ptr, dx_b, dx_n, dx_h, sample, row, head, is_row, ga, gb, D, A, B, ALIGN)
 
     if shift_ptr is not None:
         dshift_a = tl.sum(tl.reshape(dshift_a, (T, HB, A)), 0)
@@ -255,7 +266,8 @@ def _backward_kernel(
     dq_out_ptr, dq_out_b, dq_out_n, dq_out_h, dk_out_ptr, dk_out_b, dk_out_n, dk_out_h,
     q_ptr, q_b, q_n, q_h, k_ptr, k_b, k_n, k_h, q_weight_ptr, k_weight_ptr,
     q_shift_ptr, q_shift_s, k_shift_ptr, k_shift_s,
-    position_ptr, position_b, divisor, divisors_ptr, divisors_s, freq_ptr, dq_ptr, dk_ptr,
+    position_ptr, position_b, divisor, divisors_ptr, divisors_s, freq_ptr,
+    dq_ptr, dq_b, dq_n, dq_h, dk_ptr, dk_b, dk_n, dk_h,
     q_dshift_ptr, k_dshift_ptr, q_affine_ptr, k_affine_ptr, step, eps,
     H: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
     HB: tl.constexpr, ALIGN: tl.constexpr,
@@ -265,14 +277,16 @@ def _backward_kernel(
             cu_ptr, length, tiles, rows_per_program, dq_out_ptr, dq_out_b, dq_out_n, dq_out_h,
             q_ptr, q_b, q_n, q_h, q_weight_ptr, q_shift_ptr, q_shift_s,
             position_ptr, position_b, divisor, divisors_ptr, divisors_s, freq_ptr,
-            dq_ptr, q_dshift_ptr, q_affine_ptr, step, eps, H, D, A, B, T, HB, ALIGN,
+            dq_ptr, dq_b, dq_n, dq_h, q_dshift_ptr, q_affine_ptr, step, eps,
+            H, D, A, B, T, HB, ALIGN,
         )  # fmt: skip
     if dk_out_ptr is not None:
         _backward_heads(
             cu_ptr, length, tiles, rows_per_program, dk_out_ptr, dk_out_b, dk_out_n, dk_out_h,
             k_ptr, k_b, k_n, k_h, k_weight_ptr, k_shift_ptr, k_shift_s,
             position_ptr, position_b, divisor, divisors_ptr, divisors_s, freq_ptr,
-            dk_ptr, k_dshift_ptr, k_affine_ptr, step, eps, H, D, A, B, T, HB, ALIGN,
+            dk_ptr, dk_b, dk_n, dk_h, k_dshift_ptr, k_affine_ptr, step, eps,
+            H, D, A, B, T, HB, ALIGN,
         )  # fmt: skip
 
 
@@ -407,9 +421,42 @@ def backward(
     """(dq, dk, shifts, affine): shifts is float32 (2, samples, heads·head_dim) for q and k,
     affine float32 (4, head_dim) for q's weight and bias and k's. What nobody asked for is empty
     or unset."""
-    H, D = q.shape[-2:]
     dq = q.new_empty(0 if dq_out is None else q.shape)
     dk = q.new_empty(0) if dk_out is None else k.new_empty(k.shape)
+    sums = _launch_backward(
+        dq_out, dk_out, q, k, q_weight, k_weight, q_shift, k_shift,
+        positions, divisor, divisors, eps, cu, max_length,
+        None if dq_out is None else dq, None if dk_out is None else dk,
+    )  # fmt: skip
+    return dq, dk, *sums
+
+
+def backward_packed(
+    dq_out, dk_out, dv, qkv, q_weight, k_weight, q_shift, k_shift,
+    positions, divisor, divisors, eps, cu, max_length,
+):  # fmt: skip
+    """(dqkv, shifts, affine), with all three gradients in one buffer of qkv's shape."""
+    dqkv = qkv.new_empty(qkv.shape)
+    slots = dqkv.unbind(-3)
+    q, k, _ = qkv.unbind(-3)
+    sums = _launch_backward(
+        dq_out, dk_out, q, k, q_weight, k_weight, q_shift, k_shift,
+        positions, divisor, divisors, eps, cu, max_length, *slots[:2],
+    )  # fmt: skip
+    for slot, gradient in zip(slots, (dq_out, dk_out, dv), strict=True):
+        if gradient is None:
+            slot.zero_()
+    if dv is not None:
+        slots[2].copy_(dv)
+    return dqkv, *sums
+
+
+def _launch_backward(
+    dq_out, dk_out, q, k, q_weight, k_weight, q_shift, k_shift,
+    positions, divisor, divisors, eps, cu, max_length, dq, dk,
+):  # fmt: skip
+    """Fills dq and dk; returns (shifts, affine)."""
+    H, D = q.shape[-2:]
     plan, constants = _plan("backward", q, cu, max_length)
     plan.spread()
     columns, programs = H // constants["HB"], plan.samples * plan.tiles
@@ -420,16 +467,17 @@ def backward(
     is_normed = q_weight is not None or k_weight is not None
     shifts = make((2, plan.samples, plan.tiles, H * D) if is_shifted else (2, 0, 0, H * D))
     affine = make((4, programs * columns if is_normed else 0, D))
+    is_packed = cu is not None
     plan.launch(
         _backward_kernel,
-        *(head_view(x, cu is not None) for x in (dq_out, dk_out, q, k)),
+        *(head_view(x, is_packed) for x in (dq_out, dk_out, q, k)),
         *map(_dense, (q_weight, k_weight)),
         *map(row_view, (q_shift, k_shift)),
         *_places(positions, divisor, divisors, D, q.device),
-        dq, dk, shifts[0], shifts[1], affine[:2], affine[2:], programs, eps,
-        columns=columns, **constants,
+        *(head_view(x, is_packed) for x in (dq, dk)),
+        shifts[0], shifts[1], affine[:2], affine[2:], programs, eps, columns=columns, **constants,
     )  # fmt: skip
-    return dq, dk, shifts.sum(2), affine.sum(1)
+    return shifts.sum(2), affine.sum(1)
 
 
 def jvp(
