@@ -1,4 +1,12 @@
+"""Golden files as parameters, and Triton's interpreter where there is no GPU."""
+
+import os
+
+import torch
 from golden_files import GOLDEN, Golden
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton decorates the first kernel
 
 
 def pytest_generate_tests(metafunc):

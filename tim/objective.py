@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from tim_kernels.transition_inputs.op import TransitionInputs, transition_inputs
-from tim_kernels.transition_loss.op import transition_loss
+from tim_kernels import transition_inputs, transition_loss
+from tim_kernels.transition_inputs.op import TransitionInputs
 
 from .checks import check_times, unordered_times
 from .transports import Transport

@@ -5,7 +5,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tim_kernels.transition_step.op import transition_step
+from tim_kernels import transition_step
 
 from .checks import check_finite
 from .transports import Transport

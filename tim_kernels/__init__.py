@@ -4,7 +4,7 @@ from .ada_layer_norm.op import ada_layer_norm, gated_residual, gated_residual_ad
 from .attention.op import attention
 from .backend import BackendUnavailable, explain, set_backend, use_backend
 from .patching import Report, accelerate, restore
-from .qk_norm_rope.op import qk_norm_rope
+from .qk_norm_rope.op import qk_norm_rope, qkv_norm_rope
 from .qk_norm_rope.reference import grid_positions, rope_tables
 from .segments import Segments
 from .swiglu.op import swiglu
@@ -30,6 +30,7 @@ __all__ = [
     "gated_residual_ada_layer_norm",
     "grid_positions",
     "qk_norm_rope",
+    "qkv_norm_rope",
     "restore",
     "rope_tables",
     "set_backend",

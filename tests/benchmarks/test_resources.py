@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.calls import calls
 from benchmarks.cubin import Resources
-from benchmarks.resources import Row, triton_jobs
+from benchmarks.resources import Row
 from tim_kernels import backend
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +77,10 @@ def test_occupancy(registers, warps, shared, expected):
     assert row.warps == expected
 
 
-def test_a_kernel_is_listed_once():
-    once = triton_jobs([64], ["bfloat16"], ["transition_step"])
-    assert triton_jobs([64, 128], ["bfloat16"], ["transition_step"])[0][:3] == once[0][:3]
-    assert len(triton_jobs([64, 128], ["bfloat16"], ["transition_step"])) == len(once)
+def test_a_kernel_is_listed_once(tmp_path):
+    """The width of a transformer does not touch the step of the sampler."""
+    options = ("--op", "transition_step", "--arch", "90", "--dtype", "bfloat16")
+    one, two = (
+        report(tmp_path, *options, "--width", *widths) for widths in (["64"], ["64", "128"])
+    )
+    assert one and len(one) == len(two)

@@ -1,14 +1,8 @@
 """Fused ops run on the GPU where there is one, else in Triton's interpreter."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton decorates a kernel
 
 
 def round_bfloat16_like_hardware() -> None:
@@ -29,7 +23,7 @@ def round_bfloat16_like_hardware() -> None:
     interpreter._convert_float = rounded
 
 
-if DEVICE == "cpu":
+if not torch.cuda.is_available():
     round_bfloat16_like_hardware()
 
 

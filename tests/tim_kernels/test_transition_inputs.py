@@ -183,14 +183,14 @@ def test_opcheck():
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     form=st.sampled_from(sorted(FORMS)),
-    shape=st.lists(st.integers(3, 9), min_size=2, max_size=3),
-    B=st.integers(2, 4),
-    data=st.data(),
+    B=st.integers(6, 9),
+    shape=st.lists(st.integers(3, 9), min_size=1, max_size=2),
+    skipped=st.sampled_from((0, 2, None)),
     dtype=st.sampled_from(DTYPES),
 )
-def test_any_shape(form, shape, B, data, dtype):
-    """Elements enough that eager's rounding errors do not cancel by chance."""
-    check(form, (B, *shape), data.draw(st.integers(0, B)), dtype)
+def test_any_shape(form, B, shape, skipped, dtype):
+    """Samples enough that no sum cancels by chance, in which eager may be lucky."""
+    check(form, (B, *shape), 0 if skipped is None else B - skipped, dtype)
 
 
 @pytest.mark.parametrize(

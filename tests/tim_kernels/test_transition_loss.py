@@ -228,13 +228,13 @@ def test_opcheck():
 @given(
     form=st.sampled_from(sorted(FORMS)),
     C=st.integers(2, 40),
-    shape=st.lists(st.integers(3, 9), min_size=2, max_size=2),
-    B=st.integers(2, 4),
+    B=st.integers(6, 9),
+    shape=st.lists(st.integers(2, 9), min_size=1, max_size=2),
     data=st.data(),
     dtype=st.sampled_from(DTYPES),
 )
-def test_any_shape(form, C, shape, B, data, dtype):
-    """Positions enough that eager's rounding errors do not cancel by chance."""
+def test_any_shape(form, C, B, shape, data, dtype):
+    """Samples enough that no sum cancels by chance, in which eager may be lucky."""
     check(form, (B, C, *shape), data.draw(st.integers(0, B)), dtype)
 
 

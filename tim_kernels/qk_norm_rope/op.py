@@ -221,8 +221,64 @@ def qk_norm_rope(
         ValueError: shapes, dtypes or devices that do not fit, more than one source of positions,
             a rotated head_dim that is not a multiple of 4, an unknown order.
     """
-    affine = dict(q_weight=q_weight, q_bias=q_bias, k_weight=k_weight, k_bias=k_bias)
-    shifts = dict(q_shift=q_shift, k_shift=k_shift)
+    arguments = _arguments(
+        q, k, dict(q_weight=q_weight, q_bias=q_bias, k_weight=k_weight, k_bias=k_bias),
+        dict(q_shift=q_shift, k_shift=k_shift), positions, grid, sizes, order, eps, segments,
+    )  # fmt: skip
+    run = _reference if backend.choose(NAME, q) == "reference" else _call
+    outputs = run(q, k, *arguments)
+    return outputs[0] if k is None else tuple(outputs)
+
+
+def qkv_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    *,
+    positions: Tensor | None = None,
+    grid: tuple[int, int] | None = None,
+    sizes: Tensor | None = None,
+    order: str = "upstream",
+    q_shift: Tensor | None = None,
+    k_shift: Tensor | None = None,
+    eps: float = 1e-5,
+    segments: Segments | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`qk_norm_rope` of a packed qkv; in training it saves a copy of all three gradients.
+
+    Backward writes dq and dk where they belong in one gradient of qkv's shape and copies dv
+    beside them, where slicing qkv first would cost another pass to put the three together.
+
+    Args:
+        qkv: (B, N, 3, heads, head_dim), or (T, 3, heads, head_dim) packed with `segments`.
+        others: as for `qk_norm_rope`.
+
+    Returns (q', k', v): q' and k' as `qk_norm_rope` gives them, v a view of qkv.
+
+    Raises:
+        ValueError: as `qk_norm_rope`.
+    """
+    layout = "(B, N, 3, heads, head_dim)" if segments is None else "(T, 3, heads, head_dim)"
+    if qkv.ndim != layout.count(",") + 1 or qkv.shape[-3] != 3:
+        raise ValueError(f"qkv must be {layout}, got {tuple(qkv.shape)}")
+    q, k, v = qkv.unbind(-3)
+    arguments = _arguments(
+        q, k, dict(q_weight=q_weight, q_bias=q_bias, k_weight=k_weight, k_bias=k_bias),
+        dict(q_shift=q_shift, k_shift=k_shift), positions, grid, sizes, order, eps, segments,
+    )  # fmt: skip
+    if backend.choose(NAME, qkv) == "reference":
+        return *_reference(q, k, *arguments), v
+    if torch.compiler.is_compiling():
+        return *_call(q, k, *arguments), v
+    return tuple(_Packed.apply(qkv, *arguments))
+
+
+def _arguments(
+    q, k, affine: dict, shifts: dict, positions, grid, sizes, order, eps, segments
+) -> tuple:
+    """Checked, as the operator takes them after q and k."""
     samples = _check(q, k, affine, shifts, segments)
     _check_positions(q, samples, positions, grid, sizes, order, segments)
     divisor, divisors = 0, None  # of the token's index, by which it falls into its two positions
@@ -230,21 +286,19 @@ def qk_norm_rope(
         divisor = grid[1] if order == "grid" else grid[0]
     if sizes is not None:
         divisors = sizes[:, 1 if order == "grid" else 0]
-    rows = *affine.values(), *shifts.values()
-    if backend.choose(NAME, q) == "reference":
-        if grid is not None or sizes is not None:
-            by = divisor if divisors is None else divisors
-            positions = reference.token_positions(q, by, segments)
-        outputs = _reference(q, k, *rows, positions, eps, segments)
-    else:
-        packing = (None, 0) if segments is None else (segments.cu_seqlens, segments.max_length)
-        outputs = _call(q, k, *rows, positions, divisor, divisors, float(eps), *packing)
-    return outputs[0] if k is None else tuple(outputs)
+    packing = (None, 0) if segments is None else (segments.cu_seqlens, segments.max_length)
+    return *affine.values(), *shifts.values(), positions, divisor, divisors, float(eps), *packing
 
 
 def _reference(
-    q, k, q_weight, q_bias, k_weight, k_bias, q_shift, k_shift, positions, eps, segments
-):
+    q, k, q_weight, q_bias, k_weight, k_bias, q_shift, k_shift,
+    positions, divisor, divisors, eps, cu, max_length,
+):  # fmt: skip
+    segments = None if cu is None else Segments(cu, max_length)
+    if divisors is not None:
+        positions = reference.token_positions(q, divisors, segments)
+    elif positions is None and divisor:
+        positions = reference.token_positions(q, divisor, segments)
     tables = None if positions is None else reference.rope_tables(positions, q.shape[-1])
     q = reference.norm_rope(q, q_weight, q_bias, tables, q_shift, eps, segments)
     if k is not None:

@@ -34,7 +34,7 @@ def token_positions(tokens: Tensor, divisor: Tensor | int, segments: Segments | 
     """
     if segments is None:
         n = torch.arange(tokens.shape[1], device=tokens.device)
-        return positions_of(n, divisor if isinstance(divisor, int) else divisor.unsqueeze(1))
+        return positions_of(n, divisor.unsqueeze(1) if isinstance(divisor, Tensor) else divisor)
     T, cu = tokens.shape[0], segments.cu_seqlens
     first = torch.repeat_interleave(cu[:-1], cu.diff(), output_size=T)
     if isinstance(divisor, Tensor):

@@ -6,10 +6,11 @@ Per token and head, for q and for k if there is one:
 
 A tile is T tokens × HB heads, flattened to rows of D channels in two power-of-two pieces (rows.py),
 so that head_dim 72 costs 64 + 8 lanes; both pieces are even and no pair straddles them. The angles
-of a token are formed once, as (T, pairs), and shared by all its heads and by q and k. Pairs are
-taken apart by tl.reshape and tl.split, which is renaming of registers where a thread holds whole
-pairs; it took the fewest instructions of what was compiled (swapping the partner by shuffles needs
-a sine and cosine per channel, loading it a second time needs 2-byte loads).
+of a token are formed once, as (T, pairs), and shared by all heads of a tile, in forward and tangent
+by q and k as well (backward takes q and k in turn, for half the registers). Pairs are taken apart
+by tl.reshape and tl.split, which is renaming of registers where a thread holds whole pairs: 928
+instructions of a forward at head_dim 72, against 1216 with partners swapped by an exclusive-or
+reduction.
 
 LayerNorm statistics are recomputed in backward and tangent, as the rows are in registers anyway.
 In backward each thread keeps its rows' sums over the tokens in registers, and a program has
@@ -37,85 +38,7 @@ from ..rows import (
 )
 from ..tuning import tuned
 from . import reference
-
-TWO_OVER_PI = tl.constexpr(0.6366197723675814)
-HALF_PI = tl.constexpr(1.5707963267948966)
-
-
-@triton.jit
-def _cos_sin(angle):
-    """cos and sin of a float32 angle to float32 accuracy, at any angle that a position can make.
-
-    The multiple of π/2 is taken off in float64; what is left, |r| ≤ π/4, goes into the Taylor
-    series, whose remainders are below 2e-9. (libdevice's functions carry a slow path that needs
-    local memory.) The sums over one element keep the compiler from making every angle again in
-    every thread that needs it, as it does not see through a reduction: three times fewer
-    instructions for angles.
-    """
-    wide = angle.to(tl.float64)
-    quarter = tl.floor(wide * TWO_OVER_PI + 0.5)
-    r = (wide - quarter * HALF_PI).to(tl.float32)
-    z = r * r
-    sin = z * (z * (1.0 / 362880) - 1.0 / 5040)
-    sin = r + r * (z * (z * (sin + 1.0 / 120) - 1.0 / 6))
-    cos = z * (z * (z * (-1.0 / 3628800) + 1.0 / 40320) - 1.0 / 720)
-    cos = 1.0 + z * (z * (cos + 1.0 / 24) - 0.5)
-    turns = quarter.to(tl.int64).to(tl.int32)
-    is_odd = (turns & 1) != 0
-    new_cos, new_sin = tl.where(is_odd, sin, cos), tl.where(is_odd, cos, sin)
-    new_cos = tl.where(((turns + 1) & 2) != 0, -new_cos, new_cos)
-    new_sin = tl.where((turns & 2) != 0, -new_sin, new_sin)
-    return tl.sum(new_cos[:, :, None], 2), tl.sum(new_sin[:, :, None], 2)
-
-
-@triton.jit
-def _turn(
-    freq_ptr, position_ptr, position_b, divisor, divisors_ptr, divisors_s, sample, first, n, is_n,
-    D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """(cos, sin, cos, sin) of the pairs of both pieces, (T, A/2) and (T, B/2)."""
-    if freq_ptr is None:
-        return 1.0, 0.0, 1.0, 0.0
-    else:
-        if position_ptr is not None:
-            at = position_ptr + sample * position_b + (first + n) * 2
-            p0 = tl.load(at, mask=is_n, other=0).to(tl.float32)
-            p1 = tl.load(at + 1, mask=is_n, other=0).to(tl.float32)
-        else:
-            if divisors_ptr is not None:
-                divisor = tl.load(divisors_ptr + sample * divisors_s * ALIGN).to(tl.int32)
-            divisor = tl.maximum(divisor, 1)
-            p0, p1 = (n % divisor).to(tl.float32), (n // divisor).to(tl.float32)
-        F: tl.constexpr = D // 4
-        pair_a, pair_b = tl.arange(0, A // 2), A // 2 + tl.arange(0, B // 2)
-        freq_a, freq_b = tl.load(freq_ptr + pair_a % F), tl.load(freq_ptr + pair_b % F)
-        p0, p1 = p0[:, None], p1[:, None]
-        angle_a = tl.where((pair_a < F)[None, :], p0, p1) * freq_a[None, :]
-        angle_b = tl.where((pair_b < F)[None, :], p0, p1) * freq_b[None, :]
-        cos_a, sin_a = _cos_sin(angle_a)
-        cos_b, sin_b = _cos_sin(angle_b)
-        return cos_a, sin_a, cos_b, sin_b
-
-
-@triton.jit
-def _rotate_piece(x, cos, sin, T: tl.constexpr, HB: tl.constexpr, P: tl.constexpr):
-    even, odd = tl.split(tl.reshape(x, (T, HB, P // 2, 2)))
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (T * HB, P))
-
-
-@triton.jit
-def _rotate(
-    xa, xb, turn, sign, freq_ptr,
-    T: tl.constexpr, HB: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
-    """Rows turned by their token's angles, or back if sign is −1."""
-    if freq_ptr is None:
-        return xa, xb
-    else:
-        cos_a, sin_a, cos_b, sin_b = turn
-        xa = _rotate_piece(xa, cos_a, sin_a * sign, T, HB, A)
-        return xa, _rotate_piece(xb, cos_b, sin_b * sign, T, HB, B)
+from .rotation import axial_turn, rotate
 
 
 @triton.jit
@@ -171,7 +94,7 @@ def _forward_heads(
         ba, bb = load_row(bias_ptr, 0, 0, ALIGN, D, A, B)
         xa, xb, _ = normalise(xa, xb, eps, D, A, B)
         xa, xb = xa * wa + ba, xb * wb + bb
-    xa, xb = _rotate(xa, xb, turn, 1.0, freq_ptr, T, HB, A, B)
+    xa, xb = rotate(xa, xb, turn, 1.0, freq_ptr, T, HB, A, B)
     store_rows(y_ptr, row_out * H + head, is_row, xa, xb, D, A, B)
 
 
@@ -186,7 +109,7 @@ def _forward_kernel(
 ):  # fmt: skip
     sample, tile, first, first_out, span = locate(cu_ptr, length, tiles)
     n = tile * T + tl.arange(0, T)
-    turn = _turn(
+    turn = axial_turn(
         freq_ptr, position_ptr, position_b, divisor, divisors_ptr, divisors_s,
         sample, first, n, n < span, D, A, B, ALIGN,
     )  # fmt: skip
@@ -225,7 +148,7 @@ def _backward_heads(
     dshift_a, dshift_b, dweight_a, dweight_b, dbias_a, dbias_b = za, zb, za, zb, za, zb
     for begin in range(start, stop, T):
         n = begin + tl.arange(0, T)
-        turn = _turn(
+        turn = axial_turn(
             freq_ptr, position_ptr, position_b, divisor, divisors_ptr, divisors_s,
             sample, first, n, n < stop, D, A, B, ALIGN,
         )  # fmt: skip
@@ -234,7 +157,7 @@ def _backward_heads(
         ga, gb = _load_heads(
             dy_ptr, dy_b, dy_n, dy_h, None, 0, sample, row, head, is_row, D, A, B, ALIGN
         )
-        ga, gb = _rotate(ga, gb, turn, -1.0, freq_ptr, T, HB, A, B)
+        ga, gb = rotate(ga, gb, turn, -1.0, freq_ptr, T, HB, A, B)
         if weight_ptr is not None:
             xa, xb = _load_heads(
                 x_ptr, x_b, x_n, x_h, shift_ptr, shift_s, sample, row, head, is_row, D, A, B, ALIGN
@@ -314,7 +237,7 @@ def _jvp_heads(
         if tbias_ptr is not None:
             tba, tbb = load_row(tbias_ptr, 0, 0, ALIGN, D, A, B)
             ta, tb = ta + tba, tb + tbb
-    ta, tb = _rotate(ta, tb, turn, 1.0, freq_ptr, T, HB, A, B)
+    ta, tb = rotate(ta, tb, turn, 1.0, freq_ptr, T, HB, A, B)
     store_rows(ty_ptr, row_out * H + head, is_row, ta, tb, D, A, B)
 
 
@@ -331,7 +254,7 @@ def _jvp_kernel(
 ):  # fmt: skip
     sample, tile, first, first_out, span = locate(cu_ptr, length, tiles)
     n = tile * T + tl.arange(0, T)
-    turn = _turn(
+    turn = axial_turn(
         freq_ptr, position_ptr, position_b, divisor, divisors_ptr, divisors_s,
         sample, first, n, n < span, D, A, B, ALIGN,
     )  # fmt: skip
