@@ -18,36 +18,46 @@ def fused():
         yield
 
 
-WHOLE = ("enhanced", "trigflow")  # losses of a wholly fused model, slow in the interpreter
-
-
-class OnReference(torch.nn.Module):
-    """The model on the reference: what is around it is fused."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args, **kwargs):
-        with use_backend("reference"):
-            return self.model(*args, **kwargs)
-
-
 def error(actual, expected) -> float:
     return float((actual.detach().double() - expected).norm() / expected.double().norm())
 
 
-def test_losses_and_gradients(golden_loss, request):
+def check_gradients(actual, expected, tolerance: float) -> None:
+    """Against max(their norm, 1e-3 of the largest), as the golden README says."""
+    largest = max(gradient.norm() for gradient in expected.values())
+    for name, gradient in expected.items():
+        difference = (actual[name].grad - gradient).norm()
+        assert difference < tolerance * max(gradient.norm(), 1e-3 * largest), name
+
+
+def test_model(golden_model):
+    meta, given = golden_model.meta, golden_model.group("input")
+    expected = golden_model.group("output")
+    model = TiMTransformer2DModel(**meta["params"])
+    model.load_state_dict(golden_model.group("state"))
+    x, t, r, y = (given[name] for name in ("x", "t", "r", "y"))
+    leaf = x.clone().requires_grad_()
+    sample, features = model(leaf, t, r, y, return_features=True)
+    ((sample * given["grad_sample"]).sum() + (features * given["grad_features"]).sum()).backward()
+    assert error(sample, expected["sample"]) < TOLERANCE["sample"]
+    assert error(features, expected["features"]) < TOLERANCE["sample"]
+    assert error(leaf.grad, expected["grad_x"]) < TOLERANCE["jvp"]
+    check_gradients(dict(model.named_parameters()), golden_model.group("grad"), TOLERANCE["jvp"])
+
+    tangents = given["tangent_x"], torch.ones_like(t), torch.zeros_like(r)
+    _, jvp = torch.func.jvp(lambda x, t, r: model(x, t, r, y), (x, t, r), tangents)
+    assert error(jvp, expected["jvp"]) < TOLERANCE["jvp"]
+
+
+def test_losses_and_gradients(golden_loss):
     meta, given = golden_loss.meta, golden_loss.group("input")
     model, ema = (TiMTransformer2DModel(**meta["params"]) for _ in range(2))
     model.load_state_dict(golden_loss.group("state"))
     if meta["enhance"]:
         ema.load_state_dict(golden_loss.group("ema"))
-    is_whole = any(name in request.node.name for name in WHOLE)
-    network, ema = (m if is_whole else OnReference(m) for m in (model, ema))
     transport = make(meta["transport"], **meta["transport_params"])
     loss = TransitionObjective(transport, **meta["schedule"])(
-        network, given["x"], given["z"], given["y"], given["features_target"], ema, given["y_null"],
+        model, given["x"], given["z"], given["y"], given["features_target"], ema, given["y_null"],
         given["t"], given["r"], meta["n_diffusion"],
     )  # fmt: skip
     (loss.weighted + loss.projection).backward()
@@ -55,11 +65,7 @@ def test_losses_and_gradients(golden_loss, request):
     tolerance = TOLERANCE[meta["schedule"]["derivative_type"]]
     for name, value in zip(("weighted_loss", "proj_loss", "denoising_loss"), loss, strict=True):
         assert error(value, golden_loss.group("output")[name]) < tolerance, name
-    gradients, parameters = golden_loss.group("grad"), dict(model.named_parameters())
-    largest = max(gradient.norm() for gradient in gradients.values())
-    for name, gradient in gradients.items():
-        difference = (parameters[name].grad - gradient).norm()
-        assert difference < tolerance * max(gradient.norm(), 1e-3 * largest), name
+    check_gradients(dict(model.named_parameters()), golden_loss.group("grad"), tolerance)
 
 
 def test_trajectories(golden_sample):
