@@ -160,6 +160,8 @@ def _plan(kernel_name, x, cu, max_length):
     C = x.shape[-1]
     A, B = pieces(C)
     ROWS = tile_rows(C, elements)
+    if A > 1024:  # one row is more than the tuned warps can hold
+        num_warps = min(16, max(num_warps * A // 1024, A // 512))
     return Plan(x, cu, max_length, ROWS), dict(C=C, A=A, B=B, ROWS=ROWS, num_warps=num_warps)
 
 
