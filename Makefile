@@ -20,9 +20,9 @@ lint: $(VENV)/.test ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/.bench ## run the benchmarks
-	@test -d benchmarks || { echo "make bench: there is no benchmarks/ folder yet"; exit 1; }
-	$(BIN)/python -m pytest benchmarks
+bench: $(VENV)/.bench ## count launches and bytes, and read the compiled kernels; no GPU needed
+	$(BIN)/python -m benchmarks.traffic
+	$(BIN)/python -m benchmarks.resources
 
 clean: ## remove the environment, builds and caches
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache

@@ -139,6 +139,18 @@ def explain() -> str:
             if (reason := obstacle(backend, op, device))
         )
         lines.append(f"{op:<32}{chosen:<12}{others}")
+    lines.append(f"{'attention':<32}{_attention(device)}")
     text = "\n".join(lines)
     print(text)
     return text
+
+
+def _attention(device: str) -> str:
+    from .attention.op import flash_attention
+
+    if device != "cuda":
+        return "PyTorch   not flash-attn: it needs a CUDA device"
+    flash = flash_attention()
+    if flash is None:
+        return "PyTorch   not flash-attn: it is not installed"
+    return f"{flash.__name__} for bfloat16 and float16, else PyTorch"

@@ -33,7 +33,7 @@ def attention(
         ValueError: shapes, dtypes or devices that do not fit.
     """
     _check(q, k, v, segments, k_segments)
-    flash = _flash_attention() if _is_flash_ready(q, k, v) else None
+    flash = flash_attention() if _is_flash_ready(q, k, v) else None
     if flash is None:
         return reference.attention(q, k, v, segments, k_segments)
     if segments is None:
@@ -45,7 +45,7 @@ def attention(
 
 
 @functools.cache
-def _flash_attention():
+def flash_attention():
     """The newest flash-attn that is importable: 4, 3 or 2; None without one."""
     for name in ("flash_attn.cute", "flash_attn_interface", "flash_attn"):
         try:
