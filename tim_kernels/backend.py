@@ -17,6 +17,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import extension
+
 BACKENDS = ("auto", "reference", "triton", "cuda")
 OPS = (
     "ada_layer_norm",
@@ -76,8 +78,8 @@ def obstacle(backend: str, op: str, device: str) -> str | None:
         return None
     if backend == "cuda":
         if importlib.util.find_spec(f"tim_kernels.{op}.cuda") is None:
-            return "this build has no CUDA extension"
-        return None if device == "cuda" else f"it needs a CUDA device, not {device}"
+            return "the extension does not have it"
+        return extension.obstacle(device)
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device != "cuda" and not interpreting():

@@ -1,21 +1,18 @@
-"""What every launcher of a kernel over tokens needs.
+"""What every launcher of a Triton kernel over tokens needs.
 
-A token tensor is (B, N, …) or packed (T, …) and reaches a kernel as three arguments: pointer,
-batch stride, token stride. A conditioning row is (B, C) or (1, C) and reaches it as two: pointer,
-sample stride; heads of tokens (B, N, heads, head_dim) as four, with a head stride. Strides are
-passed in units of ALIGN elements, a constant of the kernel, so that the compiler knows them to be
-multiples of it and can use 16-byte accesses; lengths and strides are never specialised, so
-nothing recompiles when a length changes.
+A view (views.py) reaches a kernel as its pointer and its strides. Strides are passed in units of
+ALIGN elements, a constant of the kernel, so that the compiler knows them to be multiples of it and
+can use 16-byte accesses; lengths and strides are never specialised, so nothing recompiles when a
+length changes.
 """
 
-import functools
 import inspect
-from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .views import VIEWS, multiprocessors
 
 ALIGN = 16, 8, 1  # elements; heads of 72 are 8 apart
 
@@ -29,57 +26,6 @@ def kernel(function):
         if not name.endswith("_ptr") and parameter.annotation is not tl.constexpr
     ]
     return triton.jit(function, do_not_specialize=numbers)
-
-
-class TokenView(NamedTuple):
-    tensor: Tensor | None
-    stride_b: int = 0
-    stride_n: int = 0
-
-
-class RowView(NamedTuple):
-    tensor: Tensor | None
-    stride: int = 0
-
-
-class HeadView(NamedTuple):
-    tensor: Tensor | None
-    stride_b: int = 0
-    stride_n: int = 0
-    stride_h: int = 0
-
-
-VIEWS = TokenView, RowView, HeadView
-
-
-def token_view(x: Tensor | None, packed: bool, inner: int = 1) -> TokenView:
-    """x by its token strides; copied only if its last `inner` dimensions have gaps."""
-    if x is None:
-        return TokenView(None)
-    width = 1
-    for dim in range(1, inner + 1):
-        if x.shape[-dim] != 1 and x.stride(-dim) != width:
-            x = x.contiguous()
-            break
-        width *= x.shape[-dim]
-    return TokenView(x, 0, x.stride(0)) if packed else TokenView(x, x.stride(0), x.stride(1))
-
-
-def head_view(x: Tensor | None, packed: bool) -> HeadView:
-    """(B, N, heads, head_dim) or (T, heads, head_dim) by its strides; copied only if the
-    channels of a head have gaps."""
-    if x is None:
-        return HeadView(None)
-    x, stride_b, stride_n = token_view(x, packed)
-    return HeadView(x, stride_b, stride_n, x.stride(-2))
-
-
-def row_view(row: Tensor | None) -> RowView:
-    """A conditioning row by its sample stride, 0 if all samples share one."""
-    if row is None:
-        return RowView(None)
-    row = row if row.stride(-1) == 1 else row.contiguous()
-    return RowView(row, 0 if row.shape[0] == 1 else row.stride(0))
 
 
 class Plan:
@@ -118,11 +64,3 @@ class Plan:
             else:
                 flat.append(argument)
         function[(self.samples * self.tiles, columns)](*flat, ALIGN=align, **options)
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a CUDA device; those of an H100 elsewhere, so that plans are the same everywhere."""
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count

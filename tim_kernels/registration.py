@@ -8,11 +8,14 @@ backward and jvp, which eager code gets. `differentiable` returns the function t
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+
+from .backend import requested, use_backend
 
 LIBRARY = torch.library.Library("tim_kernels", "DEF")
 NO_TANGENT = (
@@ -64,12 +67,14 @@ def differentiable(op, setup_context: Callable, backward: Callable, jvp: Callabl
         @staticmethod
         def setup_context(ctx, inputs, output):
             ctx.set_materialize_grads(False)
+            remember_backend(ctx)
             setup_context(ctx, inputs[1:], output)
 
         @staticmethod
         @once_differentiable
         def backward(ctx, *gradients):
-            return None, *backward(ctx, *gradients)
+            with remembered_backend(ctx):
+                return None, *backward(ctx, *gradients)
 
     class Dual(torch.autograd.Function):
         @staticmethod
@@ -79,9 +84,15 @@ def differentiable(op, setup_context: Callable, backward: Callable, jvp: Callabl
         @staticmethod
         def setup_context(ctx, inputs, output):
             ctx.set_materialize_grads(False)
+            remember_backend(ctx)
             setup_context(ctx, inputs, output)
 
-    Dual.backward = staticmethod(once_differentiable(backward))
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, *gradients):
+            with remembered_backend(ctx):
+                return backward(ctx, *gradients)
+
     Dual.jvp = staticmethod(jvp)
     Dual.__name__ = Dual.__qualname__ = name
     _GRADIENTS[name] = Gradient
@@ -94,6 +105,15 @@ def differentiable(op, setup_context: Callable, backward: Callable, jvp: Callabl
         return op(*args)
 
     return call
+
+
+def remember_backend(ctx) -> None:
+    """Note the backend in force: a choice is a thread's, and autograd has threads of its own."""
+    ctx.backend = requested()
+
+
+def remembered_backend(ctx) -> AbstractContextManager:
+    return use_backend(ctx.backend)
 
 
 def _on_its_device(kernel: Callable) -> Callable:

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import multiprocessors
 from .tuning import tuned
+from .views import multiprocessors
 
 ALIGN = 8  # elements: 16 bytes of a 2-byte dtype
 

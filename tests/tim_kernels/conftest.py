@@ -1,8 +1,13 @@
-"""Fused ops run on the GPU where there is one, else in Triton's interpreter."""
+"""Fused ops run on the GPU where there is one; else in Triton's interpreter, or, with
+TIM_KERNELS_EMULATION, in a build of csrc/ for the CPU (see tests/csrc)."""
+
+import os
 
 import numpy as np
 import pytest
 import torch
+
+from tim_kernels import extension
 
 
 def round_bfloat16_like_hardware() -> None:
@@ -25,6 +30,8 @@ def round_bfloat16_like_hardware() -> None:
 
 if not torch.cuda.is_available():
     round_bfloat16_like_hardware()
+if emulation := os.environ.get("TIM_KERNELS_EMULATION"):
+    extension.emulate(emulation)
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ d gradients, t tangents.
 import torch
 import triton.language as tl
 
-from ..launch import Plan, kernel, row_view, token_view
+from ..launch import Plan, kernel
 from ..rows import (
     load_row,
     load_rows,
@@ -31,6 +31,7 @@ from ..rows import (
     tile_rows,
 )
 from ..tuning import tuned
+from ..views import row_view, token_view
 
 
 @kernel

@@ -1,0 +1,440 @@
+// Gated residual, LayerNorm and modulation in any combination, forward and backward.
+//
+//     x' = x + gate·(branch + bias)      left out when there is no branch
+//     y  = LN(x')·(1 + scale) + shift    left out when there is no scale
+//
+// Widths 768 and 1152 have kernels whose rows stay in registers, with 16-byte accesses and every
+// lane busy. Forward: a row belongs to 16 lanes, 6 or 9 chunks of 8 channels each, so that sums
+// need no barrier and a warp has two rows in flight. Backward: a thread keeps the sums over tokens
+// of its 8 channels, so a row belongs to C/8 threads and a block of 288 has 3 or 2 rows at a time.
+// Any other width, or a view that is not aligned, stages one row a block in shared memory.
+//
+// Statistics are recomputed in backward: the row is read anyway. They are taken of the row less
+// its first mean, so that a mean far from zero loses nothing.
+#include "tensors.h"
+
+namespace tim {
+namespace {
+
+template <typename T, typename S>
+struct Inputs {
+  Tokens<const T> x, branch;
+  Row<S> gate, bias, shift, scale;
+  float eps;
+};
+
+template <typename T, typename S>
+struct Forward : Inputs<T, S> {
+  T *out, *y;  // contiguous, or nullptr
+};
+
+template <typename T, typename S>
+struct Backward : Inputs<T, S> {
+  Tokens<const T> dout, dy;
+  T *dx, *dbranch;
+  float* partial;  // (4, blocks, C): shift, scale, gate, bias
+};
+
+// The gate and branch + bias of W channels.
+template <int W, typename T, typename S>
+__device__ __forceinline__ void gated(
+    const Raw<W, T>& branch, const S* gate, const S* bias, int column, float (&g)[W],
+    float (&r)[W]) {
+  branch.widen(r);
+  load(gate + column, g);
+  if (bias != nullptr) {
+    float b[W];
+    load(bias + column, b);
+#pragma unroll
+    for (int i = 0; i < W; i++) r[i] += b[i];
+  }
+}
+
+template <int W, typename T, typename S>
+__device__ __forceinline__ void load_gated(
+    const T* branch, const S* gate, const S* bias, int column, float (&g)[W], float (&r)[W]) {
+  Raw<W, T> raw;
+  raw.load(branch + column);
+  gated(raw, gate, bias, column, g, r);
+}
+
+constexpr int TEAM = 16, FORWARD_THREADS = 128;
+
+template <int C, typename T, typename S>
+__global__ void __launch_bounds__(FORWARD_THREADS, 4) forward_rows(Forward<T, S> in, Grid grid) {
+  constexpr int CHUNKS = C / CHUNK / TEAM, TEAMS = FORWARD_THREADS / TEAM;
+  static_assert(CHUNKS * CHUNK * TEAM == C);
+  constexpr float PER_CHANNEL = 1.f / C;
+  const Rows at = grid.locate();
+  const int lane = threadIdx.x % TEAM, team = threadIdx.x / TEAM;
+  const S *gate = in.gate.at(at.sample), *bias = in.bias.at(at.sample);
+  const S *shift = in.shift.at(at.sample), *scale = in.scale.at(at.sample);
+
+  for (int64_t begin = at.begin; begin < at.end; begin += TEAMS) {
+    const bool is_row = begin + team < at.end;  // a team without a row reads the last one again
+    const int64_t n = is_row ? begin + team : at.end - 1;
+    const T* row = in.x.at(at.sample, at.first + n);
+    const int64_t out = (at.first_out + n) * C;
+    float x[CHUNKS][CHUNK];
+#pragma unroll
+    for (int j = 0; j < CHUNKS; j++) load(row + (j * TEAM + lane) * CHUNK, x[j]);
+    if (in.branch.data != nullptr) {
+      const T* branch = in.branch.at(at.sample, at.first + n);
+#pragma unroll
+      for (int j = 0; j < CHUNKS; j++) {
+        const int column = (j * TEAM + lane) * CHUNK;
+        float g[CHUNK], r[CHUNK];
+        load_gated(branch, gate, bias, column, g, r);
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++) x[j][i] += g[i] * r[i];
+        if (is_row) store(in.out + out + column, x[j]);
+      }
+    }
+    if (in.y == nullptr) continue;
+
+    float sum[1] = {0.f}, rest[2] = {0.f, 0.f};
+#pragma unroll
+    for (int j = 0; j < CHUNKS; j++)
+#pragma unroll
+      for (int i = 0; i < CHUNK; i++) sum[0] += x[j][i];
+    team_sum<TEAM>(sum);
+    const float mean = sum[0] * PER_CHANNEL;
+#pragma unroll
+    for (int j = 0; j < CHUNKS; j++)
+#pragma unroll
+      for (int i = 0; i < CHUNK; i++) {
+        x[j][i] -= mean;
+        rest[0] += x[j][i];
+        rest[1] += x[j][i] * x[j][i];
+      }
+    team_sum<TEAM>(rest);
+    const float small = rest[0] * PER_CHANNEL;
+    const float rstd = rsqrtf(rest[1] * PER_CHANNEL - small * small + in.eps);
+#pragma unroll
+    for (int j = 0; j < CHUNKS; j++) {
+      const int column = (j * TEAM + lane) * CHUNK;
+      float a[CHUNK], b[CHUNK];
+      load(scale + column, a);
+      load(shift + column, b);
+#pragma unroll
+      for (int i = 0; i < CHUNK; i++) x[j][i] = (x[j][i] - small) * rstd * (1.f + a[i]) + b[i];
+      if (is_row) store(in.y + out + column, x[j]);
+    }
+  }
+}
+
+constexpr int GENERAL_THREADS = 256;
+
+// x' of a row into shared memory, one channel a thread at a time; the caller needs no barrier, as
+// each thread works on its own channels.
+template <typename T, typename S>
+__device__ __forceinline__ void stage(
+    const Inputs<T, S>& in, const Rows& at, int64_t n, int C, float* x, T* out) {
+  const T* row = in.x.at(at.sample, at.first + n);
+  const S *gate = in.gate.at(at.sample), *bias = in.bias.at(at.sample);
+  for (int c = threadIdx.x; c < C; c += GENERAL_THREADS) {
+    x[c] = to_float(row[c]);
+    if (in.branch.data != nullptr) {
+      float g[1], r[1];
+      load_gated(in.branch.at(at.sample, at.first + n), gate, bias, c, g, r);
+      x[c] += g[0] * r[0];
+      if (out != nullptr) round_to(out[c], x[c]);
+    }
+  }
+}
+
+// x of shared memory becomes x̂; returns rstd.
+__device__ __forceinline__ float normalise(float* x, int C, float eps, float* scratch) {
+  const float per_channel = 1.f / C;
+  float sum[1] = {0.f}, rest[2] = {0.f, 0.f};
+  for (int c = threadIdx.x; c < C; c += GENERAL_THREADS) sum[0] += x[c];
+  block_sum(sum, scratch);
+  const float mean = sum[0] * per_channel;
+  for (int c = threadIdx.x; c < C; c += GENERAL_THREADS) {
+    x[c] -= mean;
+    rest[0] += x[c];
+    rest[1] += x[c] * x[c];
+  }
+  block_sum(rest, scratch);
+  const float small = rest[0] * per_channel;
+  const float rstd = rsqrtf(rest[1] * per_channel - small * small + eps);
+  for (int c = threadIdx.x; c < C; c += GENERAL_THREADS) x[c] = (x[c] - small) * rstd;
+  return rstd;
+}
+
+template <typename T, typename S>
+__global__ void __launch_bounds__(GENERAL_THREADS, 2) forward_any(
+    Forward<T, S> in, Grid grid, int C) {
+  const Rows at = grid.locate();
+  float *scratch = shared<float>(), *x = scratch + 2 * WARP;
+  const S *shift = in.shift.at(at.sample), *scale = in.scale.at(at.sample);
+  for (int64_t n = at.begin; n < at.end; n++) {
+    const int64_t out = (at.first_out + n) * C;
+    stage(in, at, n, C, x, in.out == nullptr ? nullptr : in.out + out);
+    if (in.y == nullptr) continue;
+    normalise(x, C, in.eps, scratch);
+    for (int c = threadIdx.x; c < C; c += GENERAL_THREADS)
+      round_to(in.y[out + c], x[c] * (1.f + to_float(scale[c])) + to_float(shift[c]));
+  }
+}
+
+constexpr int BACKWARD_THREADS = 288, HALF_WARPS = BACKWARD_THREADS / TEAM;
+
+struct alignas(16) Scratch {  // of a row's sums; the barriers of the next sums free each again
+  float mean[1][HALF_WARPS], rest[2][HALF_WARPS], gradient[2][HALF_WARPS];
+};
+
+// Sums over the C/8 threads of each row that a block holds. A half-warp never spans two rows.
+template <int C, int N>
+__device__ __forceinline__ void row_sum(float (&x)[N], float (&scratch)[N][HALF_WARPS]) {
+  constexpr int PARTS = C / CHUNK / TEAM;
+  team_sum<TEAM>(x);
+  const int part = threadIdx.x / TEAM;
+  if (threadIdx.x % TEAM == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i++) scratch[i][part] = x[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    x[i] = 0.f;
+#pragma unroll
+    for (int j = 0; j < PARTS; j++) x[i] += scratch[i][part / PARTS * PARTS + j];
+  }
+}
+
+template <int C, typename T, typename S>
+__global__ void __launch_bounds__(BACKWARD_THREADS, 2) backward_rows(
+    Backward<T, S> in, Grid grid) {
+  constexpr int LANES = C / CHUNK, ROWS = BACKWARD_THREADS / LANES;
+  constexpr float PER_CHANNEL = 1.f / C;
+  static_assert(ROWS * LANES == BACKWARD_THREADS && LANES % TEAM == 0);
+  const Rows at = grid.locate();
+  const int slot = threadIdx.x / LANES, column = threadIdx.x % LANES * CHUNK;
+  Scratch& scratch = *shared<Scratch>();
+
+  const S *gate = in.gate.at(at.sample), *bias = in.bias.at(at.sample);
+  const S* scale = in.scale.at(at.sample);
+  float dshift[CHUNK] = {}, dscale[CHUNK] = {}, dgate[CHUNK] = {}, dbias[CHUNK] = {};
+
+  for (int64_t begin = at.begin; begin < at.end; begin += ROWS) {
+    const bool is_row = begin + slot < at.end;
+    const int64_t n = is_row ? begin + slot : at.end - 1, row = at.first + n;
+    Raw<CHUNK, T> d_raw = {}, r_raw = {}, y_raw;  // as they are, for half the registers
+    float d[CHUNK], x[CHUNK], rstd = 0.f, along[2] = {0.f, 0.f};
+    if (in.dout.data != nullptr) d_raw.load(in.dout.at(at.sample, row) + column);
+    if (in.branch.data != nullptr) r_raw.load(in.branch.at(at.sample, row) + column);
+    if (in.dy.data != nullptr) {
+      float sum[1] = {0.f}, rest[2] = {0.f, 0.f};
+      y_raw.load(in.dy.at(at.sample, row) + column);
+      load(in.x.at(at.sample, row) + column, x);
+      if (in.branch.data != nullptr) {
+        float g[CHUNK], r[CHUNK];
+        gated(r_raw, gate, bias, column, g, r);
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++) x[i] += g[i] * r[i];
+      }
+#pragma unroll
+      for (int i = 0; i < CHUNK; i++) sum[0] += x[i];
+      row_sum<C>(sum, scratch.mean);
+      const float mean = sum[0] * PER_CHANNEL;
+#pragma unroll
+      for (int i = 0; i < CHUNK; i++) {
+        x[i] -= mean;
+        rest[0] += x[i];
+        rest[1] += x[i] * x[i];
+      }
+      row_sum<C>(rest, scratch.rest);
+      const float small = rest[0] * PER_CHANNEL;
+      rstd = rsqrtf(rest[1] * PER_CHANNEL - small * small + in.eps);
+      float a[CHUNK], y[CHUNK];
+      load(scale + column, a);
+      y_raw.widen(y);
+#pragma unroll
+      for (int i = 0; i < CHUNK; i++) {
+        x[i] = (x[i] - small) * rstd;
+        if (is_row) {
+          dshift[i] += y[i];
+          dscale[i] += y[i] * x[i];
+        }
+        y[i] *= 1.f + a[i];
+        along[0] += y[i];
+        along[1] += y[i] * x[i];
+      }
+      row_sum<C>(along, scratch.gradient);
+    }
+    if (!is_row) continue;
+    d_raw.widen(d);
+    if (in.dy.data != nullptr) {
+      float a[CHUNK], y[CHUNK];
+      load(scale + column, a);
+      y_raw.widen(y);
+#pragma unroll
+      for (int i = 0; i < CHUNK; i++)
+        d[i] += rstd * (y[i] * (1.f + a[i]) - (along[0] + x[i] * along[1]) * PER_CHANNEL);
+    }
+    const int64_t out = (at.first_out + n) * C + column;
+    store(in.dx + out, d);
+    if (in.branch.data != nullptr) {
+      float g[CHUNK], r[CHUNK];
+      gated(r_raw, gate, bias, column, g, r);
+#pragma unroll
+      for (int i = 0; i < CHUNK; i++) {
+        dgate[i] += d[i] * r[i];
+        d[i] *= g[i];
+        dbias[i] += d[i];
+      }
+      store(in.dbranch + out, d);
+    }
+  }
+
+  // The slots' sums meet in shared memory; slot 0 writes the block's.
+  float* sums = reinterpret_cast<float*>(&scratch + 1);  // (ROWS, C)
+  const auto write = [&](int which, const float(&x)[CHUNK]) {
+    __syncthreads();
+    store(sums + slot * C + column, x);
+    __syncthreads();
+    if (slot != 0) return;
+    float total[CHUNK];
+    load(sums + column, total);
+    for (int other = 1; other < ROWS; other++) {
+      float part[CHUNK];
+      load(sums + other * C + column, part);
+#pragma unroll
+      for (int i = 0; i < CHUNK; i++) total[i] += part[i];
+    }
+    store(in.partial + (int64_t(which) * gridDim.x + blockIdx.x) * C + column, total);
+  };
+  if (in.dy.data != nullptr) write(0, dshift), write(1, dscale);
+  if (in.branch.data != nullptr) write(2, dgate), write(3, dbias);
+}
+
+// A thread's sums over tokens are kept in the block's own rows of `partial`: nobody else's.
+template <typename T, typename S>
+__global__ void __launch_bounds__(GENERAL_THREADS, 2) backward_any(
+    Backward<T, S> in, Grid grid, int C) {
+  const Rows at = grid.locate();
+  float *scratch = shared<float>(), *x = scratch + 2 * WARP, *d = x + C;
+  const S *gate = in.gate.at(at.sample), *bias = in.bias.at(at.sample);
+  const S* scale = in.scale.at(at.sample);
+  const float per_channel = 1.f / C;
+  float* sums[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    sums[i] = in.partial + (int64_t(i) * gridDim.x + blockIdx.x) * C;
+    for (int c = threadIdx.x; c < C; c += GENERAL_THREADS) sums[i][c] = 0.f;
+  }
+  for (int64_t n = at.begin; n < at.end; n++) {
+    const int64_t row = at.first + n, out = (at.first_out + n) * C;
+    float along[2] = {0.f, 0.f}, rstd = 0.f;
+    if (in.dy.data != nullptr) {
+      const T* dy = in.dy.at(at.sample, row);
+      stage(in, at, n, C, x, static_cast<T*>(nullptr));
+      rstd = normalise(x, C, in.eps, scratch);
+      for (int c = threadIdx.x; c < C; c += GENERAL_THREADS) {
+        const float y = to_float(dy[c]);
+        sums[0][c] += y;
+        sums[1][c] += y * x[c];
+        d[c] = y * (1.f + to_float(scale[c]));
+        along[0] += d[c];
+        along[1] += d[c] * x[c];
+      }
+      block_sum(along, scratch);
+    }
+    for (int c = threadIdx.x; c < C; c += GENERAL_THREADS) {
+      float dx = in.dout.data == nullptr ? 0.f : to_float(in.dout.at(at.sample, row)[c]);
+      if (in.dy.data != nullptr) dx += rstd * (d[c] - along[0] * per_channel - x[c] * (along[1] * per_channel));
+      round_to(in.dx[out + c], dx);
+      if (in.branch.data != nullptr) {
+        float g[1], r[1];
+        load_gated(in.branch.at(at.sample, row), gate, bias, c, g, r);
+        round_to(in.dbranch[out + c], dx * g[0]);
+        sums[2][c] += dx * r[0];
+        sums[3][c] += dx * g[0];
+      }
+    }
+  }
+}
+
+template <typename T, typename S>
+Inputs<T, S> inputs(
+    const Tensor& x, const Maybe& branch, const Maybe& gate, const Maybe& bias, const Maybe& shift,
+    const Maybe& scale, double eps, bool is_packed) {
+  return {tokens<const T>(x, is_packed), tokens<const T>(branch, is_packed), row<S>(gate),
+          row<S>(bias), row<S>(shift), row<S>(scale), static_cast<float>(eps)};
+}
+
+template <typename T, typename S>
+bool all_aligned(const Inputs<T, S>& in) {
+  return is_aligned(in.x) && is_aligned(in.branch) && is_aligned(in.gate) && is_aligned(in.bias) &&
+         is_aligned(in.shift) && is_aligned(in.scale);
+}
+
+ScalarType rows_dtype(const Tensor& x, std::initializer_list<const Maybe*> rows) {
+  for (const Maybe* row : rows)
+    if (row->has_value()) return (*row)->scalar_type();
+  return x.scalar_type();
+}
+
+void forward(
+    Tensor x, Maybe branch, Maybe gate, Maybe bias, Maybe shift, Maybe scale, Maybe out, Maybe y,
+    double eps, Maybe cu, int64_t max_length, int64_t rows) {
+  const int C = static_cast<int>(x.size(-1));
+  const Stream stream(x);
+  const Grid grid = grid_of(x, cu, max_length, rows);
+  const int64_t blocks = samples_of(x, cu) * grid.tiles;
+  with_dtypes(x.scalar_type(), rows_dtype(x, {&gate, &scale}), [&](auto t, auto s) {
+    using T = typename decltype(t)::type;
+    using S = typename decltype(s)::type;
+    Forward<T, S> in{
+        inputs<T, S>(x, branch, gate, bias, shift, scale, eps, cu.has_value()),
+        pointer<T>(out), pointer<T>(y)};
+    const bool is_fast = all_aligned<T, S>(in) && is_aligned(in.out) && is_aligned(in.y);
+    if (is_fast && C == 1152)
+      return launch(stream, forward_rows<1152, T, S>, blocks, FORWARD_THREADS, 0, in, grid);
+    if (is_fast && C == 768)
+      return launch(stream, forward_rows<768, T, S>, blocks, FORWARD_THREADS, 0, in, grid);
+    const size_t bytes = (2 * WARP + C) * sizeof(float);
+    launch(stream, forward_any<T, S>, blocks, GENERAL_THREADS, bytes, in, grid, C);
+  });
+}
+
+void backward(
+    Maybe dout, Maybe dy, Tensor x, Maybe branch, Maybe gate, Maybe bias, Maybe scale, Tensor dx,
+    Maybe dbranch, Tensor partial, double eps, Maybe cu, int64_t max_length, int64_t rows) {
+  const int C = static_cast<int>(x.size(-1));
+  const Stream stream(x);
+  const Grid grid = grid_of(x, cu, max_length, rows);
+  const int64_t blocks = samples_of(x, cu) * grid.tiles;
+  STD_TORCH_CHECK(partial.numel() == 4 * blocks * C, "tim_kernels_cuda: partial is (4, blocks, C)");
+  with_dtypes(x.scalar_type(), rows_dtype(x, {&gate, &scale}), [&](auto t, auto s) {
+    using T = typename decltype(t)::type;
+    using S = typename decltype(s)::type;
+    const bool is_packed = cu.has_value();
+    Backward<T, S> in{
+        inputs<T, S>(x, branch, gate, bias, std::nullopt, scale, eps, is_packed),
+        tokens<const T>(dout, is_packed), tokens<const T>(dy, is_packed), pointer<T>(dx),
+        pointer<T>(dbranch), pointer<float>(partial)};
+    const bool is_fast = all_aligned<T, S>(in) && is_aligned(in.dout) && is_aligned(in.dy) &&
+                         is_aligned(in.dx) && is_aligned(in.dbranch);
+    const size_t fast_bytes = sizeof(Scratch) + BACKWARD_THREADS * CHUNK * sizeof(float);
+    if (is_fast && C == 1152)
+      return launch(
+          stream, backward_rows<1152, T, S>, blocks, BACKWARD_THREADS, fast_bytes, in,
+          grid);
+    if (is_fast && C == 768)
+      return launch(
+          stream, backward_rows<768, T, S>, blocks, BACKWARD_THREADS, fast_bytes, in,
+          grid);
+    const size_t bytes = (2 * WARP + 2 * C) * sizeof(float);
+    launch(stream, backward_any<T, S>, blocks, GENERAL_THREADS, bytes, in, grid, C);
+  });
+}
+
+}  // namespace
+}  // namespace tim
+
+TIM_IMPLEMENT(library) {
+  library.impl("ada_layer_norm_forward", TORCH_BOX(&tim::forward));
+  library.impl("ada_layer_norm_backward", TORCH_BOX(&tim::backward));
+}

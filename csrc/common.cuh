@@ -1,0 +1,163 @@
+// What every kernel shares: element types as float, chunks of a row in registers, sums.
+//
+// All arithmetic is in float32; a value is rounded once, when it is stored. Kernels use dynamic
+// shared memory alone, through `shared<T>()`.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace tim {
+
+constexpr int WARP = 32;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr int CHUNK = 8;  // channels: 16 bytes of a 2-byte dtype, twice 16 of float
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+
+__device__ __forceinline__ void round_to(float& to, float x) { to = x; }
+__device__ __forceinline__ void round_to(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void round_to(__half& to, float x) { to = __float2half_rn(x); }
+
+// W channels as they are in memory; W = 8 takes 16-byte accesses and wants p aligned to them.
+template <int W, typename T>
+struct alignas(W == 1 ? sizeof(T) : sizeof(uint4)) Raw {
+  static constexpr int PARTS = W * sizeof(T) / sizeof(uint4);
+  T value[W];
+
+  __device__ __forceinline__ void load(const T* p) {
+    if constexpr (W == 1) {
+      value[0] = *p;
+    } else {
+#pragma unroll
+      for (int i = 0; i < PARTS; i++)
+        reinterpret_cast<uint4*>(value)[i] = reinterpret_cast<const uint4*>(p)[i];
+    }
+  }
+
+  __device__ __forceinline__ void store(T* p) const {
+    if constexpr (W == 1) {
+      *p = value[0];
+    } else {
+#pragma unroll
+      for (int i = 0; i < PARTS; i++)
+        reinterpret_cast<uint4*>(p)[i] = reinterpret_cast<const uint4*>(value)[i];
+    }
+  }
+
+  __device__ __forceinline__ void widen(float (&x)[W]) const {
+#pragma unroll
+    for (int i = 0; i < W; i++) x[i] = to_float(value[i]);
+  }
+};
+
+template <int W, typename T>
+__device__ __forceinline__ void load(const T* p, float (&x)[W]) {
+  Raw<W, T> raw;
+  raw.load(p);
+  raw.widen(x);
+}
+
+template <int W, typename T>
+__device__ __forceinline__ void store(T* p, const float (&x)[W]) {
+  Raw<W, T> raw;
+#pragma unroll
+  for (int i = 0; i < W; i++) round_to(raw.value[i], x[i]);
+  raw.store(p);
+}
+
+// Dynamic shared memory of the block.
+template <typename T>
+__device__ __forceinline__ T* shared() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(16) unsigned char memory[];
+  return reinterpret_cast<T*>(memory);
+#else
+  return static_cast<T*>(emulation::dynamic_shared());
+#endif
+}
+
+// Sum over teams of TEAM neighbouring lanes; every lane of the warp must call it.
+template <int TEAM, int N>
+__device__ __forceinline__ void team_sum(float (&x)[N]) {
+#pragma unroll
+  for (int step = TEAM / 2; step > 0; step /= 2) {
+#pragma unroll
+    for (int i = 0; i < N; i++) x[i] += __shfl_xor_sync(ALL_LANES, x[i], step);
+  }
+}
+
+// Sum over the block, the same in every thread. `scratch` is N·32 floats of shared memory; calls
+// with one scratch need no barrier between them.
+template <int N>
+__device__ __forceinline__ void block_sum(float (&x)[N], float* scratch) {
+  team_sum<WARP>(x);
+  const int warps = blockDim.x / WARP, lane = threadIdx.x % WARP;
+  __syncthreads();  // the last call's readers are done
+  if (lane == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i++) scratch[i * WARP + threadIdx.x / WARP] = x[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    x[i] = 0.f;
+    for (int warp = 0; warp < warps; warp++) x[i] += scratch[i * WARP + warp];
+  }
+}
+
+// Which tokens a block has. Samples are (B, length) or, with cu_seqlens, packed end to end.
+struct Rows {
+  int64_t sample, first, begin, end;  // rows begin … end − 1 of the sample; `first` of an input
+  int64_t first_out;                  // and of a contiguous output
+};
+
+struct Grid {
+  const int32_t* cu;  // cu_seqlens (samples + 1,) or nullptr
+  int64_t length;     // of every sample, or the longest
+  unsigned tiles;     // blocks a sample
+  int64_t rows;       // tokens a block
+
+  __device__ __forceinline__ Rows locate() const {
+    Rows at;
+    at.sample = blockIdx.x / tiles;
+    int64_t span = length;
+    at.first = 0, at.first_out = at.sample * length;
+    if (cu != nullptr) {
+      at.first = at.first_out = cu[at.sample];
+      span = cu[at.sample + 1] - at.first;
+    }
+    at.begin = int64_t(blockIdx.x % tiles) * rows;
+    at.end = at.begin + rows < span ? at.begin + rows : span;
+    return at;
+  }
+};
+
+// A token tensor (B, N, …) or (T, …): the address of a token is data + sample·b + row·n.
+template <typename T>
+struct Tokens {
+  T* data;
+  int64_t b, n;
+
+  __device__ __forceinline__ T* at(int64_t sample, int64_t row) const {
+    return data + sample * b + row * n;
+  }
+};
+
+// A conditioning row a sample, or one for all.
+template <typename T>
+struct Row {
+  const T* data;
+  int64_t s;
+
+  __device__ __forceinline__ const T* at(int64_t sample) const {
+    return data == nullptr ? nullptr : data + sample * s;
+  }
+};
+
+}  // namespace tim
