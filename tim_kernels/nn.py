@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .ada_layer_norm.op import ada_layer_norm, gated_residual, gated_residual_ada_layer_norm
 from .attention.op import attention
 from .packing import pack
-from .qk_norm_rope.op import qk_norm_rope
+from .qk_norm_rope.op import qk_norm_rope, qkv_norm_rope
 from .swiglu.op import swiglu
 from .time_pair_embedding.op import TimeMLP, time_pair_embedding
 
@@ -128,10 +128,9 @@ def add_and_norm(x, pending: Pending | None, shift, scale, eps) -> tuple[Tensor,
 
 
 def self_attention(attn: nn.Module, h: Tensor, rows: BlockConditioning, rope: Rope) -> Tensor:
-    heads = _heads(attn, h.shape[-1])
-    q, k, v = attn.qkv(h).unflatten(-1, (3, heads, -1)).unbind(2)  # views (B, N, heads, head_dim)
-    q, k = qk_norm_rope(
-        q, k, *_affine(attn.q_norm), *_affine(attn.k_norm),
+    qkv = attn.qkv(h).unflatten(-1, (3, _heads(attn, h.shape[-1]), -1))
+    q, k, v = qkv_norm_rope(
+        qkv, *_affine(attn.q_norm), *_affine(attn.k_norm),
         grid=rope.grid, order=rope.order, q_shift=rows.q_shift, k_shift=rows.k_shift,
         eps=_eps(attn.q_norm),
     )  # fmt: skip

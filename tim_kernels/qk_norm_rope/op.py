@@ -5,9 +5,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backend
-from ..registration import define, differentiable
-from ..segments import Segments, check_row, check_same_device, check_tokens
+from ..registration import define, differentiable, remember_backend, remembered_backend
+from ..segments import Segments
 from . import reference
+from .arguments import arguments
 
 NAME = "qk_norm_rope"
 PLACES = "Tensor? positions, SymInt divisor, Tensor? divisors"
@@ -94,14 +95,18 @@ def _setup_context(ctx, inputs, output):
     ctx.leading = [None if x is None else x.shape[0] for x in (q_shift, k_shift)]
 
 
+def _saved(ctx):
+    """The tokens (q and k, or qkv and None), then weights and shifts, then the operators' tail."""
+    *tokens_and_rows, positions, divisors, cu = ctx.saved_tensors
+    tail = positions, ctx.divisor, divisors, ctx.eps, cu, ctx.max_length
+    return tokens_and_rows[:2], tokens_and_rows[2:], tail
+
+
 def _vjp(ctx, dq_out, dk_out):
-    q, k, *saved, positions, divisors, cu = ctx.saved_tensors
+    (q, k), rows, tail = _saved(ctx)
     if k is None:
         dk_out = None
-    dq, dk, *sums = backward_op(
-        dq_out, dk_out, q, k, *saved,
-        positions, ctx.divisor, divisors, ctx.eps, cu, ctx.max_length,
-    )  # fmt: skip
+    dq, dk, *sums = backward_op(dq_out, dk_out, q, k, *rows, *tail)
     dq = None if dq_out is None else dq
     dk = None if dk_out is None else dk
     return dq, dk, *_row_gradients(ctx, *sums, dq_out, dk_out), *(None,) * 6
@@ -121,15 +126,9 @@ def _row_gradients(ctx, shifts: Tensor, affine: Tensor, dq_out, dk_out) -> list[
     ]
 
 
-def _tangent(
-    ctx, tq, tk, tq_weight, tq_bias, tk_weight, tk_bias, tq_shift, tk_shift, *_
-):  # fmt: skip
-    q, k, q_weight, k_weight, q_shift, k_shift, positions, divisors, cu = ctx.saved_tensors
-    return jvp_op(
-        q, k, q_weight, k_weight, q_shift, k_shift,
-        tq, tk, tq_weight, tq_bias, tk_weight, tk_bias, tq_shift, tk_shift,
-        positions, ctx.divisor, divisors, ctx.eps, cu, ctx.max_length,
-    )  # fmt: skip
+def _tangent(ctx, *tangents):
+    tokens, rows, tail = _saved(ctx)
+    return jvp_op(*tokens, *rows, *tangents[:8], *tail)
 
 
 _call = differentiable(forward_op, _setup_context, _vjp, _tangent)
@@ -149,28 +148,23 @@ class _Packed(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)
+        remember_backend(ctx)
         _setup_context(ctx, (inputs[0], None, *inputs[1:]), output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq_out, dk_out, dv):
-        qkv, _, *saved, positions, divisors, cu = ctx.saved_tensors
-        dqkv, *sums = packed_backward_op(
-            dq_out, dk_out, dv, qkv, *saved,
-            positions, ctx.divisor, divisors, ctx.eps, cu, ctx.max_length,
-        )  # fmt: skip
+        (qkv, _), rows, tail = _saved(ctx)
+        with remembered_backend(ctx):
+            dqkv, *sums = packed_backward_op(dq_out, dk_out, dv, qkv, *rows, *tail)
         return dqkv, *_row_gradients(ctx, *sums, dq_out, dk_out), *(None,) * 6
 
     @staticmethod
-    def jvp(ctx, tqkv, tq_weight, tq_bias, tk_weight, tk_bias, tq_shift, tk_shift, *_):
-        qkv, _, *saved, positions, divisors, cu = ctx.saved_tensors
+    def jvp(ctx, tqkv, *tangents):
+        (qkv, _), rows, tail = _saved(ctx)
         q, k, _ = qkv.unbind(-3)
         tq, tk, tv = (None,) * 3 if tqkv is None else (tqkv.select(-3, i) for i in range(3))
-        tq_out, tk_out = jvp_op(
-            q, k, *saved, tq, tk, tq_weight, tq_bias, tk_weight, tk_bias, tq_shift, tk_shift,
-            positions, ctx.divisor, divisors, ctx.eps, cu, ctx.max_length,
-        )  # fmt: skip
-        return tq_out, tk_out, tv
+        return *jvp_op(q, k, *rows, tq, tk, *tangents[:6], *tail), tv
 
 
 def qk_norm_rope(
@@ -221,12 +215,12 @@ def qk_norm_rope(
         ValueError: shapes, dtypes or devices that do not fit, more than one source of positions,
             a rotated head_dim that is not a multiple of 4, an unknown order.
     """
-    arguments = _arguments(
+    checked = arguments(
         q, k, dict(q_weight=q_weight, q_bias=q_bias, k_weight=k_weight, k_bias=k_bias),
         dict(q_shift=q_shift, k_shift=k_shift), positions, grid, sizes, order, eps, segments,
     )  # fmt: skip
     run = _reference if backend.choose(NAME, q) == "reference" else _call
-    outputs = run(q, k, *arguments)
+    outputs = run(q, k, *checked)
     return outputs[0] if k is None else tuple(outputs)
 
 
@@ -264,30 +258,15 @@ def qkv_norm_rope(
     if qkv.ndim != layout.count(",") + 1 or qkv.shape[-3] != 3:
         raise ValueError(f"qkv must be {layout}, got {tuple(qkv.shape)}")
     q, k, v = qkv.unbind(-3)
-    arguments = _arguments(
+    checked = arguments(
         q, k, dict(q_weight=q_weight, q_bias=q_bias, k_weight=k_weight, k_bias=k_bias),
         dict(q_shift=q_shift, k_shift=k_shift), positions, grid, sizes, order, eps, segments,
     )  # fmt: skip
     if backend.choose(NAME, qkv) == "reference":
-        return *_reference(q, k, *arguments), v
+        return *_reference(q, k, *checked), v
     if torch.compiler.is_compiling():
-        return *_call(q, k, *arguments), v
-    return tuple(_Packed.apply(qkv, *arguments))
-
-
-def _arguments(
-    q, k, affine: dict, shifts: dict, positions, grid, sizes, order, eps, segments
-) -> tuple:
-    """Checked, as the operator takes them after q and k."""
-    samples = _check(q, k, affine, shifts, segments)
-    _check_positions(q, samples, positions, grid, sizes, order, segments)
-    divisor, divisors = 0, None  # of the token's index, by which it falls into its two positions
-    if grid is not None:
-        divisor = grid[1] if order == "grid" else grid[0]
-    if sizes is not None:
-        divisors = sizes[:, 1 if order == "grid" else 0]
-    packing = (None, 0) if segments is None else (segments.cu_seqlens, segments.max_length)
-    return *affine.values(), *shifts.values(), positions, divisor, divisors, float(eps), *packing
+        return *_call(q, k, *checked), v
+    return tuple(_Packed.apply(qkv, *checked))
 
 
 def _reference(
@@ -304,65 +283,3 @@ def _reference(
     if k is not None:
         k = reference.norm_rope(k, k_weight, k_bias, tables, k_shift, eps, segments)
     return q, k
-
-
-def _check(q: Tensor, k: Tensor | None, affine: dict, shifts: dict, segments) -> int:
-    samples = check_tokens("q", q, segments)
-    check_same_device("q", q, q)
-    layout = "(B, N, heads, head_dim)" if segments is None else "(T, heads, head_dim)"
-    if q.ndim != layout.count(",") + 1:
-        raise ValueError(f"q must be {layout}, got {tuple(q.shape)}")
-    if k is not None:
-        check_same_device("k", k, q)
-        if k.shape != q.shape:
-            raise ValueError(f"k must be shaped as q, {tuple(q.shape)}; got {tuple(k.shape)}")
-    H, D = q.shape[-2:]
-    for name, row in (affine | shifts).items():
-        if row is None:
-            continue
-        if name[0] == "k" and k is None:
-            raise ValueError(f"{name} is given, but no k")
-        if name in shifts:
-            check_row(name, row, samples, H * D, q)
-            continue
-        check_same_device(name, row, q)
-        if row.shape != (D,):
-            raise ValueError(f"{name} must be ({D},), got {tuple(row.shape)}")
-        if affine[f"{name[0]}_weight"] is None:
-            raise ValueError(f"{name} is given, but no {name[0]}_weight: the norm needs a weight")
-    return samples
-
-
-def _check_positions(q, samples, positions, grid, sizes, order, segments) -> None:
-    given = [
-        name
-        for name, source in (("positions", positions), ("grid", grid), ("sizes", sizes))
-        if source is not None
-    ]
-    if not given:
-        return
-    if len(given) > 1:
-        raise ValueError(f"give one of positions, grid and sizes, got {' and '.join(given)}")
-    if order not in reference.ORDERS:
-        raise ValueError(f"order must be one of {reference.ORDERS}, got {order!r}")
-    if q.shape[-1] % 4:
-        raise ValueError(f"head_dim must be a multiple of 4 for 2-D RoPE, got {q.shape[-1]}")
-    if positions is not None:
-        shapes = [(*q.shape[:2], 2), (q.shape[1], 2)] if segments is None else [(q.shape[0], 2)]
-        _check_integers("positions", positions, shapes, (torch.int32, torch.int64), q)
-    elif sizes is not None:
-        _check_integers("sizes", sizes, [(samples, 2)], (torch.int32,), q)
-    elif len(grid) != 2 or (segments is None and grid[0] * grid[1] != q.shape[1]):
-        raise ValueError(
-            f"grid must be (h, w) with h·w the number of tokens, {q.shape[1]}; got {tuple(grid)}"
-        )
-
-
-def _check_integers(name, tensor, shapes, dtypes, q) -> None:
-    if tensor.shape not in shapes or tensor.dtype not in dtypes or tensor.device != q.device:
-        needed = " or ".join(map(str, shapes))
-        kinds = " or ".join(map(str, dtypes))
-        raise ValueError(
-            f"{name} must be {kinds}, {needed}, on {q.device}; "
-            f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-        )

@@ -35,12 +35,14 @@ def _cos_sin(angle):
 
 @triton.jit
 def axial_turn(
-    freq_ptr, position_ptr, position_b, divisor, divisors_ptr, divisors_s, sample, first, n, is_n,
+    places, sample, first, n, is_n,
     D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """(cos, sin, cos, sin) of the pairs of both pieces, (T, A/2) and (T, B/2)."""
+    """(cos, sin, cos, sin) of the pairs of both pieces, (T, A/2) and (T, B/2); None if there is
+    no table of frequencies."""
+    position_ptr, position_b, divisor, divisors_ptr, divisors_s, freq_ptr = places
     if freq_ptr is None:
-        return 1.0, 0.0, 1.0, 0.0
+        return None
     else:
         if position_ptr is not None:
             at = position_ptr + sample * position_b + (first + n) * 2
@@ -71,11 +73,11 @@ def _rotate_piece(x, cos, sin, T: tl.constexpr, HB: tl.constexpr, P: tl.constexp
 
 @triton.jit
 def rotate(
-    xa, xb, turn, sign, freq_ptr,
+    xa, xb, turn, sign,
     T: tl.constexpr, HB: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Rows turned by their token's angles, or back if sign is −1."""
-    if freq_ptr is None:
+    if turn is None:
         return xa, xb
     else:
         cos_a, sin_a, cos_b, sin_b = turn

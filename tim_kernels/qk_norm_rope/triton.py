@@ -23,79 +23,14 @@ In the kernels xa, xb are the two pieces of a row, g gradients, t tangents, and 
 import functools
 
 import torch
-import triton
 import triton.language as tl
 
-from ..launch import Plan, RowView, head_view, kernel, row_view
-from ..rows import (
-    load_row,
-    locate,
-    normalise,
-    normalise_linear,
-    pieces,
-    store_row,
-    store_rows,
-)
+from ..launch import Plan, kernel
+from ..rows import locate, pieces
 from ..tuning import tuned
+from ..views import RowView, head_view, row_view
 from . import reference
-from .rotation import axial_turn, rotate
-
-
-@triton.jit
-def _load(ptr, offset, is_row, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    """Rows that start at `offset` (R,) as float32 pieces; zeros if ptr is None."""
-    if ptr is None:
-        zero = tl.zeros_like(offset).to(tl.float32)[:, None]
-        return zero + tl.zeros((1, A), tl.float32), zero + tl.zeros((1, B), tl.float32)
-    else:
-        start = ptr + offset[:, None]
-        column_a, column_b = tl.arange(0, A)[None, :], A + tl.arange(0, B)[None, :]
-        a = tl.load(start + column_a, mask=is_row[:, None] & (column_a < D), other=0.0)
-        b = tl.load(start + column_b, mask=is_row[:, None] & (column_b < D), other=0.0)
-        return a.to(tl.float32), b.to(tl.float32)
-
-
-@triton.jit
-def _load_heads(
-    x_ptr, x_b, x_n, x_h, shift_ptr, shift_s, sample, row, head, is_row,
-    D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """x + shift of heads `head` (R,) of tokens `row` (R,)."""
-    head = head.to(tl.int64)
-    xa, xb = _load(x_ptr, (sample * x_b + row * x_n + head * x_h) * ALIGN, is_row, D, A, B)
-    if shift_ptr is not None:
-        sa, sb = _load(shift_ptr, sample * shift_s * ALIGN + head * D, is_row, D, A, B)
-        xa, xb = xa + sa, xb + sb
-    return xa, xb
-
-
-@triton.jit
-def _store_heads(
-    x_ptr, x_b, x_n, x_h, sample, row, head, is_row, a, b,
-    D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    start = x_ptr + ((sample * x_b + row * x_n + head.to(tl.int64) * x_h) * ALIGN)[:, None]
-    column_a, column_b = tl.arange(0, A)[None, :], A + tl.arange(0, B)[None, :]
-    tl.store(start + column_a, a, mask=is_row[:, None] & (column_a < D))
-    tl.store(start + column_b, b, mask=is_row[:, None] & (column_b < D))
-
-
-@triton.jit
-def _forward_heads(
-    x_ptr, x_b, x_n, x_h, weight_ptr, bias_ptr, shift_ptr, shift_s, freq_ptr, turn, y_ptr, eps,
-    sample, row, row_out, head, is_row, H: tl.constexpr, D: tl.constexpr,
-    A: tl.constexpr, B: tl.constexpr, T: tl.constexpr, HB: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    xa, xb = _load_heads(
-        x_ptr, x_b, x_n, x_h, shift_ptr, shift_s, sample, row, head, is_row, D, A, B, ALIGN
-    )
-    if weight_ptr is not None:
-        wa, wb = load_row(weight_ptr, 0, 0, ALIGN, D, A, B)
-        ba, bb = load_row(bias_ptr, 0, 0, ALIGN, D, A, B)
-        xa, xb, _ = normalise(xa, xb, eps, D, A, B)
-        xa, xb = xa * wa + ba, xb * wb + bb
-    xa, xb = rotate(xa, xb, turn, 1.0, freq_ptr, T, HB, A, B)
-    store_rows(y_ptr, row_out * H + head, is_row, xa, xb, D, A, B)
+from .heads import backward_heads, forward_heads, jvp_heads, locate_tokens
 
 
 @kernel
@@ -107,80 +42,19 @@ def _forward_kernel(
     q_out_ptr, k_out_ptr, eps, H: tl.constexpr, D: tl.constexpr, A: tl.constexpr,
     B: tl.constexpr, T: tl.constexpr, HB: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
+    places = position_ptr, position_b, divisor, divisors_ptr, divisors_s, freq_ptr
+    q, q_shift = (q_ptr, q_b, q_n, q_h), (q_shift_ptr, q_shift_s)
+    k, k_shift = (k_ptr, k_b, k_n, k_h), (k_shift_ptr, k_shift_s)
+    q_norm, k_norm = (q_weight_ptr, q_bias_ptr, eps), (k_weight_ptr, k_bias_ptr, eps)
     sample, tile, first, first_out, span = locate(cu_ptr, length, tiles)
-    n = tile * T + tl.arange(0, T)
-    turn = axial_turn(
-        freq_ptr, position_ptr, position_b, divisor, divisors_ptr, divisors_s,
-        sample, first, n, n < span, D, A, B, ALIGN,
-    )  # fmt: skip
-    token, head = tile * T + tl.arange(0, T * HB) // HB, tl.arange(0, T * HB) % HB
-    row, row_out, is_row = first + token, first_out + token, token < span
+    row, row_out, is_row, turn = locate_tokens(
+        places, sample, first, first_out, tile * T, span, D, A, B, T, HB, ALIGN
+    )
     for begin in range(0, H, HB):
-        _forward_heads(
-            q_ptr, q_b, q_n, q_h, q_weight_ptr, q_bias_ptr, q_shift_ptr, q_shift_s, freq_ptr, turn,
-            q_out_ptr, eps, sample, row, row_out, begin + head, is_row, H, D, A, B, T, HB, ALIGN,
-        )  # fmt: skip
+        at = sample, row, row_out, begin + tl.arange(0, T * HB) % HB, is_row
+        forward_heads(q, q_shift, q_norm, turn, q_out_ptr, at, H, D, A, B, T, HB, ALIGN)
         if k_ptr is not None:
-            _forward_heads(
-                k_ptr, k_b, k_n, k_h, k_weight_ptr, k_bias_ptr, k_shift_ptr, k_shift_s,
-                freq_ptr, turn, k_out_ptr, eps,
-                sample, row, row_out, begin + head, is_row, H, D, A, B, T, HB, ALIGN,
-            )  # fmt: skip
-
-
-@triton.jit
-def _backward_heads(
-    cu_ptr, length, tiles, rows_per_program, dy_ptr, dy_b, dy_n, dy_h, x_ptr, x_b, x_n, x_h,
-    weight_ptr, shift_ptr, shift_s,
-    position_ptr, position_b, divisor, divisors_ptr, divisors_s, freq_ptr,
-    dx_ptr, dx_b, dx_n, dx_h, dshift_ptr, affine_ptr, step, eps,
-    H: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
-    HB: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """dx, and this program's part of dshift (programs, H, D) and of dweight, dbias
-    (2, programs·columns, D)."""
-    sample, tile, first, _, span = locate(cu_ptr, length, tiles)
-    start, stop = tile * rows_per_program, min((tile + 1) * rows_per_program, span)
-    program = tl.program_id(0).to(tl.int64)
-    column = 0 if H == HB else tl.program_id(1)
-    head = column * HB + tl.arange(0, T * HB) % HB
-    za, zb = tl.zeros((T * HB, A), tl.float32), tl.zeros((T * HB, B), tl.float32)
-    dshift_a, dshift_b, dweight_a, dweight_b, dbias_a, dbias_b = za, zb, za, zb, za, zb
-    for begin in range(start, stop, T):
-        n = begin + tl.arange(0, T)
-        turn = axial_turn(
-            freq_ptr, position_ptr, position_b, divisor, divisors_ptr, divisors_s,
-            sample, first, n, n < stop, D, A, B, ALIGN,
-        )  # fmt: skip
-        token = begin + tl.arange(0, T * HB) // HB
-        row, is_row = first + token, token < stop
-        ga, gb = _load_heads(
-            dy_ptr, dy_b, dy_n, dy_h, None, 0, sample, row, head, is_row, D, A, B, ALIGN
-        )
-        ga, gb = rotate(ga, gb, turn, -1.0, freq_ptr, T, HB, A, B)
-        if weight_ptr is not None:
-            xa, xb = _load_heads(
-                x_ptr, x_b, x_n, x_h, shift_ptr, shift_s, sample, row, head, is_row, D, A, B, ALIGN
-            )
-            xa, xb, rstd = normalise(xa, xb, eps, D, A, B, APART=A != B)
-            dbias_a, dbias_b = dbias_a + ga, dbias_b + gb
-            dweight_a, dweight_b = dweight_a + ga * xa, dweight_b + gb * xb
-            wa, wb = load_row(weight_ptr, 0, 0, ALIGN, D, A, B)
-            ga, gb = normalise_linear(xa, xb, rstd, ga * wa, gb * wb, D, APART=A != B)
-        if shift_ptr is not None:
-            dshift_a, dshift_b = dshift_a + ga, dshift_b + gb
-        _store_heads(dx_ptr, dx_b, dx_n, dx_h, sample, row, head, is_row, ga, gb, D, A, B, ALIGN)
-
-    if shift_ptr is not None:
-        dshift_a = tl.sum(tl.reshape(dshift_a, (T, HB, A)), 0)
-        dshift_b = tl.sum(tl.reshape(dshift_b, (T, HB, B)), 0)
-        head = program * H + column * HB + tl.arange(0, HB)
-        store_rows(dshift_ptr, head, head >= 0, dshift_a, dshift_b, D, A, B)
-    if weight_ptr is not None:
-        affine_ptr += (program * (H // HB) + column) * D
-        store_row(affine_ptr, tl.sum(dweight_a, 0), tl.sum(dweight_b, 0), D, A, B)
-        affine_ptr += tl.cast(step, tl.int64) * (H // HB * D)
-        store_row(affine_ptr, tl.sum(dbias_a, 0), tl.sum(dbias_b, 0), D, A, B)
+            forward_heads(k, k_shift, k_norm, turn, k_out_ptr, at, H, D, A, B, T, HB, ALIGN)
 
 
 @kernel
@@ -195,50 +69,22 @@ def _backward_kernel(
     H: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
     HB: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
+    places = position_ptr, position_b, divisor, divisors_ptr, divisors_s, freq_ptr
+    sample, tile, first, first_out, span = locate(cu_ptr, length, tiles)
+    stop = min((tile + 1) * rows_per_program, span)
+    tokens = sample, first, first_out, tile * rows_per_program, stop
     if dq_out_ptr is not None:
-        _backward_heads(
-            cu_ptr, length, tiles, rows_per_program, dq_out_ptr, dq_out_b, dq_out_n, dq_out_h,
-            q_ptr, q_b, q_n, q_h, q_weight_ptr, q_shift_ptr, q_shift_s,
-            position_ptr, position_b, divisor, divisors_ptr, divisors_s, freq_ptr,
-            dq_ptr, dq_b, dq_n, dq_h, q_dshift_ptr, q_affine_ptr, step, eps,
-            H, D, A, B, T, HB, ALIGN,
+        backward_heads(
+            (dq_out_ptr, dq_out_b, dq_out_n, dq_out_h), (q_ptr, q_b, q_n, q_h),
+            (q_shift_ptr, q_shift_s), (q_weight_ptr, eps), places, (dq_ptr, dq_b, dq_n, dq_h),
+            q_dshift_ptr, q_affine_ptr, step, tokens, H, D, A, B, T, HB, ALIGN,
         )  # fmt: skip
     if dk_out_ptr is not None:
-        _backward_heads(
-            cu_ptr, length, tiles, rows_per_program, dk_out_ptr, dk_out_b, dk_out_n, dk_out_h,
-            k_ptr, k_b, k_n, k_h, k_weight_ptr, k_shift_ptr, k_shift_s,
-            position_ptr, position_b, divisor, divisors_ptr, divisors_s, freq_ptr,
-            dk_ptr, dk_b, dk_n, dk_h, k_dshift_ptr, k_affine_ptr, step, eps,
-            H, D, A, B, T, HB, ALIGN,
+        backward_heads(
+            (dk_out_ptr, dk_out_b, dk_out_n, dk_out_h), (k_ptr, k_b, k_n, k_h),
+            (k_shift_ptr, k_shift_s), (k_weight_ptr, eps), places, (dk_ptr, dk_b, dk_n, dk_h),
+            k_dshift_ptr, k_affine_ptr, step, tokens, H, D, A, B, T, HB, ALIGN,
         )  # fmt: skip
-
-
-@triton.jit
-def _jvp_heads(
-    x_ptr, x_b, x_n, x_h, weight_ptr, shift_ptr, shift_s, tx_ptr, tx_b, tx_n, tx_h,
-    tweight_ptr, tbias_ptr, tshift_ptr, tshift_s, freq_ptr, turn, ty_ptr, eps,
-    sample, row, row_out, head, is_row, H: tl.constexpr, D: tl.constexpr,
-    A: tl.constexpr, B: tl.constexpr, T: tl.constexpr, HB: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    ta, tb = _load_heads(
-        tx_ptr, tx_b, tx_n, tx_h, tshift_ptr, tshift_s, sample, row, head, is_row, D, A, B, ALIGN
-    )
-    if weight_ptr is not None:
-        xa, xb = _load_heads(
-            x_ptr, x_b, x_n, x_h, shift_ptr, shift_s, sample, row, head, is_row, D, A, B, ALIGN
-        )
-        xa, xb, rstd = normalise(xa, xb, eps, D, A, B)
-        wa, wb = load_row(weight_ptr, 0, 0, ALIGN, D, A, B)
-        ta, tb = normalise_linear(xa, xb, rstd, ta, tb, D)
-        ta, tb = ta * wa, tb * wb
-        if tweight_ptr is not None:
-            twa, twb = load_row(tweight_ptr, 0, 0, ALIGN, D, A, B)
-            ta, tb = ta + xa * twa, tb + xb * twb
-        if tbias_ptr is not None:
-            tba, tbb = load_row(tbias_ptr, 0, 0, ALIGN, D, A, B)
-            ta, tb = ta + tba, tb + tbb
-    ta, tb = rotate(ta, tb, turn, 1.0, freq_ptr, T, HB, A, B)
-    store_rows(ty_ptr, row_out * H + head, is_row, ta, tb, D, A, B)
 
 
 @kernel
@@ -252,26 +98,26 @@ def _jvp_kernel(
     tq_out_ptr, tk_out_ptr, eps, H: tl.constexpr, D: tl.constexpr, A: tl.constexpr,
     B: tl.constexpr, T: tl.constexpr, HB: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
+    places = position_ptr, position_b, divisor, divisors_ptr, divisors_s, freq_ptr
+    q, q_shift, q_norm = (q_ptr, q_b, q_n, q_h), (q_shift_ptr, q_shift_s), (q_weight_ptr, eps)
+    k, k_shift, k_norm = (k_ptr, k_b, k_n, k_h), (k_shift_ptr, k_shift_s), (k_weight_ptr, eps)
+    tq, tq_shift = (tq_ptr, tq_b, tq_n, tq_h), (tq_shift_ptr, tq_shift_s)
+    tk, tk_shift = (tk_ptr, tk_b, tk_n, tk_h), (tk_shift_ptr, tk_shift_s)
+    tq_norm, tk_norm = (tq_weight_ptr, tq_bias_ptr), (tk_weight_ptr, tk_bias_ptr)
     sample, tile, first, first_out, span = locate(cu_ptr, length, tiles)
-    n = tile * T + tl.arange(0, T)
-    turn = axial_turn(
-        freq_ptr, position_ptr, position_b, divisor, divisors_ptr, divisors_s,
-        sample, first, n, n < span, D, A, B, ALIGN,
-    )  # fmt: skip
-    token, head = tile * T + tl.arange(0, T * HB) // HB, tl.arange(0, T * HB) % HB
-    row, row_out, is_row = first + token, first_out + token, token < span
+    row, row_out, is_row, turn = locate_tokens(
+        places, sample, first, first_out, tile * T, span, D, A, B, T, HB, ALIGN
+    )
     for begin in range(0, H, HB):
-        _jvp_heads(
-            q_ptr, q_b, q_n, q_h, q_weight_ptr, q_shift_ptr, q_shift_s, tq_ptr, tq_b, tq_n, tq_h,
-            tq_weight_ptr, tq_bias_ptr, tq_shift_ptr, tq_shift_s, freq_ptr, turn, tq_out_ptr, eps,
-            sample, row, row_out, begin + head, is_row, H, D, A, B, T, HB, ALIGN,
+        at = sample, row, row_out, begin + tl.arange(0, T * HB) % HB, is_row
+        jvp_heads(
+            q, q_shift, q_norm, tq, tq_shift, tq_norm, turn, tq_out_ptr, at,
+            H, D, A, B, T, HB, ALIGN,
         )  # fmt: skip
         if k_ptr is not None:
-            _jvp_heads(
-                k_ptr, k_b, k_n, k_h, k_weight_ptr, k_shift_ptr, k_shift_s,
-                tk_ptr, tk_b, tk_n, tk_h, tk_weight_ptr, tk_bias_ptr, tk_shift_ptr, tk_shift_s,
-                freq_ptr, turn, tk_out_ptr, eps,
-                sample, row, row_out, begin + head, is_row, H, D, A, B, T, HB, ALIGN,
+            jvp_heads(
+                k, k_shift, k_norm, tk, tk_shift, tk_norm, turn, tk_out_ptr, at,
+                H, D, A, B, T, HB, ALIGN,
             )  # fmt: skip
 
 
