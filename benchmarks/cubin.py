@@ -9,6 +9,7 @@ of global loads and stores from the cubin.
 import contextlib
 import importlib
 import inspect
+import multiprocessing
 import re
 import subprocess
 import tempfile
@@ -53,6 +54,9 @@ class Launch:
         function = self.kernel.fn
         room = function.__module__.split(".")[-2]
         return f"{room}.{function.__name__.strip('_').removesuffix('_kernel')}"
+
+    def run(self) -> None:
+        self.kernel[self.grid](**self.arguments, **self.options)
 
 
 @dataclass
@@ -130,21 +134,35 @@ def specialise(launch: Launch) -> tuple[dict, dict, dict]:
 
 def compile_launch(launch: Launch, architecture: int) -> Resources:
     """Compile for sm_<architecture>; memory starts where torch's allocator aligns it."""
+    return compile_and_read(launch, architecture)[0]
+
+
+def compile_and_read(launch: Launch, architecture: int) -> tuple[Resources, str]:
+    """`compile_launch` and the machine code as text."""
     source = ASTSource(launch.kernel, *specialise(launch))
     target = GPUTarget("cuda", architecture, 32)
     compiled = triton.compile(source, target=target, options=launch.options)
-    return read_cubin(compiled.asm["cubin"], shared=compiled.metadata.shared)
+    usage, sass = disassemble(compiled.asm["cubin"])
+    return resources(usage, sass, compiled.metadata.shared), sass
 
 
 def read_cubin(cubin: bytes, shared: int = 0) -> Resources:
-    """Resources of the one kernel in a cubin, by the disassembler that Triton ships."""
+    """Resources of the one kernel in a cubin."""
+    return resources(*disassemble(cubin), shared)
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and machine code, by the disassembler that Triton ships."""
     from triton.knobs import nvidia
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = _run(nvidia.cuobjdump.path, "--dump-resource-usage", path)
-        sass = _run(nvidia.nvdisasm.path, "-c", path)
+        return usage, _run(nvidia.nvdisasm.path, "-c", path)
+
+
+def resources(usage: str, sass: str, shared: int) -> Resources:
     registers = int(re.search(r"REG:(\d+)", usage).group(1))
     stack, local = (int(re.search(rf"{word}:(\d+)", usage).group(1)) for word in ("STACK", "LOCAL"))
     code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", sass, re.M)
@@ -163,3 +181,21 @@ def read_cubin(cubin: bytes, shared: int = 0) -> Resources:
 
 def _run(*command) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def in_processes(function: Callable, tasks: list, processes: int) -> list:
+    """[function(*task) for task in tasks] by several processes; a task need not be picklable."""
+    _Forked.function, _Forked.tasks = function, tasks
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        return pool.map(_run_forked, range(len(tasks)), chunksize=1)
+
+
+class _Forked:
+    """What the processes inherit: a kernel cannot be pickled."""
+
+    function: Callable
+    tasks: list
+
+
+def _run_forked(index: int):
+    return _Forked.function(*_Forked.tasks[index])

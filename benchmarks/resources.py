@@ -9,9 +9,8 @@ compiled ahead of time, so no GPU is needed.
 import argparse
 import itertools
 import json
-import multiprocessing
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what users get; Triton
 import torch
 import triton
 
-from tim_kernels import use_backend
+from tim_kernels import tuning, use_backend
 
 from .calls import DIRECTIONS, calls
 from .cubin import (
@@ -28,6 +27,7 @@ from .cubin import (
     Launch,
     Resources,
     compile_launch,
+    in_processes,
     record_launches,
     specialise,
     through_launchers,
@@ -62,38 +62,30 @@ class Row:
         return blocks * self.num_warps
 
 
-Job = tuple[int, str, str, Launch]  # width, dtype, name of the call, one of its launches
+Job = tuple[int, int, str, str, Launch]  # architecture, width, dtype, name of a call, its launch
 
 
-def triton_jobs(widths: Iterable[int], dtypes: Iterable[str], ops: Iterable[str]) -> list[Job]:
+def triton_jobs(
+    architectures: Iterable[int], widths: Iterable[int], dtypes: Iterable[str], ops: Iterable[str]
+) -> list[Job]:
     """Each kernel that a call of some op launches, once, at the first width that needs it."""
     jobs: dict[str, Job] = {}
-    for width, dtype in itertools.product(widths, dtypes):
+    for arch, width, dtype in itertools.product(architectures, widths, dtypes):
         for call in calls(width, HEAD_DIMS.get(width, 64), getattr(torch, dtype)):
             for direction in DIRECTIONS:
-                with use_backend("triton"), record_launches() as launches, through_launchers():
+                with (
+                    use_backend("triton"), tuning.as_architecture(arch),
+                    record_launches() as launches, through_launchers(),
+                ):  # fmt: skip
                     call.run(direction)
                 for launch in launches:
                     if not ops or launch.name.partition(".")[0] in ops:
-                        code = repr((launch.name, specialise(launch), launch.options))
-                        jobs.setdefault(code, (width, dtype, call.name, launch))
+                        code = repr((arch, launch.name, specialise(launch), launch.options))
+                        jobs.setdefault(code, (arch, width, dtype, call.name, launch))
     return list(jobs.values())
 
 
-def report(jobs: Sequence[Job], architectures: Iterable[int], processes: int) -> list[Row]:
-    _Jobs.all = list(itertools.product(jobs, architectures))
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
-        return pool.map(_compile, range(len(_Jobs.all)), chunksize=1)
-
-
-class _Jobs:
-    """What the worker processes inherit: a kernel cannot be pickled."""
-
-    all: list[tuple[Job, int]]
-
-
-def _compile(index: int) -> Row:
-    (width, dtype, call, launch), arch = _Jobs.all[index]
+def compile_job(arch: int, width: int, dtype: str, call: str, launch: Launch) -> Row:
     constants = {
         parameter.name: str(launch.arguments[parameter.name])
         for parameter in launch.kernel.params
@@ -131,7 +123,8 @@ def main() -> None:
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
-    rows = report(triton_jobs(args.width, args.dtype, args.op), args.arch, args.processes)
+    jobs = triton_jobs(args.arch, args.width, args.dtype, args.op)
+    rows = in_processes(compile_job, jobs, args.processes)
     print(f"Triton {triton.__version__}; per kernel: warps a program, warps of 64 a multiprocessor")
     print(table(rows))
     if args.json:

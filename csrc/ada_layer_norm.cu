@@ -204,7 +204,7 @@ __device__ __forceinline__ void row_sum(float (&x)[N], float (&scratch)[N][HALF_
 }
 
 template <int C, typename T, typename S>
-__global__ void __launch_bounds__(BACKWARD_THREADS, 2) backward_rows(
+__global__ void __launch_bounds__(BACKWARD_THREADS, sizeof(T) + sizeof(S) == 4 ? 2 : 1) backward_rows(
     Backward<T, S> in, Grid grid) {
   constexpr int LANES = C / CHUNK, ROWS = BACKWARD_THREADS / LANES;
   constexpr float PER_CHANNEL = 1.f / C;

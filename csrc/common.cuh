@@ -82,9 +82,30 @@ __device__ __forceinline__ T* shared() {
 #endif
 }
 
+// cos and sin of an angle below 2^50 to float32 accuracy; NaN of one that is not finite. The
+// multiple of π/2 is taken off in double, and what is left, |r| ≤ π/4, goes into the Taylor series,
+// whose remainders are below 2e-9. (CUDA's own functions carry a slow path that needs a stack.)
+__device__ __forceinline__ void cos_sin(float angle, float& cos, float& sin) {
+  constexpr double TWO_OVER_PI = 0.63661977236758134, INTEGER = 6755399441055744.0;  // 1.5·2^52
+  constexpr double HALF_PI = 1.5707963267948966, HALF_PI_REST = 6.123233995736766e-17;
+  const double wide = angle, shifted = fma(wide, TWO_OVER_PI, INTEGER);
+  const double quarter = shifted - INTEGER;  // rounded to nearest, its low bits are shifted's
+  const unsigned turns = __double2loint(shifted);
+  const float r = static_cast<float>(fma(quarter, -HALF_PI_REST, fma(quarter, -HALF_PI, wide)));
+  const float z = r * r;
+  float s = z * (z * (1.f / 362880) - 1.f / 5040);
+  s = r + r * (z * (z * (s + 1.f / 120) - 1.f / 6));
+  float c = z * (z * (z * (-1.f / 3628800) + 1.f / 40320) - 1.f / 720);
+  c = 1.f + z * (z * (c + 1.f / 24) - 0.5f);
+  const bool is_odd = turns & 1;
+  cos = is_odd ? s : c, sin = is_odd ? c : s;
+  if ((turns + 1) & 2) cos = -cos;
+  if (turns & 2) sin = -sin;
+}
+
 // Sum over teams of TEAM neighbouring lanes; every lane of the warp must call it.
-template <int TEAM, int N>
-__device__ __forceinline__ void team_sum(float (&x)[N]) {
+template <int TEAM, int N, typename A>
+__device__ __forceinline__ void team_sum(A (&x)[N]) {
 #pragma unroll
   for (int step = TEAM / 2; step > 0; step /= 2) {
 #pragma unroll
@@ -92,10 +113,10 @@ __device__ __forceinline__ void team_sum(float (&x)[N]) {
   }
 }
 
-// Sum over the block, the same in every thread. `scratch` is N·32 floats of shared memory; calls
-// with one scratch need no barrier between them.
-template <int N>
-__device__ __forceinline__ void block_sum(float (&x)[N], float* scratch) {
+// Sum over the block, the same in every thread. `scratch` is N·32 numbers of shared memory;
+// calls with one scratch need no barrier between them.
+template <int N, typename A>
+__device__ __forceinline__ void block_sum(A (&x)[N], A* scratch) {
   team_sum<WARP>(x);
   const int warps = blockDim.x / WARP, lane = threadIdx.x % WARP;
   __syncthreads();  // the last call's readers are done
@@ -106,7 +127,7 @@ __device__ __forceinline__ void block_sum(float (&x)[N], float* scratch) {
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < N; i++) {
-    x[i] = 0.f;
+    x[i] = 0;
     for (int warp = 0; warp < warps; warp++) x[i] += scratch[i * WARP + warp];
   }
 }
@@ -123,16 +144,17 @@ struct Grid {
   unsigned tiles;     // blocks a sample
   int64_t rows;       // tokens a block
 
-  __device__ __forceinline__ Rows locate() const {
+  // The rows of a block; blocks that share their rows pass a number of their own.
+  __device__ __forceinline__ Rows locate(unsigned block = blockIdx.x) const {
     Rows at;
-    at.sample = blockIdx.x / tiles;
+    at.sample = block / tiles;
     int64_t span = length;
     at.first = 0, at.first_out = at.sample * length;
     if (cu != nullptr) {
       at.first = at.first_out = cu[at.sample];
       span = cu[at.sample + 1] - at.first;
     }
-    at.begin = int64_t(blockIdx.x % tiles) * rows;
+    at.begin = int64_t(block % tiles) * rows;
     at.end = at.begin + rows < span ? at.begin + rows : span;
     return at;
   }

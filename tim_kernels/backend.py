@@ -22,6 +22,7 @@ from . import extension
 BACKENDS = ("auto", "reference", "triton", "cuda")
 OPS = (
     "ada_layer_norm",
+    "attention",  # its tangent form; without tangents it is other people's kernels
     "qk_norm_rope",
     "swiglu",
     "time_pair_embedding",
@@ -140,8 +141,9 @@ def explain() -> str:
             for backend in ("cuda", "triton")
             if (reason := obstacle(backend, op, device))
         )
-        lines.append(f"{op:<32}{chosen:<12}{others}")
-    lines.append(f"{'attention':<32}{_attention(device)}")
+        label = "attention, its tangent" if op == "attention" else op
+        lines.append(f"{label:<32}{chosen:<12}{others}")
+    lines.append(f"{'attention without tangents':<32}{_attention(device)}")
     text = "\n".join(lines)
     print(text)
     return text

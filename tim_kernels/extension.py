@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .views import multiprocessors, row_view, token_view
+from .views import multiprocessors, row_view, sample_view, token_view, vector
 
 LIBRARY = Path(__file__).with_name("_cuda.so")
 BUILD = Path(__file__).with_name("_cuda.json")
+SAMPLE_BLOCK = 2048  # elements of latents that a block has, ELEMENTS of csrc/samples.cuh
 
 _emulated = False
 
@@ -101,6 +102,20 @@ def rows_for(dtype: torch.dtype, *rows: Tensor | None) -> tuple[Tensor | None, .
     if any(row is not None and row.dtype != dtype for row in rows):
         rows = tuple(None if row is None else row.float() for row in rows)
     return tuple(row_view(row).tensor for row in rows)
+
+
+def dense_samples(*latents: Tensor | None) -> list[Tensor | None]:
+    """Latents (B, …) as (B, elements), copied only if a sample has gaps."""
+    return [sample_view(x).tensor for x in latents]
+
+
+def vectors(dtype: torch.dtype, *coefficients: Tensor | None) -> list[Tensor | None]:
+    """Coefficients (B,) in `dtype`, without gaps."""
+    return [None if c is None else vector(c.to(dtype)) for c in coefficients]
+
+
+def blocks_per_sample(elements: int) -> int:
+    return -(-elements // SAMPLE_BLOCK)
 
 
 def tokens_per_block(x: Tensor, samples: int, length: int, most: int, step: int = 1) -> int:

@@ -5,34 +5,14 @@ as one, by its plain name, so that not even its alignment selects code. Lengths 
 in units of ALIGN elements, a constant of the kernel, as in launch.py.
 """
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .tuning import tuned
-from .views import multiprocessors
+from .views import SampleView, multiprocessors
 
 ALIGN = 8  # elements: 16 bytes of a 2-byte dtype
-
-
-class SampleView(NamedTuple):
-    tensor: Tensor | None
-    stride: int = 0
-
-
-def sample_view(x: Tensor | None) -> SampleView:
-    """x by its sample stride; copied only if a sample has gaps."""
-    if x is None:
-        return SampleView(None)
-    flat = x.flatten(1)
-    flat = flat if flat.stride(1) == 1 or flat.shape[1] < 2 else flat.contiguous()
-    return SampleView(flat, flat.stride(0))
-
-
-def vector(coefficient: Tensor | None) -> Tensor | None:
-    return None if coefficient is None else coefficient.contiguous()
 
 
 class SamplePlan:

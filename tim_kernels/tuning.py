@@ -1,26 +1,90 @@
 """Tile sizes and warps of each kernel, as data: tuning.json.
 
-"default" serves every device; an architecture's own entry, "sm_90", overrides it kernel by kernel.
-A configuration depends on the kernel alone, never on a length, so nothing is tuned at run time.
-The values now there were chosen by what the compiled kernels take (registers, no spills, 16-byte
-accesses) and wait to be measured.
+A section such as "sm_90" has what was chosen for that architecture, each entry with its source:
+timings on a GPU that it names, or the resources of the compiled code under a static model, which
+is a guess until somebody times it. `python -m benchmarks.tune --write` makes both kinds. "default"
+serves CPUs and GPUs older than every section.
+
+A kernel without an entry for an architecture takes that of the nearest lower one: sm_86 and sm_89
+are served as sm_80, sm_103 and sm_120 as sm_100. Kernels over rows and elements fit everywhere, as
+they need next to no shared memory; whether that is the fastest there, nobody has looked.
+
+A configuration depends on the kernel and the architecture alone, never on a length, so nothing is
+tuned at run time.
 """
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-TABLE = json.loads(Path(__file__).with_name("tuning.json").read_text())
+PATH = Path(__file__).with_name("tuning.json")
+TABLE: dict[str, dict[str, dict]] = json.loads(PATH.read_text())
+
+_forced: int | None = None  # the architecture that `as_architecture` asks for
+_tried: dict[str, tuple[int, int]] = {}
+
+
+def tuned(kernel: str, device: torch.device) -> tuple[int, int]:
+    """(elements of a tile, num_warps) of a kernel such as "swiglu" or "ada_layer_norm.jvp"."""
+    if kernel in _tried:
+        return _tried[kernel]
+    entry = TABLE[section(kernel, architecture(device))][kernel]
+    return entry["elements"], entry["num_warps"]
+
+
+def source(kernel: str, device: torch.device) -> str:
+    """Where the configuration of a kernel on a device comes from, in words."""
+    own = architecture(device)
+    name = section(kernel, own)
+    words = TABLE[name][kernel].get("source", "not timed")
+    return words if own is None or name == f"sm_{own}" else f"{words} ({name} for sm_{own})"
+
+
+def architecture(device: torch.device) -> int | None:
+    """90 for sm_90; None where there is no CUDA device and nobody asked for an architecture."""
+    if _forced is not None:
+        return _forced
+    return _capability(device) if device.type == "cuda" else None
 
 
 @functools.cache
-def tuned(kernel: str, device: torch.device) -> tuple[int, int]:
-    """(elements of a tile, num_warps) of a kernel such as "swiglu" or "ada_layer_norm.jvp"."""
-    own = {}
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        own = TABLE.get(f"sm_{major}{minor}", {})
-    entry = own.get(kernel) or TABLE["default"][kernel]
-    return entry["elements"], entry["num_warps"]
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def section(kernel: str, architecture: int | None) -> str:
+    """The section that serves a kernel: the highest one not above the architecture."""
+    if architecture is None:
+        return "default"
+    own = [int(name[3:]) for name in TABLE if name != "default" and kernel in TABLE[name]]
+    lower = [number for number in own if number <= architecture]
+    return f"sm_{max(lower)}" if lower else "default"
+
+
+@contextlib.contextmanager
+def as_architecture(number: int | None) -> Iterator[None]:
+    """For tools: the enclosed code gets the configurations of sm_<number>, on any device."""
+    global _forced
+    before, _forced = _forced, number
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@contextlib.contextmanager
+def trying(kernel: str, elements: int, num_warps: int) -> Iterator[None]:
+    """For tools: the enclosed code gets this configuration of a kernel."""
+    before = dict(_tried)
+    _tried[kernel] = elements, num_warps
+    try:
+        yield
+    finally:
+        _tried.clear()
+        _tried.update(before)

@@ -2,7 +2,7 @@
 
 A token tensor is (B, N, …) or packed (T, …) and has a batch and a token stride. A conditioning row
 is (B, C) or (1, C) and has a sample stride; heads of tokens (B, N, heads, head_dim) have a head
-stride besides.
+stride besides. Latents are (B, …), contiguous within a sample, with a sample stride.
 """
 
 import functools
@@ -28,6 +28,11 @@ class HeadView(NamedTuple):
     stride_b: int = 0
     stride_n: int = 0
     stride_h: int = 0
+
+
+class SampleView(NamedTuple):
+    tensor: Tensor | None
+    stride: int = 0
 
 
 VIEWS = TokenView, RowView, HeadView
@@ -61,6 +66,25 @@ def row_view(row: Tensor | None) -> RowView:
         return RowView(None)
     row = row if row.stride(-1) == 1 else row.contiguous()
     return RowView(row, 0 if row.shape[0] == 1 else row.stride(0))
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x as (rows, width), in place if its leading dimensions have one stride between them."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def sample_view(x: Tensor | None) -> SampleView:
+    """Latents (B, …) as (B, elements) by their sample stride; copied only if a sample has gaps."""
+    if x is None:
+        return SampleView(None)
+    flat = x.flatten(1)
+    flat = flat if flat.stride(1) == 1 or flat.shape[1] < 2 else flat.contiguous()
+    return SampleView(flat, flat.stride(0))
+
+
+def vector(coefficient: Tensor | None) -> Tensor | None:
+    return None if coefficient is None else coefficient.contiguous()
 
 
 @functools.cache

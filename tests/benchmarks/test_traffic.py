@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import traffic
-from benchmarks.traffic import ATTENTION, CASES, GEMM, GPUS, REST, count, total
+from benchmarks.counting import ATTENTION, GEMM, REST, Work, count, total
+from benchmarks.machine import Limits
+from benchmarks.traffic import CASES, GPUS
 from tim_kernels import ada_layer_norm, gated_residual_ada_layer_norm, use_backend
 
 H100 = GPUS["H100"]
@@ -114,9 +116,9 @@ def test_what_a_launcher_copies_is_counted():
 
 
 def test_roofline_takes_the_slower_of_bytes_and_flops():
-    gpu = traffic.GPU(bandwidth=10.0, flops=100.0)
-    works = [traffic.Work("a", REST, 20), traffic.Work("b", GEMM, 20, 500)]
-    assert total(works, gpu) == (2, 40, 500, 2.0 + 5.0)
+    limits = Limits(bandwidth=10.0, flops=100.0)
+    works = [Work("a", REST, 20), Work("b", GEMM, 20, 500)]
+    assert total(works, limits) == (2, 40, 500, 2.0 + 5.0)
 
 
 @pytest.mark.parametrize("name", CASES)

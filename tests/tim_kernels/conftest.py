@@ -28,6 +28,8 @@ def round_bfloat16_like_hardware() -> None:
     interpreter._convert_float = rounded
 
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic GEMMs on a GPU
+torch.backends.cudnn.allow_tf32 = False  # float32 is float32 in a convolution too
 if not torch.cuda.is_available():
     round_bfloat16_like_hardware()
 if emulation := os.environ.get("TIM_KERNELS_EMULATION"):

@@ -18,6 +18,7 @@ from tim_kernels.backend import use_backend
 FORWARD, DERIVATIVE, FLOOR = 1.25, 2.0, 1e-6
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKEND = os.environ.get("TIM_KERNELS_TEST_BACKEND", "triton")
+EMULATED = "TIM_KERNELS_EMULATION" in os.environ  # csrc/ on a CPU; its tangents are Triton's
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = (64, 72, 96, 100, 768, 1152, 1153)
 
@@ -34,7 +35,9 @@ def _tuple(outputs) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-def run(function: Callable, inputs: Sequence[Tensor], dtype=None) -> dict[str, list[Tensor]]:
+def run(
+    function: Callable, inputs: Sequence[Tensor], dtype=None, with_tangents: bool = True
+) -> dict[str, list[Tensor]]:
     """Outputs, gradients and tangents of `function` at `inputs`, cast to `dtype` if given.
 
     Cotangents and tangents are fixed noise, rounded to the inputs' own dtypes first so that every
@@ -49,26 +52,25 @@ def run(function: Callable, inputs: Sequence[Tensor], dtype=None) -> dict[str, l
     ]
     cotangents = [c.to(o.dtype) for c, o in zip(cotangents, outputs, strict=True)]
     gradients = torch.autograd.grad(outputs, leaves, cotangents)
+    result = {"outputs": [out.detach() for out in outputs], "gradients": list(gradients)}
+    if not with_tangents:
+        return result
     tangents = [
         cast(noise(*x.shape, seed=200 + i, device=x.device).to(x.dtype))
         for i, x in enumerate(inputs)
     ]
     primals = tuple(leaf.detach() for leaf in leaves)
     _, out_tangents = torch.func.jvp(function, primals, tuple(tangents))
-    return {
-        "outputs": [out.detach() for out in outputs],
-        "gradients": list(gradients),
-        "tangents": list(_tuple(out_tangents)),
-    }
+    return result | {"tangents": list(_tuple(out_tangents))}
 
 
 def assert_parity(fused: Callable, eager: Callable, inputs: Sequence[Tensor]) -> None:
     """Hold `fused` to its float64 reference, with the error of `eager` as the yardstick."""
     with use_backend("reference"):
-        oracle = run(fused, inputs, torch.float64)
-        plain = run(eager, inputs)
+        oracle = run(fused, inputs, torch.float64, not EMULATED)
+        plain = run(eager, inputs, None, not EMULATED)
     with use_backend(BACKEND):
-        ours = run(fused, inputs)
+        ours = run(fused, inputs, None, not EMULATED)
     for kind, expected in oracle.items():
         factor = FORWARD if kind == "outputs" else DERIVATIVE
         for i, truth in enumerate(expected):
@@ -81,9 +83,9 @@ def assert_parity(fused: Callable, eager: Callable, inputs: Sequence[Tensor]) ->
 def assert_same_every_run(function: Callable, inputs: Sequence[Tensor], runs: int = 2) -> None:
     """Bit-for-bit the same outputs, gradients and tangents."""
     with use_backend(BACKEND):
-        first = run(function, inputs)
+        first = run(function, inputs, None, not EMULATED)
         for _ in range(runs - 1):
-            again = run(function, inputs)
+            again = run(function, inputs, None, not EMULATED)
             for kind, tensors in first.items():
                 for a, b in zip(tensors, again[kind], strict=True):
                     assert torch.equal(a, b), kind

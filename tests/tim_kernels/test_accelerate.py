@@ -4,6 +4,7 @@ import pytest
 import torch
 from eager import EagerTiM, randomise
 from golden_files import relative_error
+from parity import BACKEND, DEVICE
 from torch import nn
 
 from tim_kernels import accelerate, restore, use_backend
@@ -19,10 +20,11 @@ def problem(text: bool, **changes):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 4, 6, generator=g)
     y = torch.randn(2, 5, 7, generator=g) if text else torch.tensor([1, 5])
-    return model, (x, torch.tensor([0.9, 0.6]), torch.tensor([0.2, 0.6]), y)
+    args = x, torch.tensor([0.9, 0.6]), torch.tensor([0.2, 0.6]), y
+    return model.to(DEVICE), tuple(argument.to(DEVICE) for argument in args)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", BACKEND])
 @pytest.mark.parametrize("text", [False, True], ids=["class", "text"])
 def test_same_numbers_and_back(text, backend):
     model, args = problem(text)

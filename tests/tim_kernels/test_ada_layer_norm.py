@@ -1,8 +1,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from parity import (
     DEVICE,
     DTYPES,
@@ -15,6 +13,7 @@ from parity import (
     assert_same_every_run,
     noise,
 )
+from sweep import st, sweep
 
 from tim_kernels import (
     Segments,
@@ -192,8 +191,8 @@ def test_opcheck():
         )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
+@sweep(
+    25,
     form=st.sampled_from(sorted(FORMS)),
     B=st.integers(1, 4),
     N=st.integers(1, 40),

@@ -58,7 +58,7 @@ def test_unknown_names_are_refused():
 def test_the_impossible_is_refused_with_its_reason():
     with (
         tim_kernels.use_backend("cuda"),
-        pytest.raises(tim_kernels.BackendUnavailable, match="no CUDA extension"),
+        pytest.raises(tim_kernels.BackendUnavailable, match="'cuda' cannot run ada_layer_norm: it "),
     ):
         tim_kernels.ada_layer_norm(*rows())
 
@@ -102,6 +102,5 @@ def test_meta_tensors_take_the_chosen_operators_anywhere():
 def test_explain_names_every_op(capsys):
     text = tim_kernels.explain()
     assert capsys.readouterr().out.strip() == text
-    for op in (*backend.OPS, "attention"):
+    for op in backend.OPS:
         assert op in text
-    assert "no CUDA extension" in text

@@ -5,9 +5,12 @@ import torch
 import torch._dynamo.testing
 from eager import EagerTiM, randomise
 from golden_files import relative_error
+from parity import BACKEND, DEVICE
 
-from tim.models import TiMTransformer2DModel
 from tim_kernels import use_backend
+
+pytest.importorskip("diffusers", reason="tim.models needs diffusers")
+from tim.models import TiMTransformer2DModel  # noqa: E402
 
 TINY = dict(
     patch_size=2, in_channels=3, hidden_size=24, encoder_depth=1, depth=2, num_heads=2,
@@ -19,7 +22,7 @@ def problem(text: bool):
     config = TINY | dict(cap_feat_dim=7 if text else None)
     model = TiMTransformer2DModel(**config)
     model.load_state_dict(randomise(EagerTiM(**config)).state_dict())
-    return model
+    return model.to(DEVICE)
 
 
 def inputs(text: bool, batch: int, height: int, width: int):
@@ -27,10 +30,10 @@ def inputs(text: bool, batch: int, height: int, width: int):
     x = torch.randn(batch, 3, height, width, generator=g)
     t = torch.rand(batch, generator=g) * 0.5 + 0.5
     y = torch.randn(batch, 11 + batch, 7, generator=g) if text else torch.arange(batch) % 5
-    return x, t, t / 2, y
+    return tuple(tensor.to(DEVICE) for tensor in (x, t, t / 2, y))
 
 
-@pytest.mark.parametrize("backend, compiler", [("reference", "inductor"), ("triton", "aot_eager")])
+@pytest.mark.parametrize("backend, compiler", [("reference", "inductor"), (BACKEND, "aot_eager")])
 @pytest.mark.parametrize("text", [False, True], ids=["class", "text"])
 def test_one_graph_for_every_size(text, backend, compiler):
     model = problem(text)

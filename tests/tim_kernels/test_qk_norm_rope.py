@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from parity import (
     DEVICE,
     DTYPES,
@@ -16,6 +14,7 @@ from parity import (
     noise,
 )
 from qk_norm_rope_forms import FORMS, both, bound, eager_both, inputs
+from sweep import st, sweep
 
 from tim_kernels.backend import use_backend
 from tim_kernels.qk_norm_rope import op, reference
@@ -180,8 +179,8 @@ def test_opcheck():
         torch.library.opcheck(op.jvp_op, (q, k, *weights, *shifts, q, k, *affine, *shifts, *tail))
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
+@sweep(
+    8,
     form=st.sampled_from(sorted(FORMS)),
     B=st.integers(1, 3),
     h=st.integers(1, 4),

@@ -2,11 +2,7 @@
 
 import pytest
 import torch
-from parity import (
-    DEVICE,
-    assert_parity,
-    noise,
-)
+from parity import DEVICE, assert_parity, noise
 from qk_norm_rope_forms import FORMS, both, bound, eager_packed_qkv, inputs, packed_qkv
 
 from tim_kernels import Segments

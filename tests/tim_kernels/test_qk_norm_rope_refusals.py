@@ -1,8 +1,6 @@
 import pytest
 import torch
-from parity import (
-    DEVICE,
-)
+from parity import DEVICE
 from qk_norm_rope_forms import inputs
 
 from tim_kernels import Segments

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from parity import BACKEND, DEVICE
 from torch.autograd import forward_ad
 
 from tim_kernels import ada_layer_norm, use_backend
@@ -9,14 +10,14 @@ from tim_kernels.ada_layer_norm import op
 
 
 @pytest.fixture(autouse=True)
-def triton():
+def fused():
     torch._dynamo.reset()
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         yield
 
 
-X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
-ROW = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
+X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+ROW = torch.randn(2, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 ONE = torch.ones_like(X)
 
 

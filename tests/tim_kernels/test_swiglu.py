@@ -1,8 +1,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from parity import (
     DEVICE,
     DTYPES,
@@ -15,6 +13,7 @@ from parity import (
     assert_same_every_run,
     noise,
 )
+from sweep import st, sweep
 
 from tim_kernels.backend import use_backend
 from tim_kernels.swiglu import op
@@ -149,8 +148,8 @@ def test_opcheck():
         torch.library.opcheck(op.jvp_op, (gate, None, value, None))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
+@sweep(
+    25,
     form=st.sampled_from(sorted(FORMS)),
     leading=st.lists(st.integers(1, 5), max_size=3),
     C=st.integers(4, 300),

@@ -3,8 +3,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from parity import (
     DEVICE,
     DTYPES,
@@ -17,6 +15,7 @@ from parity import (
     noise,
     run,
 )
+from sweep import st, sweep
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tim_kernels.backend import use_backend
@@ -208,8 +207,8 @@ def test_opcheck():
         torch.library.opcheck(op.jvp_op, (t, r, r, None, "t,r", torch.float16))
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
+@sweep(
+    10,
     condition=st.sampled_from(CONDITIONS),
     B=st.integers(2, 5),
     C=st.integers(8, 80),

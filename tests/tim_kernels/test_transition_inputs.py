@@ -1,7 +1,5 @@
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from parity import (
     DEVICE,
     DTYPES,
@@ -13,6 +11,7 @@ from parity import (
     assert_same_every_run,
     noise,
 )
+from sweep import st, sweep
 
 from tim_kernels.backend import use_backend
 from tim_kernels.coefficients import per_sample
@@ -180,8 +179,8 @@ def test_opcheck():
         torch.library.opcheck(op.jvp_op, (*args, *args))
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
+@sweep(
+    15,
     form=st.sampled_from(sorted(FORMS)),
     B=st.integers(6, 9),
     shape=st.lists(st.integers(3, 9), min_size=1, max_size=2),

@@ -1,8 +1,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from parity import (
     DEVICE,
     DTYPES,
@@ -14,6 +12,7 @@ from parity import (
     assert_same_every_run,
     noise,
 )
+from sweep import st, sweep
 
 from tim_kernels.backend import use_backend
 from tim_kernels.coefficients import per_sample
@@ -224,8 +223,8 @@ def test_opcheck():
         torch.library.opcheck(op.jvp_op, (*args, prediction))
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
+@sweep(
+    15,
     form=st.sampled_from(sorted(FORMS)),
     C=st.integers(2, 40),
     B=st.integers(6, 9),

@@ -1,4 +1,4 @@
-"""Attention: a choice among the kernels others keep well, never a home-made forward."""
+"""Attention: a choice among the kernels others keep well; its tangent is our own."""
 
 import functools
 import importlib
@@ -7,9 +7,34 @@ import importlib.util
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
-from ..segments import Segments
+from .. import backend
+from ..registration import NO_TANGENT, define
+from ..segments import Segments, check_tokens
 from . import reference
+
+NAME = "attention"
+DTYPES = torch.float32, torch.bfloat16, torch.float16  # of our kernel
+HEAD_DIMS = range(8, 257, 8)
+
+
+def _jvp(q, k, v, tq, tk, tv, key_mask, cu, k_cu, max_length, k_max_length):
+    kernels = backend.kernels(NAME, q)
+    return kernels.jvp(q, k, v, tq, tk, tv, key_mask, cu, k_cu, max_length, k_max_length)
+
+
+def _jvp_fake(q, k, v, tq, tk, tv, key_mask, cu, k_cu, max_length, k_max_length):
+    return q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+jvp_op = define(
+    "attention_jvp(Tensor q, Tensor k, Tensor v, Tensor? tq, Tensor? tk, Tensor? tv, "
+    "Tensor? key_mask, Tensor? cu_seqlens, Tensor? k_cu_seqlens, SymInt max_length, "
+    "SymInt k_max_length) -> (Tensor, Tensor)",
+    _jvp,
+    _jvp_fake,
+)
 
 
 def attention(
@@ -18,30 +43,94 @@ def attention(
     v: Tensor,
     segments: Segments | None = None,
     k_segments: Segments | None = None,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q·kᵀ/√head_dim)·v, without mask or dropout (arXiv 1706.03762, equation 1).
+    """softmax(q·kᵀ/√head_dim)·v, without dropout (arXiv 1706.03762, equation 1).
 
     Args:
         q: (B, N, heads, head_dim), or (T, heads, head_dim) packed with `segments`.
         k, v: (B, M, heads, head_dim), or (S, heads, head_dim) packed with `k_segments`, which
             are `segments` unless given.
+        key_mask: bool (B, M), True for the keys to attend to; not with `segments`. What is masked
+            must be finite. A query without keys gets zeros, in value and derivatives.
 
-    Runs flash-attn where it is installed and can (CUDA, bfloat16 or float16), else PyTorch's
-    scaled_dot_product_attention. Returns q's shape and dtype.
+    Runs flash-attn where it is installed and can (CUDA, bfloat16 or float16, no key_mask), else
+    PyTorch's scaled_dot_product_attention. Returns q's shape and dtype.
+
+    Under forward mode (torch.func.jvp, torch.autograd.forward_ad) our Triton kernel makes the
+    output and its tangent in one pass over the keys, in memory that grows with N, for float32,
+    bfloat16 and float16 and a head_dim that is a multiple of 8 up to 256; any other goes to
+    PyTorch's composite implementation, in memory that grows with N·M. That output has a gradient
+    as ever, by the plain attention made anew in backward; its tangent is a constant, and a request
+    to differentiate through it raises.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
+        NotImplementedError: a live tangent inside torch.compile, or a gradient of the tangent.
     """
-    _check(q, k, v, segments, k_segments)
-    flash = flash_attention() if _is_flash_ready(q, k, v) else None
+    _check(q, k, v, segments, k_segments, key_mask)
+    if forward_ad._current_level >= 0:
+        duals = [forward_ad.unpack_dual(x) for x in (q, k, v)]
+        if any(dual.tangent is not None for dual in duals) and _has_kernel(q):
+            return _dual_attention(duals, segments, k_segments, key_mask)
+    return _plain_attention(q, k, v, segments, k_segments, key_mask)
+
+
+def _plain_attention(q, k, v, segments, k_segments, key_mask) -> Tensor:
+    flash = flash_attention() if key_mask is None and _is_flash_ready(q, k, v) else None
     if flash is None:
-        return reference.attention(q, k, v, segments, k_segments)
+        return reference.attention(q, k, v, segments, k_segments, key_mask)
     if segments is None:
         return flash.flash_attn_func(q, k, v)
     keys = k_segments or segments
     return flash.flash_attn_varlen_func(
         q, k, v, segments.cu_seqlens, keys.cu_seqlens, segments.max_length, keys.max_length
     )
+
+
+def _has_kernel(q: Tensor) -> bool:
+    is_supported = q.dtype in DTYPES and q.shape[-1] in HEAD_DIMS
+    return is_supported and backend.choose(NAME, q) != "reference"
+
+
+def _dual_attention(duals, segments, k_segments, key_mask) -> Tensor:
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(NO_TANGENT.format(NAME))
+    primals = [dual.primal for dual in duals]
+    keys = k_segments or segments
+    packing = (
+        (None, None, 0, 0)
+        if segments is None
+        else (segments.cu_seqlens, keys.cu_seqlens, segments.max_length, keys.max_length)
+    )
+    out, tangent = jvp_op(*primals, *(dual.tangent for dual in duals), key_mask, *packing)
+    out = _Primal.apply(out.detach(), *primals, key_mask, *packing)
+    return forward_ad.make_dual(out, tangent)
+
+
+class _Primal(torch.autograd.Function):
+    """`out` as it is, with the gradients of the plain attention that it is the value of."""
+
+    @staticmethod
+    def forward(out, q, k, v, key_mask, cu, k_cu, max_length, k_max_length):
+        return out.view_as(out)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, q, k, v, key_mask, cu, k_cu, *ctx.lengths = inputs
+        ctx.save_for_backward(q, k, v, key_mask, cu, k_cu)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        *primals, key_mask, cu, k_cu = ctx.saved_tensors
+        segments = k_segments = None
+        if cu is not None:
+            segments, k_segments = map(Segments, (cu, k_cu), ctx.lengths)
+        leaves = [x.detach().requires_grad_() for x in primals]
+        with torch.enable_grad():
+            out = _plain_attention(*leaves, segments, k_segments, key_mask)
+        return None, *torch.autograd.grad(out, leaves, dout), None, None, None, None, None
 
 
 @functools.cache
@@ -73,7 +162,7 @@ def _is_flash_ready(*tensors: Tensor) -> bool:
     )
 
 
-def _check(q, k, v, segments, k_segments) -> None:
+def _check(q, k, v, segments, k_segments, key_mask) -> None:
     ndim, layout = (
         (4, "(B, N, heads, head_dim)") if segments is None else (3, "(T, heads, head_dim)")
     )
@@ -93,3 +182,18 @@ def _check(q, k, v, segments, k_segments) -> None:
         raise ValueError(f"k and v must have one shape, got {tuple(k.shape)}, {tuple(v.shape)}")
     if segments is None and k.shape[0] != q.shape[0]:
         raise ValueError(f"k must have q's batch {q.shape[0]}, got {k.shape[0]}")
+    if segments is not None:
+        samples = check_tokens("q", q, segments)
+        k_samples = check_tokens("k", k, k_segments or segments)
+        if samples != k_samples:
+            raise ValueError(f"k_segments must have q's {samples} sequences, got {k_samples}")
+    if key_mask is not None:
+        if segments is not None:
+            raise ValueError("packed tokens have no padding: key_mask goes with (B, N, …) alone")
+        if key_mask.shape != k.shape[:2] or key_mask.dtype != torch.bool:
+            raise ValueError(
+                f"key_mask must be bool (B, M) = {tuple(k.shape[:2])}, "
+                f"got {key_mask.dtype} {tuple(key_mask.shape)}"
+            )
+        if key_mask.device != q.device:
+            raise ValueError(f"key_mask must be on {q.device} like q, got {key_mask.device}")

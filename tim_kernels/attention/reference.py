@@ -1,7 +1,7 @@
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..segments import Segments
@@ -13,6 +13,7 @@ def attention(
     v: Tensor,
     segments: Segments | None = None,
     k_segments: Segments | None = None,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     """softmax(q·kᵀ/√head_dim)·v by PyTorch's own scaled_dot_product_attention.
 
@@ -20,19 +21,25 @@ def attention(
     mode it takes the composite implementation, the one that has a forward derivative; its memory
     grows with N·M.
     """
-    mask = None
-    if segments is not None:
+    is_packed = segments is not None
+    mask = None if key_mask is None else key_mask[:, None, None]  # (B, 1, 1, M)
+    if is_packed:
         owner, k_owner = (
             torch.searchsorted(s.cu_seqlens, torch.arange(len(x), device=x.device), right=True)
             for s, x in ((segments, q), (k_segments or segments, k))
         )
-        mask = owner[:, None] == k_owner[None, :]  # (T, S)
+        mask = owner[:, None] == k_owner  # (T, S)
         q, k, v = q[None], k[None], v[None]
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in heads_first):
+    if mask is None:
+        return _attend(*heads_first).transpose(1, 2)
+    has_key = mask.any(-1, keepdim=True)  # without one a query attends to all, for a finite
+    out = torch.where(has_key, _attend(*heads_first, mask | ~has_key), 0)  # gradient of zero
+    return out.transpose(1, 2)[0] if is_packed else out.transpose(1, 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)):
         with sdpa_kernel(SDPBackend.MATH):
-            out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask)
-    else:
-        out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask)
-    out = out.transpose(1, 2)
-    return out if segments is None else out[0]
+            return F.scaled_dot_product_attention(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, mask)

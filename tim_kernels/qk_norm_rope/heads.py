@@ -126,19 +126,21 @@ def backward_heads(
     head = column * HB + tl.arange(0, T * HB) % HB
     za, zb = tl.zeros((T * HB, A), tl.float32), tl.zeros((T * HB, B), tl.float32)
     dshift_a, dshift_b, dweight_a, dweight_b, dbias_a, dbias_b = za, zb, za, zb, za, zb
+    if weight_ptr is not None:
+        wa, wb = load_row(weight_ptr, 0, 0, ALIGN, D, A, B)
     for begin in range(start, stop, T):
         row, row_out, is_row, turn = locate_tokens(
             places, sample, first, first_out, begin, stop, D, A, B, T, HB, ALIGN
         )
         at = sample, row, row_out, head, is_row
         ga, gb = _load_heads(dy, (None, 0), at, D, A, B, ALIGN)
+        if weight_ptr is not None:  # all loads before the first use
+            xa, xb = _load_heads(x, shift, at, D, A, B, ALIGN)
         ga, gb = rotate(ga, gb, turn, -1.0, T, HB, A, B)
         if weight_ptr is not None:
-            xa, xb = _load_heads(x, shift, at, D, A, B, ALIGN)
             xa, xb, rstd = normalise(xa, xb, eps, D, A, B, APART=A != B)
             dbias_a, dbias_b = dbias_a + ga, dbias_b + gb
             dweight_a, dweight_b = dweight_a + ga * xa, dweight_b + gb * xb
-            wa, wb = load_row(weight_ptr, 0, 0, ALIGN, D, A, B)
             ga, gb = normalise_linear(xa, xb, rstd, ga * wa, gb * wb, D, APART=A != B)
         if shift_ptr is not None:
             dshift_a, dshift_b = dshift_a + ga, dshift_b + gb

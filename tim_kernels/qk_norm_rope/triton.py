@@ -29,7 +29,7 @@ from ..launch import Plan, kernel
 from ..rows import locate, pieces
 from ..tuning import tuned
 from ..views import RowView, head_view, row_view
-from . import reference
+from .frequencies import frequencies
 from .heads import backward_heads, forward_heads, jvp_heads, locate_tokens
 
 
@@ -121,21 +121,6 @@ def _jvp_kernel(
             )  # fmt: skip
 
 
-@functools.cache
-def _cached_frequencies(head_dim: int, device: torch.device):
-    freq = reference.frequencies(head_dim, device)
-    if device.type == "cuda":  # other streams will read it
-        torch.cuda.current_stream(device).synchronize()
-    return freq
-
-
-def _frequencies(head_dim: int, device: torch.device):
-    """The reference's own table, so that angles agree bit for bit; made once."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return reference.frequencies(head_dim, device)
-    return _cached_frequencies(head_dim, device)
-
-
 def _plan(kernel_name, x, cu, max_length):
     """The plan and the constants of a kernel over tiles of tokens × heads."""
     elements, num_warps = tuned(f"qk_norm_rope.{kernel_name}", x.device)
@@ -153,7 +138,7 @@ def _places(positions, divisor, divisors, head_dim, device):
     shared = positions is None or positions.ndim == 2
     freq = None
     if positions is not None or divisors is not None or divisor:
-        freq = _frequencies(head_dim, device)
+        freq = frequencies(head_dim, device)
     positions = None if positions is None else positions.contiguous()
     position_b = 0 if shared else positions.stride(0)
     divisors = RowView(divisors, 0 if divisors is None else divisors.stride(0))

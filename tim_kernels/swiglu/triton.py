@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..launch import kernel
 from ..tuning import tuned
+from ..views import rows_of
 
 
 @triton.jit
@@ -86,12 +87,6 @@ def _jvp_kernel(
     tv = _load(tv_ptr, tv_stride, row, column, is_row, ALIGN)
     y, slope = _silu(g)
     tl.store(out_ptr + row * out_stride * ALIGN + column, tg * slope * v + y * tv, mask=is_row)
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """x as (rows, width), in place if its leading dimensions have one stride between them."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _pair(gate: Tensor | None, value: Tensor | None, is_packed: bool) -> list[Tensor | None]:

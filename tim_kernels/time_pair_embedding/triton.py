@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 
 from ..launch import kernel
+from .slots import slot_codes
 
 HALF = tl.constexpr(128)  # frequencies, of which each of 4 warps has 32
 LOG_PERIOD = tl.constexpr(9.210340371976184)  # ln 10000
-TIMES = ("t", "r", "t-r")
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _load(ptr, stride, sample):
 
 @triton.jit
 def _pick(codes, slot, t, r):
-    """t, r or t − r: what the slot asks for. Two bits a slot index TIMES."""
+    """t, r or t − r: what the slot asks for. Two bits a slot, as in slots.py."""
     code = (codes >> (2 * slot)) & 3
     return tl.where(code == 0, t, tl.where(code == 1, r, t - r))
 
@@ -95,18 +95,12 @@ def _backward_kernel(B, slots, codes, d_ptr, t_ptr, t_stride, r_ptr, r_stride, d
     tl.store(dr_ptr + sample, dr)
 
 
-def _slots(times: str) -> tuple[int, int]:
-    """How many slots a list of times has, and their codes, two bits each."""
-    codes = [TIMES.index(time) for time in times.split(",")]
-    return len(codes), sum(code << (2 * slot) for slot, code in enumerate(codes))
-
-
 def _vectors(*vectors) -> list:
     return [n for v in vectors for n in ((None, 0) if v is None else (v, v.stride(0)))]
 
 
 def _sinusoids(function, times, dtype, *vectors):
-    slots, codes = _slots(times)
+    slots, codes = slot_codes(times)
     B = vectors[0].shape[0]
     out = torch.empty((slots, B, 2 * HALF.value), dtype=dtype, device=vectors[0].device)
     if B:
@@ -126,7 +120,7 @@ def jvp(t, r, tt, tr, times, dtype):
 
 def backward(dout, t, r, times):
     """(dt, dr), in the times' dtypes."""
-    slots, codes = _slots(times)
+    slots, codes = slot_codes(times)
     B, dt, dr = t.shape[0], t.new_empty(t.shape), r.new_empty(r.shape)
     if B:
         arguments = dout.contiguous(), *_vectors(t, r), dt, dr

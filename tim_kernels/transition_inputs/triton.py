@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from ..launch import kernel
-from ..samples import SamplePlan, load, locate, sample_view, scaled, store, vector
+from ..samples import SamplePlan, load, locate, scaled, store
+from ..views import sample_view, vector
 
 
 @triton.jit

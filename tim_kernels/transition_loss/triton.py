@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 
 from ..launch import kernel
-from ..samples import SamplePlan, load, sample_view, scaled, vector
+from ..samples import SamplePlan, load, scaled
+from ..views import sample_view, vector
 from .reference import EPS
 
 

@@ -56,6 +56,14 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+inline float __fdividef(float x, float y) { return x / y; }
+inline int __double2loint(double x) {
+  int32_t low;
+  std::memcpy(&low, &x, sizeof(low));
+  return low;
+}
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 

@@ -1,0 +1,46 @@
+"""Where the benchmarks run, and what they had to leave out."""
+
+import pytest
+import torch
+
+from . import machine, models, ops, savings
+
+SUMMARIES = {"op": ops.summary, "model": models.summary, "saving": savings.summary}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LEFT_OUT: dict[str, str] = {}
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return DEVICE
+
+
+@pytest.fixture(scope="session")
+def limits(device) -> machine.Limits:
+    """What this device reaches, measured in this run."""
+    return machine.limits(device, quick=device == "cpu")
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    """pytest-benchmark's own facts hold the host's name: ours instead."""
+    machine_info.clear()
+    machine_info.update(machine.describe(DEVICE))
+
+
+def pytest_configure(config):
+    config.option.benchmark_quiet = True  # its table has the launches in it: ours below
+
+
+def pytest_terminal_summary(terminalreporter):
+    session = getattr(terminalreporter.config, "_benchmarksession", None)
+    rows = [bench.extra_info for bench in session.benchmarks] if session else []
+    if any("kind" in row for row in rows):
+        terminalreporter.section("medians, with the ratio to eager and to torch.compile")
+        for row in rows:
+            terminalreporter.write_line(SUMMARIES[row["kind"]](row))
+    if LEFT_OUT:
+        terminalreporter.section("left out")
+        for what, why in LEFT_OUT.items():
+            terminalreporter.write_line(f"{what}: {why}")
+    if DEVICE == "cpu":
+        terminalreporter.write_line("no GPU here: small shapes, and times of a CPU")

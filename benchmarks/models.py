@@ -1,0 +1,421 @@
+"""Whole models against eager PyTorch: a forward, sampling with guidance, a training step.
+
+Contenders: the published network as plain PyTorch ("eager"), that with torch.compile on each block,
+that after `tim_kernels.accelerate`, its loop and loss still eager, and "tim", which also has the
+fused sampler and objective. As for ops, a time is written only beside right answers: outputs are
+held against the eager network in float32, with the error of eager bfloat16 as the yardstick.
+"""
+
+import contextlib
+import copy
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tests.eager import EagerTiM
+from tests.tim_kernels.parity import DERIVATIVE, FLOOR, FORWARD
+from tim_kernels import accelerate, backend
+
+from . import published
+from .contenders import COMPILE, EAGER, FUSED
+from .counting import total
+from .machine import Limits, energy
+from .ops import WrongAnswer, excuse
+from .shapes import Model
+from .timing import is_cuda, measure, side_stream, synchronise
+
+CFG_SCALE = 1.5
+STEPS = (1, 4, 8)
+CHECKED = 2  # samples whose answers are compared, and weights whose gradients are
+CHECKED_WEIGHTS = "blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.weight", "final_layer.linear.weight"
+OBJECTIVE = dict(weight_time_type="sqrt", weight_time_tangent=True)  # the published one
+MAX_AUTOTUNE = "torch.compile, max-autotune"
+
+
+class Task(NamedTuple):
+    """`kind` is forward, sampling or training; `steps` of sampling, `derivative` of training."""
+
+    kind: str
+    steps: int = 0
+    derivative: str = ""
+    graph: bool = False
+
+    @property
+    def title(self) -> str:
+        if self.kind == "sampling":
+            return f"sampling, {self.steps} guided step{'s' * (self.steps > 1)}"
+        if self.kind == "training":
+            return f"training step, {self.derivative}"
+        return "forward, CUDA graph" if self.graph else "forward"
+
+
+FORWARD_TASK, GRAPH_TASK = Task("forward"), Task("forward", graph=True)
+SAMPLING = tuple(Task("sampling", steps=steps) for steps in STEPS)
+TRAINING = Task("training", derivative="dde"), Task("training", derivative="jvp")
+
+
+class Case(NamedTuple):
+    model_name: str
+    model: Model
+    batch: int
+    task: Task
+
+    @property
+    def title(self) -> str:
+        return f"{self.task.title}, {self.model_name}, batch {self.batch}"
+
+
+class Contender(NamedTuple):
+    """How a network is prepared, and whose loop and loss run it."""
+
+    name: str
+    prepare: Callable[[nn.Module, Model], nn.Module] = lambda network, model: network
+    backend: str | None = None
+    is_tim: bool = False
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        before = backend._process
+        backend.set_backend(self.backend or before)
+        try:
+            yield
+        finally:
+            backend.set_backend(before)
+            if self.name.startswith(COMPILE):
+                torch._dynamo.reset()
+
+
+def _compile_blocks(network: nn.Module, model: Model) -> nn.Module:
+    for layer in (*network.blocks, network.final_layer):
+        layer.compile(dynamic=False)
+    return network
+
+
+def _max_autotune(network: nn.Module, model: Model) -> nn.Module:
+    network.compile(mode="max-autotune-no-cudagraphs", dynamic=False)
+    return network
+
+
+def _accelerate(network: nn.Module, model: Model) -> nn.Module:
+    report = accelerate(network)
+    if report.fused != [""]:
+        raise RuntimeError(f"accelerate left it alone: {report}")
+    return network
+
+
+def _tim(network: nn.Module, model: Model) -> nn.Module:
+    from tim.models import TiMTransformer2DModel
+
+    weights = next(network.parameters())
+    with torch.device(weights.device):
+        ours = TiMTransformer2DModel(**model.network_params())
+    ours = ours.bfloat16() if weights.dtype == torch.bfloat16 else ours
+    ours.load_state_dict(network.state_dict())
+    return ours.requires_grad_(weights.requires_grad)
+
+
+def contenders(
+    task: Task, device: str, max_autotune: bool = False
+) -> tuple[list[Contender], dict[str, str]]:
+    """Those that can run the task here, eager first, and why the others can not."""
+    here, left_out = [Contender(EAGER), Contender(COMPILE, _compile_blocks)], {}
+    if max_autotune:
+        here.append(Contender(MAX_AUTOTUNE, _max_autotune))
+    backends = FUSED if is_cuda(device) else ("reference",)
+    needs = {"forward": ("diffusers",), "sampling": ("diffusers",), "training": ("accelerate",)}
+    missing = [name for name in needs[task.kind] if importlib.util.find_spec(name) is None]
+    prepare = _accelerate if importlib.util.find_spec("diffusers") is None else _tim
+    for name in backends:
+        reasons = {op: backend.obstacle(name, op, device) for op in backend.OPS}
+        if any(reasons.values()):
+            op, reason = next((op, reason) for op, reason in reasons.items() if reason)
+            left_out[name] = f"{op}: {reason}"
+            continue
+        here.append(Contender(f"accelerate, {name}", _accelerate, name))
+        if missing:
+            left_out[f"tim, {name}"] = f"{', '.join(missing)} is not installed"
+        else:
+            here.append(Contender(f"tim, {name}", prepare, name, True))
+    return here, left_out
+
+
+class Problem:
+    """A network with noise for weights, and inputs; float32 weights and autocast for training."""
+
+    def __init__(self, case: Case, device: str):
+        self.case, self.device = case, device
+        self.is_training = case.task.kind == "training"
+        params = case.model.network_params()
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.network = EagerTiM(**params)
+            self.x = torch.randn(case.batch, *case.model.latent)
+            self.z = torch.randn_like(self.x)
+            self.t = torch.rand(case.batch) * 0.8 + 0.1
+            self.r = self.t * torch.rand(case.batch)
+            if case.model.text_tokens:
+                shape = case.batch, case.model.text_tokens, params["cap_feat_dim"]
+                self.y, self.y_null = torch.randn(2, *shape)
+            else:
+                self.y = torch.randint(params["num_classes"], (case.batch,))
+                self.y_null = torch.full_like(self.y, params["num_classes"])
+        self.n_diffusion = case.batch // 2
+        self.r[: self.n_diffusion] = self.t[: self.n_diffusion]
+
+    def network_for(self, contender: Contender) -> nn.Module:
+        network = copy.deepcopy(self.network)
+        if not self.is_training:
+            network = network.bfloat16().requires_grad_(False)
+        return contender.prepare(network, self.case.model)
+
+    def inputs(self, samples: int | None = None) -> dict[str, Tensor]:
+        """x, z, t, r, y, y_null of that many samples; a batch of two has one with r = t."""
+        picked = slice(None)
+        if samples is not None:
+            picked = [self.n_diffusion - 1, self.case.batch - 1] if samples == 2 else [0]
+        tensors = {name: getattr(self, name)[picked] for name in ("x", "z", "t", "r", "y")}
+        tensors["y_null"] = self.y_null[picked]
+        if not self.is_training and tensors["y"].is_floating_point():
+            tensors |= {name: tensors[name].bfloat16() for name in ("y", "y_null")}
+        return tensors
+
+
+def run_once(contender: Contender, task: Task, network: nn.Module, inputs: dict, n_diffusion: int):
+    """The task once: the output, the samples, or the loss."""
+    x, z, t, r, y, y_null = (inputs[name] for name in ("x", "z", "t", "r", "y", "y_null"))
+    dtype = next(network.parameters()).dtype
+    if task.kind == "forward":
+        with torch.no_grad():
+            return network(x.to(dtype), t, r, y)
+    if task.kind == "sampling":
+        if not contender.is_tim:
+            return published.sample(network, z, y, y_null, task.steps, CFG_SCALE)
+        from tim.sampling import sample
+
+        guidance = dict(cfg_scale=CFG_SCALE, cfg_high=1.1)  # above 1: the first step too
+        return sample(network, _transport(), z, y, y_null, num_steps=task.steps, **guidance)
+    if contender.is_tim:
+        objective = _objective(task.derivative)
+        return objective(network, x, z, y, t=t, r=r, n_diffusion=n_diffusion).weighted
+    return published.training_loss(network, x, z, y, t, r, n_diffusion, task.derivative)
+
+
+@functools.cache
+def _transport():
+    from tim.transports import make
+
+    return make("OT_FM", P_mean=-0.4, P_std=1.0, sigma_d=1.0)
+
+
+@functools.cache
+def _objective(derivative: str):
+    from tim.objective import TransitionObjective
+
+    return TransitionObjective(_transport(), derivative_type=derivative, **OBJECTIVE)
+
+
+def training_step(loss_of: Callable, network: nn.Module, device: str) -> Callable:
+    """Forward, derivative, loss, backward and AdamW, in bfloat16 autocast over float32 weights."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=is_cuda(device))
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step
+
+
+class Comparison:
+    """The contenders of one case, one after the other."""
+
+    def __init__(self, case: Case, device: str, limits: Limits, max_autotune: bool = False):
+        self.case, self.device, self.limits = case, device, limits
+        self.problem = Problem(case, device)
+        self.contenders, self.left_out = contenders(case.task, device, max_autotune)
+        self.times: dict[str, float] = {}
+
+    def row(self, contender: Contender, seconds: float = 0.5) -> dict:
+        """Check, then time.
+
+        Raises:
+            WrongAnswer: what it computes is off.
+        """
+        task, problem = self.case.task, self.problem
+        with contender.active(), side_stream(self.device):
+            network = problem.network_for(contender)
+            error = self._check(contender, network)
+            run = self._runner(contender, network)
+            run()
+            peak = self._peak_memory(run)
+            timing = measure([run], self.device, seconds, graph=task.graph)
+            joules, method = self._energy(run, timing.ms)
+        self.times[contender.name] = timing.ms
+        row = {
+            "kind": "model",
+            "model": self.case.model_name,
+            "batch": self.case.batch,
+            "task": task.title,
+            "contender": contender.name,
+            "dtype": "bfloat16 autocast" if task.kind == "training" else "bfloat16",
+            "ms": timing.ms,
+            "ms_10": timing.low,
+            "ms_90": timing.high,
+            "timed": f"{timing.method}, {timing.rounds} rounds",
+            "samples_per_s": self.case.batch / timing.ms * 1e3,
+            "peak_gib": peak,
+            "joules_per_image": None if joules is None else joules / self.case.batch,
+            "energy": method,
+            "vs_eager": self._ratio(EAGER, timing.ms),
+            "vs_compile": self._ratio(COMPILE, timing.ms),
+            "error_vs_eager": error,
+        }
+        return row | (self._roofline(timing.ms) if task.kind == "forward" else {})
+
+    def synchronised(self, contender: Contender) -> Callable:
+        """The task on a network of its own, to the end of its work."""
+        run = self._runner(contender, self.problem.network_for(contender))
+        return lambda: (run(), synchronise(self.device))
+
+    def _runner(self, contender: Contender, network: nn.Module) -> Callable:
+        task, problem = self.case.task, self.problem
+        run = functools.partial(
+            run_once, contender, task, network, problem.inputs(), problem.n_diffusion
+        )
+        return training_step(run, network, self.device) if task.kind == "training" else run
+
+    def _ratio(self, other: str, ms: float) -> float | None:
+        return self.times[other] / ms if other in self.times else None
+
+    def _roofline(self, ms: float) -> dict:
+        """TFLOP/s, and the share of what the fused model's launches take at measured limits."""
+        work = total(_forward_work(self.case.model, self.case.batch), self.limits)
+        return {
+            "tflop_per_s": work.flops / ms / 1e9,
+            "roofline_ms": 1e3 * work.seconds,
+            "share_of_limit": 1e3 * work.seconds / ms,
+            "bytes": work.bytes,
+            "flops": work.flops,
+        }
+
+    def _check(self, contender: Contender, network: nn.Module) -> float:
+        """The error on a few samples, as a share of eager bfloat16's."""
+        task, problem = self.case.task, self.problem
+        inputs = problem.inputs(min(CHECKED, self.case.batch))
+        n_diffusion = 1 if len(inputs["x"]) == 2 else 0
+
+        def answer(contender, network, autocast):
+            kind = torch.device(self.device).type
+            with torch.autocast(kind, torch.bfloat16, enabled=autocast):
+                out = run_once(contender, task, network, inputs, n_diffusion)
+            if not problem.is_training:
+                return out.float()
+            # the loss divides by itself, so its value says nothing: its gradients do
+            weights = [network.get_parameter(name) for name in CHECKED_WEIGHTS]
+            return torch.cat([g.flatten() for g in torch.autograd.grad(out, weights)])
+
+        if not hasattr(self, "_truth"):
+            eager = self.contenders[0]
+            with _exact_float32():
+                exact = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
+                original, inputs = inputs, exact
+                self._truth = answer(eager, copy.deepcopy(problem.network), False)
+                inputs = original
+            plain = answer(eager, problem.network_for(eager), problem.is_training)
+            self._yardstick = float((plain - self._truth).norm())
+        error = float((answer(contender, network, problem.is_training) - self._truth).norm())
+        factor = FORWARD if task.kind == "forward" else DERIVATIVE
+        allowed = factor * self._yardstick + FLOOR * float(self._truth.norm())
+        if not error <= allowed:
+            raise WrongAnswer(
+                f"{contender.name} in {self.case.title}: error {error:.3e} > {allowed:.3e}"
+            )
+        return error / max(self._yardstick, 1e-300)
+
+    def _peak_memory(self, run: Callable) -> float | None:
+        if not is_cuda(self.device):
+            return None
+        synchronise(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        run()
+        synchronise(self.device)
+        return torch.cuda.max_memory_allocated(self.device) / 2**30
+
+    def _energy(self, run: Callable, ms: float) -> tuple[float | None, str]:
+        """Joules of one run, over at least a second and a half of them."""
+        if not is_cuda(self.device):
+            return None, "not measured: no GPU"
+        runs = max(1, round(1500 / ms))
+        with energy(self.device) as used:
+            for _ in range(runs):
+                run()
+        return None if used.joules is None else used.joules / runs, used.method
+
+
+@contextlib.contextmanager
+def _exact_float32() -> Iterator[None]:
+    """No TF32, neither in GEMMs nor in the patch convolution."""
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [flag.allow_tf32 for flag in flags]
+    for flag in flags:
+        flag.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
+
+
+@functools.cache
+def _forward_work(model: Model, batch: int):
+    """The launches of the fused forward, counted on meta tensors."""
+    from .counting import count
+
+    with torch.device("meta"):
+        network = EagerTiM(**model.network_params()).bfloat16()
+        x = torch.empty(batch, *model.latent, dtype=torch.bfloat16)
+        t, r = torch.empty(2, batch)
+        if model.text_tokens:
+            y = torch.empty(batch, model.text_tokens, network.y_embedder.norm.weight.shape[0])
+            y = y.bfloat16()
+        else:
+            y = torch.empty(batch, dtype=torch.long)
+    _accelerate(network, model)
+    from tim_kernels import use_backend
+
+    with use_backend("triton"), torch.no_grad():
+        return count(network, x, t, r, y)
+
+
+def compare(
+    case: Case, device: str, limits: Limits, seconds: float = 0.5, max_autotune: bool = False
+) -> Iterator[dict]:
+    """A row for each contender, or in its place why there is none; as `ops.compare`."""
+    comparison = Comparison(case, device, limits, max_autotune)
+    for name, reason in comparison.left_out.items():
+        yield {"kind": "left out", "what": f"{name} in {case.title}", "why": reason}
+    for contender in comparison.contenders:
+        try:
+            yield comparison.row(contender, seconds)
+        except Exception as error:
+            is_own = not contender.name.startswith(COMPILE)
+            yield excuse(is_own, contender.name, case.title, error)
+        if is_cuda(device):
+            torch.cuda.empty_cache()
+
+
+def summary(row: dict) -> str:
+    """One line for people."""
+    ratios = [row["vs_eager"], row["vs_compile"]]
+    times = "".join(f"{ratio:>8.2f}" if ratio else f"{'':>8}" for ratio in ratios)
+    return (
+        f"{row['model']:<20}{row['batch']:>5}  {row['task']:<28}{row['contender']:<28}"
+        f"{row['ms']:>10.2f} ms{row['samples_per_s']:>10.1f} images/s{times}"
+    )

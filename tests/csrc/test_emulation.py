@@ -1,0 +1,54 @@
+"""The extension's kernels, run on the CPU a thread block at a time, pass their ops' tests; and
+mistakes that a GPU may forgive are caught."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from emulated import ROOT, compile_op, run_tests
+
+OPS = sorted(path.stem for path in (ROOT / "csrc").glob("*.cu"))
+TESTS = Path("tests/tim_kernels")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_op_passes_its_tests(op, tmp_path):
+    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / TESTS).glob(f"test_{op}*.py"))
+    run = run_tests(compile_op(op, tmp_path), *files)
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert run.returncode == 0 and int(passed[1]) >= 30, run.stdout[-3000:] + run.stderr[-3000:]
+
+
+MISTAKES = {  # the file, what stands there, what is put in its place, what the run then says
+    "a barrier is missing": (
+        "ada_layer_norm.cu",
+        "scratch[i][part] = x[i];\n  }\n  __syncthreads();",
+        "scratch[i][part] = x[i];\n  }",
+        "test_parity",
+    ),
+    "a row too many": (
+        "common.cuh",
+        "at.begin + rows < span ? at.begin + rows : span;",
+        "at.begin + rows <= span ? at.begin + rows : span + 1;",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "a barrier that some threads never reach": (
+        "common.cuh",
+        "  __syncthreads();  // the last call's readers are done",
+        "  if (threadIdx.x < 32) __syncthreads();",
+        "emulation: a barrier is not reached by all threads",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_caught(mistake, tmp_path):
+    name, right, wrong, symptom = MISTAKES[mistake]
+    source = shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    text = (source / name).read_text()
+    assert text.count(right) == 1, f"{name} has changed: adapt the mistake"
+    (source / name).write_text(text.replace(right, wrong))
+    test = str(TESTS / "test_ada_layer_norm.py")
+    run = run_tests(compile_op("ada_layer_norm", tmp_path, source), test, "-k", "test_parity")
+    assert run.returncode != 0 and symptom in run.stdout + run.stderr

@@ -1,0 +1,39 @@
+"""Sweeps over random shapes by hypothesis; a machine without it leaves them out, and says so."""
+
+import pytest
+
+try:
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis import strategies as st
+except ModuleNotFoundError:  # a bare GPU machine
+
+    class st:
+        """Strategies that nobody will draw from."""
+
+        sampled_from = integers = booleans = floats = lists = tuples = just = staticmethod(
+            lambda *args, **kwargs: None
+        )
+
+    def sweep(max_examples: int, **strategies):
+        def decorate(test):
+            @pytest.mark.skip(reason="hypothesis is not installed")
+            def left_out():
+                raise AssertionError("skipped")
+
+            left_out.__name__ = test.__name__
+            return left_out
+
+        return decorate
+
+else:
+
+    def sweep(max_examples: int, **strategies):
+        """Run a test on that many draws of its arguments."""
+
+        def decorate(test):
+            limits = settings(
+                max_examples=max_examples, deadline=None, suppress_health_check=list(HealthCheck)
+            )
+            return limits(given(**strategies)(test))
+
+        return decorate

@@ -1,0 +1,57 @@
+"""Every op can be captured in a CUDA graph, and a replay computes what is then in its inputs."""
+
+import pytest
+import torch
+from parity import BACKEND, DEVICE
+
+from benchmarks.calls import DIRECTIONS, calls
+from benchmarks.ops import thunk
+from benchmarks.timing import copies, side_stream
+from tim_kernels import use_backend
+
+pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+
+SHAPES = {
+    "tokens": dict(batch=3, grid=(4, 5), latent=(4, 8, 10)),
+    "packed": dict(batch=2, grid=(0, 0), latent=(4, 8, 10), grids=((4, 5), (3, 3))),
+}
+NAMES = [
+    (shape, call.name)
+    for shape, sizes in SHAPES.items()
+    for call in calls(width=144, dtype=torch.bfloat16, **sizes)
+]
+DIRECTION = dict(zip(DIRECTIONS, ("forward", "forward + backward", "tangent"), strict=True))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("shape, name", NAMES)
+def test_replay(shape, name, direction):
+    every = calls(width=144, dtype=torch.bfloat16, device=DEVICE, **SHAPES[shape])
+    call = next(call for call in every if call.name == name)
+    captured, fresh = copies((*call.tensors, *call.constants), 3)[1:]
+    split = len(call.tensors)
+
+    def prepare(inputs):
+        return thunk(
+            DIRECTION[direction], call.function, lambda f: f, inputs[:split], inputs[split:],
+            torch.bfloat16,
+        )  # fmt: skip
+
+    with use_backend(BACKEND), side_stream(DEVICE):
+        run = prepare(captured)
+        run()  # compiles, and tunes nothing
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            replayed = run()
+        for old, new in zip(captured, fresh, strict=True):
+            new.mul_(0.5) if new.is_floating_point() else None
+            old.copy_(new)
+        graph.replay()
+        expected = prepare(fresh)()
+        torch.cuda.synchronize()
+    for a, b in zip(_flat(replayed), _flat(expected), strict=True):
+        assert torch.equal(a, b)
+
+
+def _flat(outputs):
+    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)

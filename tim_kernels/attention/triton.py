@@ -1,0 +1,221 @@
+"""Triton kernel of attention and its tangent: flash attention (arXiv 2205.14135) on dual numbers.
+
+With scores s = scale·q·kᵀ, their tangent ds = scale·(tq·kᵀ + q·tkᵀ), and p = exp(s − max s), all
+sums over the keys of a query,
+
+    out  = Σ p·v / Σ p
+    tout = (Σ w·v + Σ p·tv − out·Σ w) / Σ p,   w = p·(ds − centre)
+
+for any `centre` that is one number a query. It is the mean of ds over the first keys, so that what
+all keys share does not drown the rest when w is rounded. One pass over the keys carries the sums,
+rescaled as the maximum grows; no other memory than the outputs. A query without keys gets zeros.
+
+Products take p and w in the values' dtype and accumulate in float32. Σ p and Σ w are sums of the
+rounded p and w, so that what all values share leaves no error. float32 is multiplied as three
+products of TF32, which keeps its accuracy; plain multiply-adds would not fit the registers.
+
+A head of D channels is kept as two pieces of A and B lanes: 72 = 64 + 16 half empty costs 80 lanes
+of a product, where one piece would pay for 128. B is 0 where one piece wastes no more. Where q and
+tq do not fit the registers they are read anew for each tile of keys, CHUNK channels at a time. In
+the kernel qa, qb are the two pieces of a tile, t tangents; what is None is compiled away.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import backend
+from ..launch import Plan, kernel
+from ..rows import locate
+from ..tuning import TABLE, architecture, section
+from ..views import head_view
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@kernel
+def _jvp_kernel(
+    cu_ptr, length, tiles, rows_per_program,
+    q_ptr, q_b, q_n, q_h, k_ptr, k_b, k_n, k_h, v_ptr, v_b, v_n, v_h,
+    tq_ptr, tq_b, tq_n, tq_h, tk_ptr, tk_b, tk_n, tk_h, tv_ptr, tv_b, tv_n, tv_h,
+    mask_ptr, k_cu_ptr, k_length, heads, scale, out_ptr, tout_ptr,
+    D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr, WIDEN: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    sample, tile, first, first_out, span = locate(cu_ptr, length, tiles)
+    _, _, k_first, k_row, k_span = locate(k_cu_ptr, k_length, tiles)
+    first, first_out, span = first + tile * ROWS, first_out + tile * ROWS, span - tile * ROWS
+    q = q_ptr, sample * q_b + first * q_n + head * q_h, q_n
+    k = k_ptr, sample * k_b + k_first * k_n + head * k_h, k_n
+    v = v_ptr, sample * v_b + k_first * v_n + head * v_h, v_n
+    tq = tq_ptr, sample * tq_b + first * tq_n + head * tq_h, tq_n
+    tk = tk_ptr, sample * tk_b + k_first * tk_n + head * tk_h, tk_n
+    tv = tv_ptr, sample * tv_b + k_first * tv_n + head * tv_h, tv_n
+    HAS_TQ: tl.constexpr = tq_ptr is not None
+    HAS_DS: tl.constexpr = tq_ptr is not None or tk_ptr is not None
+
+    n, m = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    is_row, unit = n < span, scale * LOG2_E  # exp(scale·s) = exp2(unit·s)
+    if not CHUNK:
+        qa = _load(q, n, is_row, 0, A, D, ALIGN)
+        tqa = _load(tq, n, is_row, 0, A, D, ALIGN)
+        if B:
+            qb = _load(q, n, is_row, A, B, D, ALIGN)
+            tqb = _load(tq, n, is_row, A, B, D, ALIGN)
+    largest = tl.full((ROWS,), float("-inf"), tl.float32)
+    total, w_total = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    centre = tl.zeros((ROWS,), tl.float32)
+    oa, ta = tl.zeros((ROWS, A), tl.float32), tl.zeros((ROWS, A), tl.float32)
+    if B:
+        ob, tb = tl.zeros((ROWS, B), tl.float32), tl.zeros((ROWS, B), tl.float32)
+
+    for begin in range(0, k_span, COLUMNS):
+        is_key = m < k_span - begin
+        keys = begin + m, is_key
+        s, ds = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
+        if CHUNK:
+            for c in range(0, D, CHUNK):
+                qc = _load(q, n, is_row, c, CHUNK, D, ALIGN)
+                tqc = _load(tq, n, is_row, c, CHUNK, D, ALIGN)
+                s, ds = _scores(s, ds, qc, tqc, k, tk, keys, c, CHUNK, HAS_TQ, D, WIDEN, ALIGN)
+        else:
+            s, ds = _scores(s, ds, qa, tqa, k, tk, keys, 0, A, HAS_TQ, D, WIDEN, ALIGN)
+            if B:
+                s, ds = _scores(s, ds, qb, tqb, k, tk, keys, A, B, HAS_TQ, D, WIDEN, ALIGN)
+        if mask_ptr is not None:
+            is_key = is_key & (tl.load(mask_ptr + k_row + begin + m, is_key, 0) != 0)
+        s = tl.where(is_key[None, :], s, float("-inf"))
+
+        before = largest
+        largest = tl.maximum(before, tl.max(s, 1))
+        reference = tl.where(largest == float("-inf"), 0.0, -largest * unit)  # no key yet
+        shrink = tl.exp2(tl.fma(before, unit, reference))
+        exact = tl.exp2(tl.fma(s, unit, reference[:, None]))
+        p = exact.to(v_ptr.dtype.element_ty)
+        p_sum, w = tl.sum(p.to(tl.float32), 1), p
+        if HAS_DS:
+            ds = ds * scale
+            mean = tl.sum(exact * ds, 1) / tl.where(p_sum == 0.0, 1.0, p_sum)
+            centre = tl.where(total == 0.0, mean, centre)
+            w = (exact * (ds - centre[:, None])).to(p.dtype)
+            w_total = w_total * shrink + tl.sum(w.to(tl.float32), 1)
+        total = total * shrink + p_sum
+        oa, ta = oa * shrink[:, None], ta * shrink[:, None]
+        oa, ta = _values(oa, ta, p, w, v, tv, keys, 0, A, HAS_DS, D, WIDEN, ALIGN)
+        if B:
+            ob, tb = ob * shrink[:, None], tb * shrink[:, None]
+            ob, tb = _values(ob, tb, p, w, v, tv, keys, A, B, HAS_DS, D, WIDEN, ALIGN)
+
+    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)[:, None]
+    w_mean = w_total[:, None] * inverse
+    row = ((first_out + n) * heads + head) * D
+    _store(out_ptr, row, is_row, oa * inverse, 0, A, D)
+    _store(tout_ptr, row, is_row, (ta - oa * w_mean) * inverse, 0, A, D)
+    if B:
+        _store(out_ptr, row, is_row, ob * inverse, A, B, D)
+        _store(tout_ptr, row, is_row, (tb - ob * w_mean) * inverse, A, B, D)
+
+
+@triton.jit
+def _load(
+    view, row, is_row, channel, LANES: tl.constexpr, D: tl.constexpr, ALIGN: tl.constexpr
+):  # fmt: skip
+    """`row` (ROWS,) of a view (pointer, start, stride) as (ROWS, LANES), from a channel on, zeros
+    past D; a single zero, not to be used, where there is no tensor."""
+    ptr, start, stride = view
+    if ptr is None:
+        return tl.zeros((1, 1), tl.float32)
+    else:
+        offset = start * ALIGN + row * (tl.cast(stride, tl.int64) * ALIGN)
+        column = channel + tl.arange(0, LANES)[None, :]
+        return tl.load(ptr + offset[:, None] + column, is_row[:, None] & (column < D), 0.0)
+
+
+@triton.jit
+def _store(ptr, offset, is_row, x, channel, LANES: tl.constexpr, D: tl.constexpr):
+    column = channel + tl.arange(0, LANES)[None, :]
+    tl.store(ptr + offset[:, None] + column, x, is_row[:, None] & (column < D))
+
+
+@triton.jit
+def _scores(
+    s, ds, q, tq, k, tk, keys, channel, LANES: tl.constexpr, HAS_TQ: tl.constexpr,
+    D: tl.constexpr, WIDEN: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """s + q·kᵀ and ds + tq·kᵀ + q·tkᵀ over LANES channels."""
+    row, is_row = keys
+    tk_ptr, _, _ = tk
+    k = tl.trans(_load(k, row, is_row, channel, LANES, D, ALIGN))
+    s = _dot(q, k, s, WIDEN)
+    if HAS_TQ:
+        ds = _dot(tq, k, ds, WIDEN)
+    if tk_ptr is not None:
+        ds = _dot(q, tl.trans(_load(tk, row, is_row, channel, LANES, D, ALIGN)), ds, WIDEN)
+    return s, ds
+
+
+@triton.jit
+def _values(
+    o, t, p, w, v, tv, keys, channel, LANES: tl.constexpr, HAS_DS: tl.constexpr, D: tl.constexpr,
+    WIDEN: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """o + p·v and t + w·v + p·tv over LANES channels."""
+    row, is_row = keys
+    tv_ptr, _, _ = tv
+    v = _load(v, row, is_row, channel, LANES, D, ALIGN)
+    o = _dot(p, v, o, WIDEN)
+    if HAS_DS:
+        t = _dot(w, v, t, WIDEN)
+    if tv_ptr is not None:
+        t = _dot(p, _load(tv, row, is_row, channel, LANES, D, ALIGN), t, WIDEN)
+    return o, t
+
+
+@triton.jit
+def _dot(x, y, sums, WIDEN: tl.constexpr):
+    """sums + x·y, accumulated in float32."""
+    if WIDEN:  # Triton's interpreter cannot multiply bfloat16
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y, sums, input_precision="tf32x3")
+
+
+def pieces(head_dim: int) -> tuple[int, int]:
+    """(A, B): lanes of a head, A + B ≥ head_dim; the hardware's least is 16, B = 0 is one piece.
+
+    72 → (64, 16), 64 → (64, 0), 120 → (128, 0).
+    """
+    whole = max(16, triton.next_power_of_2(head_dim))
+    half = whole // 2
+    rest = max(16, triton.next_power_of_2(head_dim - half))
+    return (whole, 0) if half + rest >= whole else (half, rest)
+
+
+def _tile(q: Tensor, lanes: int) -> dict[str, int]:
+    """Queries (rows), keys (columns) and channels (chunk, 0 for all) of a tile, and its warps."""
+    kind = "attention.jvp.float32" if q.dtype == torch.float32 else "attention.jvp"
+    name = f"{kind}.{next(n for n in (96, 128, 256) if lanes <= n)}"
+    return TABLE[section(name, architecture(q.device))][name]
+
+
+def jvp(
+    q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None,
+    key_mask: Tensor | None, cu: Tensor | None, k_cu: Tensor | None, max_length: int,
+    k_max_length: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, tout), shaped as q and contiguous; a tangent that is None is zero."""
+    out, tout = q.new_empty(q.shape), q.new_empty(q.shape)
+    is_packed, (heads, D) = cu is not None, q.shape[-2:]
+    A, B = pieces(D)
+    tile = _tile(q, A + B)
+    Plan(q, cu, max_length, tile["rows"]).launch(
+        _jvp_kernel,
+        *(head_view(x, is_packed) for x in (q, k, v, tq, tk, tv)),
+        None if key_mask is None else key_mask.contiguous().view(torch.uint8),
+        k_cu, k_max_length if is_packed else k.shape[1], heads, D**-0.5, out, tout,
+        columns=heads, D=D, A=A, B=B, ROWS=tile["rows"], COLUMNS=tile["columns"],
+        CHUNK=tile["chunk"], WIDEN=backend.interpreting() and q.dtype == torch.bfloat16,
+        num_warps=tile["num_warps"], num_stages=tile["num_stages"],
+    )  # fmt: skip
+    return out, tout
