@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench gpu wheels clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,12 +20,25 @@ lint: $(VENV)/.test ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/.bench ## count launches and bytes, and read the compiled kernels; no GPU needed
+bench: $(VENV)/.bench ## count, read the compiled kernels, time what runs here, and report
 	$(BIN)/python -m benchmarks.traffic
 	$(BIN)/python -m benchmarks.resources
+	mkdir -p build
+	$(BIN)/python -m pytest -q benchmarks --benchmark-json build/benchmarks.json
+	$(BIN)/python -m benchmarks.report --write
+
+# On a bare GPU machine: system Python with torch, triton and pytest, no download, no environment.
+# PART=tests, ops or model runs one of the three; OUT is the folder for the results.
+gpu: ## build, prove and measure on this machine's GPU: make gpu PART=all OUT=benchmarks/results
+	$(PYTHON) -m benchmarks.gate --part $(or $(PART),all) --out $(or $(OUT),build/gate) \
+		$(if $(COMMIT),--commit $(COMMIT)) $(if $(WHEELS),--wheels $(WHEELS))
+
+wheels: $(VENV)/.torch ## download, into wheels/, what a bare GPU machine may lack
+	$(BIN)/python -m pip download --no-deps --only-binary=:all: --python-version 3.12 \
+		--implementation py --platform any --dest wheels --requirement benchmarks/wheels.txt
 
 clean: ## remove the environment, builds and caches
-	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist wheels *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.torch:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from . import machine, models, ops, savings
+from .results import fill_ratios
 
 SUMMARIES = {"op": ops.summary, "model": models.summary, "saving": savings.summary}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,6 +28,10 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.update(machine.describe(DEVICE))
 
 
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    fill_ratios([bench["extra_info"] for bench in output_json["benchmarks"]])
+
+
 def pytest_configure(config):
     config.option.benchmark_quiet = True  # its table has the launches in it: ours below
 
@@ -34,6 +39,7 @@ def pytest_configure(config):
 def pytest_terminal_summary(terminalreporter):
     session = getattr(terminalreporter.config, "_benchmarksession", None)
     rows = [bench.extra_info for bench in session.benchmarks] if session else []
+    fill_ratios(rows)
     if any("kind" in row for row in rows):
         terminalreporter.section("medians, with the ratio to eager and to torch.compile")
         for row in rows:

@@ -11,11 +11,10 @@ from tim_kernels import backend
 
 from . import peers
 from .calls import Call
+from .results import COMPILE, EAGER, FUSED
 from .timing import is_cuda
 
-EAGER, COMPILE = "eager", "torch.compile"
-OWN = ("reference", "triton", "cuda")
-FUSED = ("triton", "cuda")
+OWN = ("reference", *FUSED)
 COMPILED_ON_CPU = "forward + backward"
 
 

@@ -15,7 +15,8 @@ import setup as build_script
 from .cubin import Resources, _run, disassemble, resources
 
 ROOT = Path(__file__).parents[1]
-TYPES = {"__nv_bfloat16": "bf16", "__half": "fp16", "float": "fp32", "double": "fp64"}
+TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+CUDA_TYPES = {"__nv_bfloat16": "bf16", "__half": "fp16", "float": "fp32", "double": "fp64"}
 
 
 @dataclass
@@ -76,6 +77,6 @@ def short_name(mangled: str) -> str:
     """forward_rows<1152, bf16, fp32> of a mangled kernel of an unnamed namespace."""
     name = _run("c++filt", mangled).strip()
     name = re.search(r"(?:\(anonymous namespace\)|_GLOBAL__N_\w*)::(.*?)\(", name)[1]
-    for type_name, short in TYPES.items():
+    for type_name, short in CUDA_TYPES.items():
         name = name.replace(type_name, short)
     return name

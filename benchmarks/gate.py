@@ -16,7 +16,7 @@ import argparse
 import ctypes
 import dataclasses
 import functools
-import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -26,12 +26,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 from . import table
+from .provenance import ROOT, commit_hash, now, save, source_hash
+from .results import fill_ratios
 
-ROOT = Path(__file__).parents[1]
 PARTS = ("tests", "ops", "model")
 BUDGET = 520.0  # seconds of a part; nine minutes with room for the last save
 SAVE_EVERY = 2.0
@@ -47,12 +47,13 @@ class Stage:
     limit: float
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     obstacle: str | None = None
-    must_say: str | None = None  # in its output, whatever its exit status
+    must_say: str | None = None  # in its output
+    must_fail: bool = False  # it holds a planted error
 
 
 def worker(name: str, limit: float, dry_run: bool, **changes) -> Stage:
-    """A stage of benchmarks.stages; it is told to end a little before it would be killed."""
-    command = [sys.executable, "-m", "benchmarks.stages", name, "--seconds", str(0.85 * limit)]
+    """A stage of benchmarks.stages."""
+    command = [sys.executable, "-m", "benchmarks.stages", name]
     command += ["--dry-run"] if dry_run else []
     return Stage(changes.pop("title", name.replace("_", " ")), command, limit, **changes)
 
@@ -103,7 +104,9 @@ def sanitizer(dry_run: bool) -> list[Stage]:
         ]  # fmt: skip
         return dataclasses.replace(stage, environment=environment, obstacle=obstacle)
 
-    planted = under("memcheck", "planted_error", 60, must_say="Invalid __global__ write")
+    planted = under(
+        "memcheck", "planted_error", 60, must_say="Invalid __global__ write", must_fail=True
+    )
     return [
         worker("short_list", 90, dry_run),
         planted,
@@ -146,7 +149,7 @@ class Record:
             "dry_run": dry_run,
             "commit": commit,
             "sources": source_hash(),
-            "started": _now(),
+            "started": now(),
             "ended": None,
             "finished": False,
             "machine": {},
@@ -200,14 +203,8 @@ class Record:
         self.data[where].append({"stage": stage["name"], "what": row["what"], "why": row["why"]})
 
     def save(self) -> None:
-        """By replacing the file, so that there is never half a one."""
-        path = self.out / f"{self.stem}.json"
-        scratch = path.with_suffix(".json.part")
-        with scratch.open("w") as file:
-            json.dump(self.data, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
+        fill_ratios(self.data["rows"])
+        save(self.data, self.out / f"{self.stem}.json")
         self.saved_at = time.monotonic()
 
 
@@ -223,7 +220,6 @@ class Gate:
     def run(self, stages: list[Stage], dry_run: bool) -> None:
         self._stage(worker("describe", 60, dry_run, title="machine"))
         self.record.name_after(_short_name(self.record.data["machine"].get("gpu")))
-        self._stage(worker("state", 20, dry_run, title="state before"))
         for stage in stages:
             self._stage(stage)
         self.until = max(self.until, time.monotonic() + 20)
@@ -262,20 +258,19 @@ class Gate:
         with self.record.log.open("ab") as log:
             log.write(f"\n=== {stage.name}: {' '.join(stage.command[1:])}\n".encode())
             log.flush()
-            begin = log.tell()
+            begin, is_new = log.tell(), False
             process = subprocess.Popen(
-                self._command(stage), cwd=ROOT, env=self._environment(stage), stdout=log,
+                self._command(stage, limit), cwd=ROOT, env=self._environment(stage), stdout=log,
                 stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_die_with_parent,
             )  # fmt: skip
             try:
                 while process.poll() is None and time.monotonic() < start + limit:
                     time.sleep(0.2)
                     entry["seconds"] = round(time.monotonic() - start, 1)
-                    if (
-                        self._take_rows(entry)
-                        and time.monotonic() > self.record.saved_at + SAVE_EVERY
-                    ):
+                    is_new |= self._take_rows(entry)
+                    if is_new and time.monotonic() > self.record.saved_at + SAVE_EVERY:
                         self.record.save()
+                        is_new = False
                 is_late = process.poll() is None
             finally:
                 _kill(process)
@@ -287,19 +282,19 @@ class Gate:
         entry["returncode"] = process.returncode
         if is_late:
             entry |= {"outcome": "timed out", "why": f"killed after {limit:.0f} s"}
-        elif stage.must_say is not None:
-            is_said = stage.must_say in output
-            entry["outcome"] = "passed" if is_said else "failed"
-            entry["why"] = "" if is_said else f"it did not say {stage.must_say!r}: {output[-1500:]}"
-        elif process.returncode:
+        elif stage.must_say is not None and stage.must_say not in output:
+            why = f"it did not say {stage.must_say!r}: {output[-1500:]}"
+            entry |= {"outcome": "failed", "why": why}
+        elif bool(process.returncode) != stage.must_fail:
             entry |= {"outcome": "failed", "why": f"exit {process.returncode}: {output[-1500:]}"}
         else:
             entry["outcome"] = "passed"
 
-    def _command(self, stage: Stage) -> list[str]:
+    def _command(self, stage: Stage, limit: float) -> list[str]:
+        """A worker is told to end a little before it would be killed."""
         if "benchmarks.stages" not in stage.command:
             return stage.command
-        return [*stage.command, "--rows", str(self.rows)]
+        return [*stage.command, "--rows", str(self.rows), "--seconds", f"{0.85 * limit:.0f}"]
 
     def _environment(self, stage: Stage) -> dict[str, str]:
         environment = os.environ | stage.environment | {"TEST_ROWS": str(self.rows)}
@@ -370,40 +365,17 @@ def _short_name(gpu: str | None) -> str:
     return "".join(c for c in words[0].lower() if c.isalnum())
 
 
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def commit_hash() -> str:
-    """Of the checkout, with "+" if files differ from it; "unknown" without git."""
-    git = ["git", "-C", str(ROOT)]
-    try:
-        head = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        )
-        changes = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True,
-            check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + "+" * bool(changes.stdout.strip())
-
-
-def source_hash() -> str:
-    """Of everything that is measured: tells whether two results are of the same code."""
-    digest = hashlib.sha256()
-    for folder, pattern in (("tim_kernels", "*.py"), ("tim", "*.py"), ("csrc", "*.cu*")):
-        for path in sorted((ROOT / folder).rglob(pattern)):
-            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def install(wheels: Path, site: Path) -> None:
-    """Packages that this machine lacks, for the length of the run."""
-    files = sorted(str(path) for path in wheels.glob("*.whl"))
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-    subprocess.run([*pip, "--no-compile", "--target", str(site), *files], check=True)
+    """The packages among them that this machine lacks, for the length of the run."""
+    missing = []
+    for path in sorted(wheels.glob("*.whl")):
+        try:
+            importlib.metadata.version(path.name.partition("-")[0])
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(str(path))
+    if missing:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+        subprocess.run([*pip, "--no-compile", "--target", str(site), *missing], check=True)
 
 
 def run_part(
@@ -427,7 +399,7 @@ def run_part(
             record.data["failures"].append({"stage": "gate", "what": "stopped", "why": repr(stop)})
             raise
         finally:
-            record.data["ended"] = _now()
+            record.data["ended"] = now()
             record.save()
     return record.data
 

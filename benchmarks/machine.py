@@ -65,10 +65,13 @@ def _nvml(device: str | torch.device = "cuda"):
         import pynvml
 
         pynvml.nvmlInit()
-        uuid = torch.cuda.get_device_properties(device).uuid
-        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-    except Exception:  # no package, no driver library, a device it does not know
+    except Exception:  # no package, no driver library
         return None
+    uuid = torch.cuda.get_device_properties(device).uuid
+    handle = _asked(pynvml.nvmlDeviceGetHandleByUUID, f"GPU-{uuid}")
+    if handle is None and pynvml.nvmlDeviceGetCount() == 1:
+        handle = _asked(pynvml.nvmlDeviceGetHandleByIndex, 0)
+    return None if handle is None else (pynvml, handle)
 
 
 def _driver() -> dict:

@@ -18,9 +18,10 @@ from tim_kernels import use_backend
 
 from . import peers
 from .calls import Call, calls
-from .contenders import COMPILE, EAGER, OWN, Contender, contenders
+from .contenders import EAGER, OWN, Contender, contenders
 from .counting import RULE, Work, count
 from .machine import Limits
+from .results import ratios
 from .shapes import Shape
 from .timing import Timing, copies, measure, sets_needed, side_stream, storage_bytes
 
@@ -73,7 +74,6 @@ class Comparison:
         )
         self.contenders, self.left_out = contenders(self.call, device, case.direction, interpret)
         self.work = needed_work(case, self.dtype)
-        self.times: dict[str, float] = {}
 
     def row(self, contender: Contender, seconds: float = 0.2) -> dict:
         """Check, then time.
@@ -84,7 +84,6 @@ class Comparison:
         with contender.active(), side_stream(self.device):
             parity = self._check(contender)
             timing = self._time(contender, seconds)
-        self.times[contender.name] = timing.ms
         moved, flops = sum(w.bytes for w in self.work), sum(w.flops for w in self.work)
         bandwidth = moved / timing.ms * 1e3
         return {
@@ -101,8 +100,6 @@ class Comparison:
             "gb_per_s": bandwidth / 1e9,
             "tflop_per_s": flops / timing.ms / 1e9,
             "share_of_limit": self.roofline_ms / timing.ms,
-            "vs_eager": self._ratio(EAGER, timing.ms),
-            "vs_compile": self._ratio(COMPILE, timing.ms),
             "bytes": moved,
             "flops": flops,
             "counted": f"what the fused op must move: {RULE}",
@@ -113,9 +110,6 @@ class Comparison:
     def roofline_ms(self) -> float:
         """At the limits measured on this device, with the fused op's launches."""
         return 1e3 * sum(work.seconds(self.limits) for work in self.work)
-
-    def _ratio(self, other: str, ms: float) -> float | None:
-        return self.times[other] / ms if other in self.times else None
 
     def _check(self, contender: Contender) -> float:
         """The largest error of an answer, as a share of what is allowed to eager · factor."""
@@ -232,18 +226,17 @@ def compare(
 
 
 def excuse(is_own: bool, name: str, title: str, error: Exception) -> dict:
-    """Instead of a row: a failure if the answer is wrong or the code ours."""
-    kind = "failure" if is_own or isinstance(error, WrongAnswer) else "left out"
+    """Instead of a row: a failure if the answer is wrong or the code ours, and memory sufficed."""
+    is_failure = is_own and not isinstance(error, torch.OutOfMemoryError)
+    kind = "failure" if is_failure or isinstance(error, WrongAnswer) else "left out"
     why = f"{type(error).__name__}: {error}"
     return {"kind": kind, "what": f"{name} in {title}", "why": why[:1500]}
 
 
 def summary(row: dict) -> str:
     """One line for people."""
-    ratios = [row["vs_eager"], row["vs_compile"]]
-    times = "".join(f"{ratio:>8.2f}" if ratio else f"{'':>8}" for ratio in ratios)
     return (
         f"{row['op']:<44}{row['direction']:<20}{row['shape']:<24}{row['contender']:<20}"
         f"{row['ms'] * 1e3:>10.1f} µs{row['gb_per_s']:>8.0f} GB/s"
-        f"{100 * row['share_of_limit']:>5.0f} %{times}"
+        f"{100 * row['share_of_limit']:>5.0f} %{ratios(row)}"
     )

@@ -2,14 +2,15 @@
 
     python -m benchmarks.resources [--arch 90] [--width 1152] [--dtype bfloat16] [--op swiglu]
 
-Every op is called as the models call it, on meta tensors; each kernel that it would launch is
-compiled ahead of time, so no GPU is needed.
+Every op is called as the models call it, on meta tensors; each Triton kernel that it would launch
+is compiled ahead of time, and so are all kernels of csrc/ where nvcc is found: no GPU is needed.
 """
 
 import argparse
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ import triton
 
 from tim_kernels import tuning, use_backend
 
+from . import extension
 from .calls import DIRECTIONS, calls
 from .cubin import (
     ARCHITECTURES,
@@ -40,7 +42,11 @@ REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of a multiprocessor
 
 @dataclass
 class Row:
-    """One kernel as one call of an op launches it, compiled for one architecture."""
+    """One kernel as one call of an op launches it, compiled for one architecture.
+
+    Of a CUDA kernel, `call` is its template arguments and num_warps the most that it is launched
+    with; width and constants are empty, and dynamic shared memory is not in `shared`.
+    """
 
     backend: str
     kernel: str
@@ -95,9 +101,25 @@ def compile_job(arch: int, width: int, dtype: str, call: str, launch: Launch) ->
     return Row("triton", launch.name, call, arch, width, dtype, warps, constants, resources)
 
 
+def cuda_rows(
+    architectures: Iterable[int], dtypes: Iterable[str], ops: Iterable[str], processes: int
+) -> list[Row]:
+    """Every kernel of csrc/ that has one of the dtypes among its template arguments."""
+    wanted = {extension.TYPES[name] for name in dtypes}
+    return [
+        Row(
+            "cuda", name, f"<{arguments}", kernel.arch, 0, "", kernel.threads // 32, {},
+            kernel.resources,
+        )
+        for kernel in extension.kernels(architectures, ops, processes)
+        for name, _, arguments in [kernel.name.partition("<")]
+        if wanted & set(re.findall(r"\w+", arguments))
+    ]  # fmt: skip
+
+
 def table(rows: Iterable[Row]) -> str:
     lines = [
-        f"{'kernel':<32}{'call':<32}{'arch':>5}{'width':>6} {'dtype':<9}{'warps':>6}{'regs':>5}"
+        f"{'kernel':<38}{'call':<32}{'arch':>5}{'width':>6} {'dtype':<9}{'warps':>6}{'regs':>5}"
         f"{'spills':>7}{'shared':>7}{'of 64':>6}{'instr':>7}{'ld 16 B':>10}{'st 16 B':>10}"
     ]
     for row in rows:
@@ -105,7 +127,7 @@ def table(rows: Iterable[Row]) -> str:
         loads = f"{r.wide_loads}/{r.wide_loads + r.narrow_loads}"
         stores = f"{r.wide_stores}/{r.wide_stores + r.narrow_stores}"
         lines.append(
-            f"{row.kernel:<32}{row.call:<32}{row.arch:>5}{row.width:>6} {row.dtype:<9}"
+            f"{row.kernel:<38}{row.call:<32}{row.arch:>5}{row.width or '':>6} {row.dtype:<9}"
             f"{row.num_warps:>6}{r.registers:>5}{r.spills:>7}{r.shared:>7}{row.warps:>6}"
             f"{r.instructions:>7}{loads:>10}{stores:>10}"
         )

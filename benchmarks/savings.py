@@ -3,10 +3,15 @@
 On a CPU, in float32, with the plain PyTorch backend: what is written here comes from the way the
 network is put together and not from fused kernels. Each saving and what it replaces are timed by
 turns in one run; the ratio is the median over rounds.
+
+    python -m benchmarks.savings --out benchmarks/results
 """
 
+import argparse
 import itertools
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,12 +20,17 @@ from tests.eager import EagerTiM
 from tim_kernels import use_backend
 from tim_kernels.nn import condition_blocks, swiglu_mlp
 
-from . import models, published
+from . import machine, models, published
 from .models import SAMPLING, TRAINING, Contender, Task, run_once
+from .provenance import commit_hash, now, save, source_hash
 from .shapes import Model
 from .timing import alternate
 
 TOLERANCE = 1e-4  # relative, float32
+MEASURED = {  # models and batches of the committed result
+    "mnist": (Model("mnist", (7, 7), (1, 28, 28), 0, (16,)), 16),
+    "c2i-b": (Model("b-256", (8, 8), (4, 32, 32), 0, (1,)), 1),
+}
 
 
 def parts(model: Model, batch: int, network: nn.Module) -> Iterator[tuple[str, Callable, Callable]]:
@@ -134,3 +144,35 @@ def summary(row: dict) -> str:
     times = f"{row['as_published_ms']:>10.1f} ms{row['here_ms']:>10.1f} ms"
     ratio = f"{row['ratio']:>7.2f} ({row['ratio_10']:.2f}–{row['ratio_90']:.2f})"
     return f"{row['model']:<20}{row['batch']:>4}  {row['what']:<46}{times}{ratio}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--out", type=Path, required=True, help="a folder for <date>-cpu-savings.json"
+    )
+    parser.add_argument("--rounds", type=int, default=11)
+    args = parser.parse_args()
+    data = {
+        "format": 1,
+        "part": "savings",
+        "dry_run": False,
+        "commit": commit_hash(),
+        "sources": source_hash(),
+        "started": now(),
+        "load_before": os.getloadavg()[0],  # of other work: below 0.5 the times can be trusted
+        "machine": machine.describe("cpu"),
+        "rows": [],
+    }
+    for name, (model, batch) in MEASURED.items():
+        for number in range(COUNT):
+            *_, row = measured(name, model, batch, number, args.rounds)
+            data["rows"].append(row)
+            print(summary(row), flush=True)
+    data["ended"] = now()
+    args.out.mkdir(parents=True, exist_ok=True)
+    save(data, args.out / f"{data['started'][:10]}-cpu-savings.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -25,7 +25,7 @@ from .shapes import MODELS, PUBLISHED, SMALL, SMALL_MODELS, Shape
 
 MAIN_SHAPES = ("c2i-xl, batch 64", "t2i-xl, batch 8")  # all ops; elsewhere the core ones
 CORE = ("ada_layer_norm", "gated_residual_ada_layer_norm", "qk_norm_rope of packed qkv", "swiglu")
-DRY_CALLS = ("swiglu", "transition_step")
+DRY_CALLS = ("transition_step",)
 COMPILING = 8  # processes that fill the compiler's cache together
 
 
@@ -68,6 +68,7 @@ class Run:
 def describe(run: Run) -> None:
     """The machine, its state and the limits it reaches."""
     run.emit({"kind": "machine"} | machine.describe(run.device))
+    state(run)
     limits = machine.limits(run.device, quick=run.dry_run)
     gemm = f"{machine.GEMM_SIZE}³ bf16 GEMM" if not run.dry_run else "small GEMM"
     run.emit(
@@ -171,27 +172,29 @@ def model_cases(tasks: tuple, batches: slice, dry_run: bool) -> list[models.Case
     return cases
 
 
-def time_models(run: Run, tasks: tuple, batches: slice = slice(None), **options) -> None:
+def time_models(run: Run, cases: list[models.Case], **options) -> None:
     limits = run.limits()
     seconds = 0.02 if run.dry_run else 0.5
-    run.through(
-        model_cases(tasks, batches, run.dry_run),
-        lambda case: models.compare(case, run.device, limits, seconds, **options),
-    )
+    run.through(cases, lambda case: models.compare(case, run.device, limits, seconds, **options))
 
 
 def forward(run: Run) -> None:
-    time_models(
-        run, (models.GRAPH_TASK, models.FORWARD_TASK) if not run.dry_run else (models.FORWARD_TASK,)
-    )
+    tasks = (models.GRAPH_TASK, models.FORWARD_TASK)
+    time_models(run, model_cases(tasks[run.dry_run :], slice(None), run.dry_run))
 
 
 def sampling(run: Run) -> None:
-    time_models(run, models.SAMPLING[:1] if run.dry_run else models.SAMPLING, slice(2))
+    tasks = models.SAMPLING[:1] if run.dry_run else models.SAMPLING
+    time_models(run, model_cases(tasks, slice(2), run.dry_run))
 
 
 def training(run: Run) -> None:
-    time_models(run, models.TRAINING, slice(1))
+    """At half the middle batch: the eager step with its activations has to fit."""
+    cases = [
+        case._replace(batch=max(2, case.batch // 2))
+        for case in model_cases(models.TRAINING, slice(1), run.dry_run)
+    ]
+    time_models(run, cases)
 
 
 def max_autotune(run: Run) -> None:
@@ -199,7 +202,8 @@ def max_autotune(run: Run) -> None:
     if run.dry_run:
         run.emit({"kind": "left out", "what": models.MAX_AUTOTUNE, "why": "it needs a GPU"})
         return
-    time_models(run, (models.GRAPH_TASK,), slice(1), max_autotune=True)
+    cases = model_cases((models.GRAPH_TASK,), slice(1), run.dry_run)
+    time_models(run, cases, max_autotune=True)
 
 
 def short_list(run: Run) -> None:
@@ -213,6 +217,8 @@ def short_list(run: Run) -> None:
     for name in ("triton", "cuda"):
         for shape in shapes:
             for call in calls(**shape._asdict(), dtype=torch.bfloat16, device=run.device):
+                if run.dry_run and call.op not in DRY_CALLS:
+                    continue
                 if reason := backend.obstacle(name, call.op, run.device):
                     run.emit({"kind": "left out", "what": f"{name} in {call.op}", "why": reason})
                     continue

@@ -1,8 +1,9 @@
-"""Results as short tables: of a gate's file for a terminal."""
+"""The gate's result as a screenful for a terminal."""
 
 from collections import Counter
 
-FUSED = ("cuda", "triton")
+from .results import FUSED, ratios
+
 MOST_LINES = 25
 
 
@@ -50,13 +51,13 @@ def _op_lines(rows: list[dict]) -> list[str]:
         return []
     lines = [
         f"{'op':<44}{'direction':<12}{'shape':<22}{'by':<8}{'µs':>9}{'GB/s':>7}{'of limit':>9}"
-        f"{'eager':>7}{'compile':>8}"
+        f"{'eager':>8}{'compile':>8}"
     ]
     for row in rows[: 4 * MOST_LINES]:
         lines.append(
             f"{row['op'][:43]:<44}{row['direction']:<12}{row['shape'][:21]:<22}{row['contender']:<8}"
             f"{1e3 * row['ms']:>9.1f}{row['gb_per_s']:>7.0f}{100 * row['share_of_limit']:>8.0f}%"
-            f"{_number(row['vs_eager'], '7.2f')}{_number(row['vs_compile'], '8.2f')}"
+            f"{ratios(row)}"
         )
     return lines
 
@@ -67,13 +68,12 @@ def _model_lines(rows: list[dict]) -> list[str]:
         return []
     lines = [
         f"{'model':<12}{'batch':>6}  {'task':<26}{'by':<28}{'ms':>10}{'images/s':>10}{'GiB':>7}"
-        f"{'J/image':>9}{'eager':>7}{'compile':>8}"
+        f"{'J/image':>9}{'eager':>8}{'compile':>8}"
     ]
     for row in rows:
         lines.append(
             f"{row['model']:<12}{row['batch']:>6}  {row['task']:<26}{row['contender']:<28}"
             f"{row['ms']:>10.2f}{row['samples_per_s']:>10.1f}{_number(row['peak_gib'], '7.1f')}"
-            f"{_number(row['joules_per_image'], '9.2f')}{_number(row['vs_eager'], '7.2f')}"
-            f"{_number(row['vs_compile'], '8.2f')}"
+            f"{_number(row['joules_per_image'], '9.2f')}{ratios(row)}"
         )
     return lines

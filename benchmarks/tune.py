@@ -247,14 +247,19 @@ def write(path: Path, architecture: int, chosen: dict[str, dict], source: str) -
             kept.append(kernel)
         else:
             section[kernel] = configuration | {"source": source}
-    lines = [
-        f'  "{name}": {{\n'
-        + ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in entries.items())
-        + "\n  }"
-        for name, entries in table.items()
-    ]
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    path.write_text(_text(table))
     return kept
+
+
+def _text(table: dict[str, dict[str, dict]]) -> str:
+    """One entry a line, in the order of the default ones."""
+    order = {kernel: i for i, kernel in enumerate(table["default"])}
+    sections = []
+    for name, entries in table.items():
+        kernels = sorted(entries, key=lambda kernel: order.get(kernel, len(order)))
+        lines = (f"    {json.dumps(kernel)}: {json.dumps(entries[kernel])}" for kernel in kernels)
+        sections.append(f"  {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n  }")
+    return "{\n" + ",\n".join(sections) + "\n}\n"
 
 
 def main() -> None:

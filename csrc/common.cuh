@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace tim {
 
@@ -51,8 +52,16 @@ struct alignas(W == 1 ? sizeof(T) : sizeof(uint4)) Raw {
   }
 
   __device__ __forceinline__ void widen(float (&x)[W]) const {
+    if constexpr (W > 1 && std::is_same_v<T, __nv_bfloat16>) {  // an instruction each, of a pair
 #pragma unroll
-    for (int i = 0; i < W; i++) x[i] = to_float(value[i]);
+      for (int i = 0; i < W; i += 2) {
+        const uint32_t pair = reinterpret_cast<const uint32_t*>(value)[i / 2];
+        x[i] = __uint_as_float(pair << 16), x[i + 1] = __uint_as_float(pair & 0xffff0000u);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < W; i++) x[i] = to_float(value[i]);
+    }
   }
 };
 

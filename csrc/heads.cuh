@@ -32,7 +32,7 @@ struct AnyRow {
   int64_t s;
 };
 
-// Where tokens sit: at positions (…, 2), or by their index and a divisor, of all samples or of each.
+// Where tokens sit: at positions (…, 2), or by index and divisor, which samples may share or not.
 struct Places {
   const int32_t* positions;
   const int64_t* wide_positions;
@@ -145,18 +145,22 @@ struct Place {
     load_at(row, sample * row.s + head() * layout.D + column(), x);
   }
 
-  // x becomes d = x − its first channel; returns that, the mean of d and Σ(d − mean)².
+  // x becomes d = x − m, m being about its mean, or as near as a float comes to it; returns m, the
+  // mean of d and Σ(d − that)².
   __device__ __forceinline__ float4 centre(float (&x)[CHUNK]) const {
-    const float zero = x[0];
-    float sum = 0.f, squares = 0.f;
+    const float part = ALIGNED ? 1.f / CHUNK : __fdividef(1.f, channels());
+    float m = 0.f, mean = 0.f, squares = 0.f;
+#pragma unroll
+    for (int i = 0; i < CHUNK; i++) m += x[i];
+    m *= part;
 #pragma unroll
     for (int i = 0; i < CHUNK; i++) {
-      x[i] = ALIGNED || i < channels() ? x[i] - zero : 0.f;
-      sum += x[i];
+      x[i] = ALIGNED || i < channels() ? x[i] - m : 0.f;
+      mean += x[i];
       squares += x[i] * x[i];
     }
-    const float mean = ALIGNED ? sum * (1.f / CHUNK) : __fdividef(sum, channels());
-    return make_float4(zero, mean, squares - sum * mean, 0.f);
+    squares -= mean * (mean * part);
+    return make_float4(m, mean * part, squares, 0.f);
   }
 
  private:
@@ -187,15 +191,15 @@ struct Exchange {
   const Layout& layout;
   float* memory = shared<float>();
 
-  // The chunks of a head, of `rows`: first channel, mean above it, squares around that, Σ g·w.
+  // The chunks of a head, of `rows`, as `centre` knows them, and Σ g·w.
   __device__ __forceinline__ float4* chunks(int row) const {
     return reinterpret_cast<float4*>(memory) + row * layout.stride;
   }
-  // The same chunks: Σ g·w·d, d being the channels above the first.
+  // The same chunks: Σ g·w·d.
   __device__ __forceinline__ float* along(int row) const {
     return memory + layout.along_at + row * layout.stride;
   }
-  // A head of `rows`: its first channel, the mean above it, rstd, and b and a of backward.
+  // A head of `rows`: the m of its first chunk, the mean above that, rstd, and b and a of backward.
   __device__ __forceinline__ float4& head(int row) const {
     return reinterpret_cast<float4*>(memory + layout.heads_at)[row];
   }

@@ -3,8 +3,8 @@
 //     y = RoPE(LN(x + shift)·weight + bias)     each part left out when its tensor is None
 //
 // A thread owns a chunk of 8 channels of one head, for all the tokens that its block walks over, so
-// weight, bias, shift and their gradients stay in its registers, and pairs (2j, 2j + 1) turn inside
-// it. The heads of q and then of k are one list: 2·16 heads of 9 chunks, or 2·12 of 8, are a block
+// the gradients of weight, bias and shift stay in its registers, those rows there or in shared
+// memory, and pairs (2j, 2j + 1) turn inside it. The heads of q and then of k are one list: 2·16 heads of 9 chunks, or 2·12 of 8, are a block
 // of 288 or 192 threads that reads a token's q and k in one coalesced sweep of 16-byte accesses.
 // Heads that are fewer have several tokens side by side ("slots"), more have several blocks
 // ("columns"). A thread has two tokens in flight.
@@ -12,10 +12,11 @@
 // A head's 9 chunks lie across warps, so its sums go through shared memory. To keep that short, the
 // threads write what they know of their chunk, one thread a head puts the chunks together while
 // other warps make the tokens' cosines and sines, and all go on with the head's mean and rstd: two
-// barriers for 2·slots tokens. Chunks are put together by Chan's formula: each is known by its
-// first channel, the mean of what is above it and the squares around that mean, so a mean far from
-// zero loses nothing. Backward has its two sums, of g·w and of g·w·x̂ for g the gradient turned
-// back, in the same exchange: taken above the chunk's first channel, moved to the mean afterwards.
+// barriers for 2·slots tokens. Chunks are put together by Chan's formula, each known by its mean,
+// rounded, by what that leaves and by the squares around it, so a mean far from zero loses nothing,
+// nor does a channel far from the others. Backward has its two sums, of g·w and of g·w·x̂ for g the
+// gradient turned back, in the same exchange: taken around the chunk's mean, moved to the head's
+// afterwards.
 //
 // A head_dim that is no multiple of 8 has a shorter last chunk; then, and for views that are not
 // aligned, the same kernels access single channels (ALIGNED is false).
@@ -41,7 +42,7 @@ struct Backward {
   Both<float*> dshift, daffine;  // (samples, tiles, H·D) and (2, blocks, D), or nullptr
 };
 
-// The block's tile, but for its offsets, and how many tokens it has.
+// Writes the block's tile, but for its offsets.
 __device__ __forceinline__ Rows tile_of(
     const Exchange& shared, const Places& places, const Grid& grid) {
   const Rows at = grid.locate(blockIdx.x / shared.layout.columns);
@@ -106,6 +107,7 @@ __global__ void __launch_bounds__(HEADS_THREADS, ALIGNED ? 3 : 1) forward_heads(
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
       const int row = me.row(t), n = begin + me.token(t), pair = me.column() / 2;
+      if (!me.is_any || n >= end) continue;
       if (is_normed) {
         const float4 of = shared.head(row);
         const float above = (shared.chunks(row)[me.chunk].x - of.x - of.y) * of.z;
@@ -114,7 +116,7 @@ __global__ void __launch_bounds__(HEADS_THREADS, ALIGNED ? 3 : 1) forward_heads(
       }
       if (places.freq != nullptr)
         turn<false>(d[t], shared.cos(me.token(t)) + pair, shared.sin(me.token(t)) + pair);
-      if (me.is_any && n < end) me.store(me.of(in.y, shared.tile().offset[1], n), d[t]);
+      me.store(me.of(in.y, shared.tile().offset[1], n), d[t]);
     }
   }
 }

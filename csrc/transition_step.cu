@@ -95,12 +95,12 @@ struct Gradients {
 };
 
 template <int W, typename A, typename T, typename F>
-__device__ __forceinline__ void store_scaled(T* out, A by, const Raw<W, F>& d) {
+__device__ __forceinline__ void store_scaled(T* out, int64_t at, A by, const Raw<W, F>& d) {
   if (out == nullptr) return;
   A y[W];
 #pragma unroll
   for (int w = 0; w < W; w++) y[w] = by * widen<A>(d.value[w]);
-  store_part(out, y);
+  store_part(out + at, y);
 }
 
 template <int W, typename T, typename F>
@@ -110,18 +110,16 @@ __global__ void __launch_bounds__(SAMPLE_THREADS) backward_part(
   const Part<W> part(length, tiles);
   const A a = in.a[part.sample], b = in.b[part.sample], c = in.c_of(part.sample);
   const A guidance = in.guidance_of(part.sample), bg = b * guidance;
-  const int64_t first = part.sample * length;
-  const auto from = [&](auto* out, int i) { return out == nullptr ? out : out + first + part.at(i); };
-
   Raw<W, T> d[part.N] = {};
   part.load(to.d.at(part.sample), d);
 #pragma unroll
   for (int i = 0; i < part.N; i++) {
     if (!part.has(i)) continue;
-    store_scaled(from(to.dx, i), a, d[i]);
-    store_scaled(from(to.dnoise, i), c, d[i]);
-    store_scaled(from(to.df_cond, i), bg, d[i]);
-    store_scaled(from(to.df_uncond, i), b - bg, d[i]);
+    const int64_t out = part.sample * length + part.at(i);
+    store_scaled(to.dx, out, a, d[i]);
+    store_scaled(to.dnoise, out, c, d[i]);
+    store_scaled(to.df_cond, out, bg, d[i]);
+    store_scaled(to.df_uncond, out, b - bg, d[i]);
   }
   if (to.partial == nullptr) return;
 

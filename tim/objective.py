@@ -38,9 +38,11 @@ class TransitionObjective:
     The first round(diffusion_ratio·B) samples of a batch train with r = t, the last
     round(consistency_ratio·B) with r = T_min. dF/dt along the trajectory, needed where r ≠ t,
     comes from a central difference over ±differential_epsilon (`derivative_type` "dde") or
-    exactly from forward mode ("jvp"); it is a constant in the loss. `weight_time_type` names
-    the weight of δ = t − r (of t with `weight_t_and_r` off), where t and r go through tan or
-    t/(1 − t) first with `weight_time_tangent` or `weight_time_sigmoid`.
+    exactly from forward mode ("jvp"); it is a constant in the loss. With `share_primal`, for "jvp"
+    alone, one dual forward gives the samples with r ≠ t their prediction and dF/dt: the same loss
+    for one forward of them less. `weight_time_type` names the weight of δ = t − r (of t with
+    `weight_t_and_r` off), where t and r go through tan or t/(1 − t) first with
+    `weight_time_tangent` or `weight_time_sigmoid`.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class TransitionObjective:
         weight_time_type: str = "constant",
         weight_time_tangent: bool = False,
         weight_time_sigmoid: bool = False,
+        share_primal: bool = False,
     ):
         if derivative_type not in DERIVATIVES:
             raise ValueError(
@@ -71,6 +74,11 @@ class TransitionObjective:
             )
         if not differential_epsilon > 0:
             raise ValueError(f"differential_epsilon must be positive, got {differential_epsilon}")
+        if share_primal and derivative_type != "jvp":
+            raise ValueError(
+                f'share_primal needs derivative_type "jvp", got {derivative_type!r}: a difference '
+                "has no forward at t itself to share"
+            )
         self.transport = transport
         self.diffusion_ratio = diffusion_ratio
         self.consistency_ratio = consistency_ratio
@@ -80,6 +88,7 @@ class TransitionObjective:
         self.weight_time_type = weight_time_type
         self.weight_time_tangent = weight_time_tangent
         self.weight_time_sigmoid = weight_time_sigmoid
+        self.share_primal = share_primal
 
     def sample_times(
         self,
@@ -124,19 +133,16 @@ class TransitionObjective:
             t, r, n_diffusion = self.sample_times(x.shape[0], device=x.device)
         n_diffusion = n_diffusion or 0
         inputs = self._inputs(x, z, t, n_diffusion)
-        times = self._network_times(t, r)
-        if features_target is None:
-            prediction, projection = model(inputs.x_t, *times, y), x.new_zeros(())
-        else:
-            prediction, features = model(inputs.x_t, *times, y, return_features=True)
-            similarity = F.cosine_similarity(features.float(), features_target.float(), dim=-1)
+        predict = self._predict_shared if self._can_share(model, t, n_diffusion) else self._predict
+        with_features = features_target is not None
+        prediction, *features, dF = predict(model, inputs, y, t, r, n_diffusion, with_features)
+        projection = x.new_zeros(())
+        if with_features:
+            similarity = F.cosine_similarity(features[0].float(), features_target.float(), dim=-1)
             projection = (1 - similarity).mean()
 
         with torch.no_grad():
-            dF = F_cond = F_uncond = None
-            if n_diffusion < x.shape[0]:
-                rest = slice(n_diffusion, None)
-                dF = self._derivative(model, inputs, y[rest], t[rest], r[rest])
+            F_cond = F_uncond = None
             if self.transport.enhance_target:
                 x_t, time = inputs.x_t.repeat(2, 1, 1, 1), t.repeat(2)
                 both = ema_model(x_t, *self._network_times(time, time), torch.cat((y, y_null)))
@@ -147,6 +153,46 @@ class TransitionObjective:
         loss = sum(_finite(term) for term in terms)
         weight = self.time_weight(t, r) / (loss.detach() + 1e-5)
         return TransitionLoss((weight * loss).mean(), projection, loss.detach().mean())
+
+    def _predict(self, model, inputs: TransitionInputs, y, t, r, n_diffusion, with_features):
+        """Prediction, perhaps features, and `_derivative` of all but the first n_diffusion."""
+        outputs = self._network(model, inputs.x_t, t, r, y, with_features)
+        if n_diffusion == len(t):
+            return *outputs, None
+        rest = slice(n_diffusion, None)
+        with torch.no_grad():
+            return *outputs, self._derivative(model, inputs, y[rest], t[rest], r[rest])
+
+    def _can_share(self, model, t, n_diffusion) -> bool:
+        """DistributedDataParallel must see a forward, to make the gradients of all ranks equal in
+        backward; that of the first n_diffusion samples is the only one that `model` itself gets."""
+        is_wrapped = _unwrapped(model) is not model
+        return self.share_primal and n_diffusion < len(t) and not (is_wrapped and n_diffusion == 0)
+
+    def _predict_shared(self, model, inputs: TransitionInputs, y, t, r, n_diffusion, with_features):
+        """`_predict` with the derivative of the rest from the forward that predicts them."""
+        network, rest = _unwrapped(model), slice(n_diffusion, None)
+
+        def trajectory(x_t, t):
+            prediction, *features = self._network(network, x_t, t, r[rest], y[rest], with_features)
+            return prediction, features
+
+        primals = inputs.x_t[rest], t[rest]
+        tangents = inputs.v_t, torch.ones_like(t[rest])
+        prediction, dF, features = torch.func.jvp(trajectory, primals, tangents, has_aux=True)
+        outputs = prediction, *features
+        if n_diffusion:
+            first = (tensor[:n_diffusion] for tensor in (inputs.x_t, t, r, y))
+            diffusion = self._network(model, *first, with_features)
+            outputs = map(torch.cat, zip(diffusion, outputs, strict=True))
+        return *outputs, dF.detach()
+
+    def _network(self, model, x_t, t, r, y, with_features) -> tuple[Tensor, ...]:
+        """The prediction and, if asked for, the features."""
+        times = self._network_times(t, r)
+        if with_features:
+            return model(x_t, *times, y, return_features=True)
+        return (model(x_t, *times, y),)
 
     def time_weight(self, t: Tensor, r: Tensor) -> Tensor:
         """w(t, r), (B,); 1 where r = t."""
@@ -193,7 +239,7 @@ class TransitionObjective:
 
     def _derivative(self, model, inputs: TransitionInputs, y, t, r) -> Tensor:
         """dF/dt of the trailing len(t) samples, or for "dde" F(t + ε) and F(t − ε), stacked."""
-        network = extract_model_from_parallel(model, keep_torch_compile=False)
+        network = _unwrapped(model)
         if self._is_difference:
             times = self._network_times(torch.cat(self._around(t)), r.repeat(2))
             with unordered_times():
@@ -219,6 +265,10 @@ class TransitionObjective:
             check_times(t, r, x.shape[0])
         if self.transport.enhance_target and (ema_model is None or y_null is None):
             raise ValueError("an enhanced target needs ema_model and y_null")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
 def _finite(loss: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def define(schema: str, kernel: Callable, fake: Callable) -> Callable:
         if torch._C._is_fwd_grad_enabled() and _has_tangent(tensors):
             raise NotImplementedError(NO_TANGENT.format(name))
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return _GRADIENTS[name].apply(keyset, *args)
+            return _GRADIENTS[name](keyset, *args)
         return _below_autograd(op, keyset, args)
 
     LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
@@ -95,7 +95,7 @@ def differentiable(op, setup_context: Callable, backward: Callable, jvp: Callabl
 
     Dual.jvp = staticmethod(jvp)
     Dual.__name__ = Dual.__qualname__ = name
-    _GRADIENTS[name] = Gradient
+    _GRADIENTS[name] = Gradient.apply
 
     def call(*args):
         if not torch.compiler.is_compiling():
@@ -127,13 +127,16 @@ def _on_its_device(kernel: Callable) -> Callable:
     return run
 
 
-_GRADIENTS: dict[str, type[torch.autograd.Function]] = {}
+_GRADIENTS: dict[str, Callable] = {}
 
 
-def _without_derivative(op, name: str) -> type[torch.autograd.Function]:
+def _without_derivative(op, name: str) -> Callable:
+    """The operator as a constant that raises when differentiated. Its graph ends here, so that a
+    tangent does not keep alive what it was made of."""
+
     class Constant(torch.autograd.Function):
         @staticmethod
-        def forward(keyset, *args):
+        def forward(keyset, end, *args):
             return _below_autograd(op, keyset, args)
 
         @staticmethod
@@ -144,7 +147,11 @@ def _without_derivative(op, name: str) -> type[torch.autograd.Function]:
         def backward(ctx, *gradients):
             raise NotImplementedError(f"tim_kernels::{name} has no derivative: it is one itself")
 
-    return Constant
+    def apply(keyset, *args):
+        constants = (arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
+        return Constant.apply(keyset, torch.empty(0, requires_grad=True), *constants)
+
+    return apply
 
 
 def _has_tangent(tensors) -> bool:

@@ -130,6 +130,31 @@ def test_the_fused_model_meets_its_targets(name):
     assert case.floor[1] <= rest.bytes / case.tokens / 1e3 <= kilobytes
 
 
+LAUNCHES = {"time_pair_embedding": 7, "transition_loss": 2}  # of every other op: one
+ROOM = {"time_pair_embedding": 1.0, "transition_loss": 1.1}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_fused_op_launches_once_and_moves_each_tensor_once(name):
+    """Half of what eager moves or less, where there is more than a GEMM or a read to it."""
+    for op, by_contender in traffic.count_ops(CASES[name]).items():
+        fused = total(by_contender["fused"], H100)
+        assert fused.launches == LAUNCHES.get(op, 1), op
+        if "eager" in by_contender:
+            eager = total(by_contender["eager"], H100)
+            assert fused.bytes <= eager.bytes * ROOM.get(op, 0.62), (op, fused.bytes, eager.bytes)
+
+
+def test_numbers_of_one_s_own(monkeypatch, capsys):
+    monkeypatch.setattr(traffic, "print_model", lambda name, case, limits: print(name, limits))
+    options = ["--bandwidth", "3.0", "--tflops", "800"]
+    monkeypatch.setattr("sys.argv", ["traffic", "--model", "t2i-xl", *options])
+    traffic.main()
+    text = capsys.readouterr().out
+    assert "Your numbers: 3.00 TB/s, 800 dense" in text
+    assert str(Limits(3.0e12, 8.0e14)) in text
+
+
 def test_report(monkeypatch, capsys):
     real = traffic.count_model
     monkeypatch.setattr(traffic, "count_model", lambda *args: real(*args[:3], *args[3:] or (2,)))

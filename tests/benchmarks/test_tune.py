@@ -20,6 +20,7 @@ from tim_kernels import tuning, use_backend
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def asked(monkeypatch) -> set[str]:
@@ -46,6 +47,32 @@ def test_every_kernel_has_an_entry_for_every_architecture(monkeypatch):
                 tune.usual(name),
             }
             assert entry["source"].startswith(("timed on ", "compiled with ")), name
+
+
+def results(call) -> list[torch.Tensor]:
+    """Outputs, gradients and tangents, in float64."""
+    leaves = [tensor.detach().requires_grad_() for tensor in call.tensors]
+    outputs = call.function(*leaves, *call.constants)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    gradients = torch.autograd.grad(outputs, leaves, [o.detach().cos() for o in outputs])
+    directions = tuple(tensor.sin() for tensor in call.tensors)
+    _, tangents = torch.func.jvp(
+        lambda *x: call.function(*x, *call.constants), call.tensors, directions
+    )
+    tangents = [tangents] if isinstance(tangents, torch.Tensor) else list(tangents)
+    return [x.detach().double() for x in (*outputs, *gradients, *tangents)]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_configurations_change_no_answer(arch):
+    shape = dict(width=288, head_dim=72, batch=2, grid=(3, 5), latent=(4, 6, 6))
+    for call in calls(dtype=torch.float32, device=DEVICE, **shape):
+        with use_backend("triton"):
+            expected = results(call)
+            with tuning.as_architecture(arch):
+                ours = results(call)
+        for a, b in zip(ours, expected, strict=True):
+            assert (a - b).norm() <= 1e-5 * b.norm(), call.name
 
 
 @pytest.fixture
@@ -190,7 +217,8 @@ def test_static_choice_goes_into_the_table(tmp_path):
 
 def test_what_is_timed_replaces_what_was(tmp_path):
     table = tmp_path / "tuning.json"
-    table.write_text(json.dumps({"sm_90": {"a": {"source": "timed on A"}, "b": {}}}))
+    before = {"default": {}, "sm_90": {"a": {"source": "timed on A"}, "b": {}}}
+    table.write_text(json.dumps(before))
     assert tune.write(table, 90, {"a": {"elements": 1}, "b": {"elements": 2}}, "timed on B") == []
     assert {entry["source"] for entry in json.loads(table.read_text())["sm_90"].values()} == {
         "timed on B"
@@ -209,9 +237,8 @@ def test_fastest():
 
 def test_measure():
     """In the interpreter here; with CUDA graphs and events on a GPU."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = dict(width=144, batch=2, grid=(2, 3), latent=(4, 4, 4))
-    result = tune.measure(device, 0.0, ("swiglu", "transition_step"), **shape)
+    result = tune.measure(DEVICE, 0.0, ("swiglu", "transition_step"), **shape)
     assert json.loads(json.dumps(result)) == result
     assert result["source"].startswith("timed on ")
     assert result["chosen"].keys() == {"swiglu", "transition_step"}

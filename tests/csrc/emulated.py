@@ -30,7 +30,8 @@ def compile_op(op: str, folder: Path, source: Path = ROOT / "csrc") -> Path:
 
 
 def run_tests(library: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """pytest in a process of its own, the extension emulated by `library`."""
+    """pytest in a process of its own, the extension emulated by `library`; a sanitizer that ends it
+    has had its say, as nothing is captured there."""
     runtimes = (
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout
         for name in ("libasan.so", "libubsan.so")
@@ -45,5 +46,7 @@ def run_tests(library: Path, *arguments: str) -> subprocess.CompletedProcess:
     }
     for name in [name for name in environment if name.startswith("PYTEST_")]:
         del environment[name]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider"]
+    return subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )

@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 PRELUDE = """
 import json
@@ -44,22 +42,21 @@ def run(code: str):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_no_spills(dtype):
-    """float32 may spill a little at 72; elsewhere nothing does. (Fewer than some hundred
-    instructions are what ptxas leaves of a kernel that asks for more than there is.)"""
-    spills = run(f"""
-rows = []
-for architecture in ARCHITECTURES:
-    for head_dim in (64, 72, 128, 256):
-        with tuning.as_architecture(architecture):
-            resources = compile_launch(launch(head_dim, dtype=torch.{dtype}), architecture)
-        assert resources.instructions > 500 and resources.wide_loads > 0, (head_dim, resources)
-        rows.append((architecture, head_dim, resources.spills))
-print(json.dumps(rows))
+def test_what_the_resource_report_leaves_out():
+    """It has 64 and 72 in bfloat16 (see tests/benchmarks): no spills there nor here, but for a few
+    in float32. Of a kernel that asks for more than there is ptxas leaves a dozen instructions."""
+    found = run("""
+cases = [(architecture, 128, torch.bfloat16) for architecture in ARCHITECTURES]
+cases += [(90, 256, torch.bfloat16), (90, 72, torch.float32)]
+for architecture, head_dim, dtype in cases:
+    with tuning.as_architecture(architecture):
+        resources = compile_launch(launch(head_dim, dtype=dtype), architecture)
+    allowed = 256 if dtype == torch.float32 else 0
+    assert resources.spills <= allowed, (architecture, head_dim, dtype, resources)
+    assert resources.instructions > 500 and resources.wide_loads, (architecture, head_dim, dtype)
+print(len(cases))
 """)
-    allowed = {72: 256} if dtype == "float32" else {}
-    assert [row for row in spills if row[2] > allowed.get(row[1], 0)] == []
+    assert found == 5
 
 
 def test_72_does_not_pay_for_128():

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity import (
+    BACKEND,
     DEVICE,
     DTYPES,
     WIDTHS,
@@ -55,7 +56,7 @@ def test_any_leading_shape(form, shape):
 @pytest.mark.parametrize("form", FORMS)
 def test_nothing_to_do(form, shape):
     leaves = [x.requires_grad_() for x in inputs(form, *shape)]
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         out = swiglu(*leaves)
         assert out.shape == shape
         out.sum().backward()
@@ -77,7 +78,7 @@ def test_strided_input_is_read_in_place(C):
     x = noise(2, 7, 2 * C, device=DEVICE)
     gate, value = x.chunk(2, dim=-1)
     assert rows_of(value).data_ptr() == value.data_ptr()
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         expected = swiglu(gate.contiguous(), value.contiguous())
         assert torch.equal(swiglu(x), expected)
         assert torch.equal(swiglu(gate, value), expected)
@@ -95,7 +96,7 @@ def test_strided_gradient():
     for form in FORMS:
         (leaf, *rest) = inputs(form, 4, 96)
         leaf.requires_grad_()
-        with use_backend("triton"):
+        with use_backend(BACKEND):
             broadcast = torch.autograd.grad(swiglu(leaf, *rest).sum(0).sum(), leaf)[0]
             dense = torch.autograd.grad(swiglu(leaf, *rest), leaf, torch.ones(4, 96).to(leaf))[0]
         assert torch.equal(broadcast, dense)
@@ -126,7 +127,7 @@ def test_nan_infinity_and_overflow(form, dtype):
 def test_float16_gate_neither_overflows_nor_underflows_early():
     gate = torch.tensor([-80.0, -12.0, 60000.0], dtype=torch.float16, device=DEVICE)
     value = torch.tensor([6e4, 6e4, 1.0], dtype=torch.float16, device=DEVICE)
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         out = swiglu(gate, value)
     assert torch.equal(out, eager(gate.double(), value.double()).half())
 
@@ -139,7 +140,7 @@ def test_compiles_once_for_all_lengths(form):
 def test_opcheck():
     gate, value = inputs("two", 3, 24)
     leaves = gate.detach().requires_grad_(), value.detach().requires_grad_()
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         torch.library.opcheck(op.forward_op, leaves)
         torch.library.opcheck(op.forward_op, (leaves[0], None))
         torch.library.opcheck(op.backward_op, (value, gate, value))
@@ -161,7 +162,7 @@ def test_any_shape(form, leading, C, dtype):
 
 def test_double_runs_on_the_reference():
     gate, value = (x.double() for x in inputs("two", 3, 8))
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         assert torch.equal(swiglu(gate, value), eager(gate, value))
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity import (
+    BACKEND,
     DEVICE,
     DTYPES,
     assert_adjoint,
@@ -92,7 +93,7 @@ def test_sizes(B, C, dtype):
 def test_sinusoids_of_long_times(largest):
     """Angles up to 999 radians, held to the sinusoid of the same float32 angle."""
     t, r = pair(40, largest)
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         ours = op.forward_op(t, r, "t,r,t-r", torch.float32)
     angles = torch.stack((t, r, t - r))[..., None] * FREQUENCIES.to(DEVICE)
     expected = torch.cat((angles.double().cos(), angles.double().sin()), dim=-1)
@@ -107,7 +108,7 @@ def test_low_precision_times_lose_nothing_more():
     """t − r of bfloat16 times is not rounded."""
     t, r = pair(9, dtype=torch.bfloat16)
     args = inputs(9)[2:]
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         ours = fused("t-r")(t, r, *args)
         exact = fused("t-r")(t.float(), r.float(), *args)
     assert all(torch.equal(a, b) for a, b in zip(ours, exact, strict=True))
@@ -116,7 +117,7 @@ def test_low_precision_times_lose_nothing_more():
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_no_samples(condition):
     leaves = [x.requires_grad_() for x in inputs(0, 8)]
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         out = fused(condition)(*leaves)
         assert [o.shape for o in out] == [(0, 8), (0, 8)]
         sum(o.sum() for o in out).backward()
@@ -127,7 +128,7 @@ def test_no_samples(condition):
 
 def test_strided_times_are_read_in_place():
     t, r, *w = inputs(12)
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         ours = run(fused("t,r,t-r"), [t[::2], r[1::2], *w])
         dense = run(fused("t,r,t-r"), [t[::2].contiguous(), r[1::2].contiguous(), *w])
         ours["one r"] = fused("r,t-r")(t, r[:1].expand(12), *w)
@@ -139,7 +140,7 @@ def test_strided_times_are_read_in_place():
 def test_one_embedder_given_twice_is_one():
     t, r, *w = inputs(embedders=1)
     mlp = TimeMLP(*w)
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         one = time_pair_embedding(t, r, mlp, None, "t,r,t-r")
         for twin in (mlp, TimeMLP(*w)):
             twice = time_pair_embedding(t, r, mlp, twin, "t,r,t-r")
@@ -166,7 +167,7 @@ class Kernels(TorchDispatchMode):
 )
 def test_launches(condition, embedders, launches):
     args = [x.to("meta") for x in inputs(embedders=embedders)]
-    with use_backend("triton"), torch.no_grad(), Kernels() as kernels:
+    with use_backend(BACKEND), torch.no_grad(), Kernels() as kernels:
         fused(condition)(*args)
     assert len(kernels.names) == launches, kernels.names
 
@@ -200,7 +201,7 @@ def test_opcheck():
     t, r = pair(3)
     leaves = t.clone().requires_grad_(), r.clone().requires_grad_()
     dout = noise(2, 3, 256, device=DEVICE)
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         torch.library.opcheck(op.forward_op, (*leaves, "t,t-r", torch.float32))
         torch.library.opcheck(op.forward_op, (t, r, "t,r,t-r", torch.bfloat16))
         torch.library.opcheck(op.backward_op, (dout, t, r, "t,t-r"))

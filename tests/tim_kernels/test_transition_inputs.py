@@ -1,6 +1,7 @@
 import pytest
 import torch
 from parity import (
+    BACKEND,
     DEVICE,
     DTYPES,
     assert_adjoint,
@@ -78,7 +79,7 @@ def test_sizes(shape, trailing):
 @pytest.mark.parametrize("shape", [(0, 4, 2, 2), (2, 4, 0, 3)])
 def test_nothing_to_do(shape):
     leaves = [x.requires_grad_() for x in inputs("all", shape, min(shape[0], 1))]
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         x_t, v_t, x_pm = function("all")(*leaves)
         assert x_t.shape == shape and v_t.shape[1:] == x_pm.shape[1:] == shape[1:]
         (x_t.sum() + v_t.sum() + x_pm.sum()).backward()
@@ -86,7 +87,7 @@ def test_nothing_to_do(shape):
 
 
 def test_what_was_not_asked_for_is_none():
-    for backend in ("reference", "triton"):
+    for backend in ("reference", BACKEND):
         with use_backend(backend):
             outputs = transition_inputs(*inputs("state"))
         assert outputs.v_t is None and outputs.x_pm is None
@@ -96,7 +97,7 @@ def test_strided_input_is_read_in_place():
     packed = noise(4, 8, 3, 8, device=DEVICE)
     x, z = packed[1:, :4], packed[1:, 4:]
     _, _, *rows = inputs("all", (3, 4, 3, 8))
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         strided = function("all")(x, z, *rows)
         dense = function("all")(x.contiguous(), z.contiguous(), *rows)
         gaps = function("all")(x.contiguous(memory_format=torch.channels_last), z.mT.clone().mT,
@@ -108,7 +109,7 @@ def test_strided_input_is_read_in_place():
 def test_only_the_gradients_that_are_needed():
     """Each argument alone has the gradient that it has beside the others."""
     args = inputs("all")
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         leaves = [x.clone().requires_grad_() for x in args]
         sum(o.square().sum() for o in function("all")(*leaves)).backward()
         for i, leaf in enumerate(leaves):
@@ -127,7 +128,7 @@ def test_a_tangent_of_one_argument_alone():
             return function("all")(*args[:i], value, *args[i + 1 :])
 
         tangents = []
-        for backend in ("reference", "triton"):
+        for backend in ("reference", BACKEND):
             with use_backend(backend):
                 tangents.append(torch.func.jvp(alone, (args[i],), (args[i] + 1,))[1])
         for a, b in zip(*tangents, strict=True):
@@ -148,7 +149,7 @@ def test_gradcheck(form):
 
 def test_float64_runs_on_the_reference():
     args = [a.double() for a in inputs("all")]
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         ours = function("all")(*args)
     for a, b in zip(ours, eager(*args, form="all", trailing=2), strict=True):
         assert a.dtype == torch.float64 and torch.equal(a, b)
@@ -171,7 +172,7 @@ def test_compiles_once_for_all_lengths(form):
 def test_opcheck():
     args = inputs("all", (2, 3, 2, 2), 1)
     leaves = [a.detach().requires_grad_() for a in args]
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         torch.library.opcheck(op.forward_op, tuple(leaves))
         torch.library.opcheck(op.forward_op, (*leaves[:4], None, None, *leaves[6:]))
         outputs = op.forward_op(*args)

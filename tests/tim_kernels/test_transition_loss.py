@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity import (
+    BACKEND,
     DEVICE,
     DTYPES,
     assert_adjoint,
@@ -99,8 +100,10 @@ def test_sizes(shape, trailing):
 
 
 def test_a_program_of_several_tiles(monkeypatch):
-    monkeypatch.setattr("tim_kernels.samples.multiprocessors", lambda device: 1)
+    for module in ("samples", "extension"):
+        monkeypatch.setattr(f"tim_kernels.{module}.multiprocessors", lambda device: 1)
     check("difference", (5, 32, 20, 20), 3)
+    check("difference", (5, 3, 30, 15), 3)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 2, 2), (2, 4, 0, 3)])
@@ -108,7 +111,7 @@ def test_nothing_to_do(shape):
     """No sample, or the mean of nothing."""
     prediction, rest = problem("enhanced", shape, min(shape[0], 1))
     prediction.requires_grad_()
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         squared, cosine = transition_loss(prediction, **rest)
         (squared + cosine).sum().backward()
     assert squared.shape == cosine.shape == shape[:1] and bool(squared.isnan().all())
@@ -119,7 +122,7 @@ def test_strided_input_is_read_in_place():
     prediction, rest = problem("difference", (3, 4, 3, 8), 2)
     packed = torch.cat((prediction, rest["x"], rest["z"]), 1)
     views = dict(zip(("x", "z"), packed.chunk(3, 1)[1:], strict=True))
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         dense = transition_loss(prediction, **rest)
         strided = transition_loss(packed[:, :4], **rest | views)
         gaps = transition_loss(
@@ -145,7 +148,7 @@ def test_gradcheck(form):
 
 def test_the_target_is_a_constant():
     prediction, rest = problem("difference")
-    for backend in ("reference", "triton"):
+    for backend in ("reference", BACKEND):
         leaves = {name: rest[name].clone().requires_grad_() for name in ("x", "z", "dF")}
         with use_backend(backend):
             squared, cosine = transition_loss(prediction.requires_grad_(), **rest | leaves)
@@ -162,7 +165,7 @@ def test_the_target_is_a_constant():
 def test_one_term_alone():
     """The gradient of each output is its own share of both."""
     prediction, rest = problem("enhanced")
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         leaf = prediction.requires_grad_()
         terms = transition_loss(leaf, **rest)
         both, *each = (
@@ -179,7 +182,7 @@ def test_small_norms_are_raised_to_eps(scale):
     prediction = prediction * scale
     rest = rest | dict(coefficients=tuple(c.abs() + 1 for c in rest["coefficients"]))
     assert_parity(fused(rest), fused(rest), [prediction])
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         torch.testing.assert_close(fused(rest)(prediction), eager(rest)(prediction))
 
 
@@ -213,7 +216,7 @@ def test_opcheck():
     prediction, rest = problem("enhanced", (2, 3, 2, 2), 1)
     names = ("dF", "epsilon", "F_cond", "F_uncond")
     args = prediction, rest["x"], rest["z"], *rest["coefficients"], *(rest[n] for n in names)
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         torch.library.opcheck(op.forward_op, (prediction.clone().requires_grad_(), *args[1:]))
         torch.library.opcheck(
             op.forward_op, (prediction.clone().requires_grad_(), *args[1:8], None, None, None, None)

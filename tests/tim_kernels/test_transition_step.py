@@ -1,6 +1,7 @@
 import pytest
 import torch
 from parity import (
+    BACKEND,
     DEVICE,
     DTYPES,
     assert_adjoint,
@@ -83,7 +84,7 @@ def test_float64_state(form, network):
     """Derivatives too are those of float64, rounded once where the network's dtype is narrower."""
     args = inputs(form, (2, 3, 5, 7), torch.float64, network)
     results = []
-    for backend in ("reference", "triton"):
+    for backend in ("reference", BACKEND):
         leaves = [x.clone().requires_grad_() for x in args]
         with use_backend(backend):
             out = function(form)(*leaves)
@@ -104,13 +105,13 @@ def test_sizes(shape):
 @pytest.mark.parametrize("shape", [(0, 4, 2, 2), (2, 4, 0, 3)])
 def test_nothing_to_do(shape):
     leaves = [x.requires_grad_() for x in inputs("both", shape)]
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         out = function("both")(*leaves)
         out.sum().backward()
     assert out.shape == shape and not any(leaf.grad.any() for leaf in leaves)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", BACKEND])
 def test_guidance_as_a_number(backend):
     x, F_cond, F_uncond, a, b, guidance = inputs("guided", dtype=torch.float64)
     with use_backend(backend):
@@ -127,7 +128,7 @@ def test_strided_input_is_read_in_place():
     halves = torch.cat((F_cond, F_uncond)).chunk(2)
     wide = torch.cat((x, x), 1)[:, :4]
     gaps = x.contiguous(memory_format=torch.channels_last)
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         dense = function("guided")(x, F_cond, F_uncond, *rows)
         assert torch.equal(dense, function("guided")(wide, *halves, *rows))
         assert torch.equal(dense, function("guided")(gaps, *halves, *rows))
@@ -136,7 +137,7 @@ def test_strided_input_is_read_in_place():
 @pytest.mark.parametrize("form", FORMS)
 def test_only_the_gradients_that_are_needed(form):
     args = inputs(form, (2, 3, 4))
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         leaves = [x.clone().requires_grad_() for x in args]
         function(form)(*leaves).square().sum().backward()
         for i, leaf in enumerate(leaves):
@@ -154,7 +155,7 @@ def test_a_tangent_of_one_argument_alone(form):
             return function(form)(*args[:i], value, *args[i + 1 :])
 
         tangents = []
-        for backend in ("reference", "triton"):
+        for backend in ("reference", BACKEND):
             with use_backend(backend):
                 tangents.append(torch.func.jvp(alone, (argument,), (argument + 1,))[1])
         torch.testing.assert_close(*tangents)
@@ -188,7 +189,7 @@ def test_compiles_once_for_all_lengths(form):
 def test_opcheck():
     x, F_cond, F_uncond, noise, a, b, guidance, c = inputs("both", (2, 3, 2))
     args = x, F_cond, F_uncond, noise, guidance, a, b, c
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         leaves = tuple(arg.detach().requires_grad_() for arg in args)
         torch.library.opcheck(op.forward_op, leaves)
         plain = (*leaves[:2], None, None, None, *leaves[5:7], None)

@@ -11,6 +11,7 @@ from tim_kernels import nn as fused
 from tim_kernels.qk_norm_rope.reference import ORDERS
 
 from ..checks import check_times
+from .checkpointing import checkpoint_dual, is_forward_mode
 from .embeddings import CaptionEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder
 from .layers import ClassBlock, FinalLayer, TextBlock, projector, zero_
 
@@ -125,7 +126,7 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
             new_condition=self.config.new_condition,
             rope_order=self.config.rope_order,
             features_depth=self.config.encoder_depth if return_features else None,
-            checkpoint=self._gradient_checkpointing_func if self._is_checkpointing() else None,
+            checkpoint=self._checkpoint if self._is_checkpointing() else None,
         )
         if return_dict:
             return TiMTransformer2DModelOutput(sample, features)
@@ -133,6 +134,11 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
 
     def _is_checkpointing(self) -> bool:
         return self.gradient_checkpointing and torch.is_grad_enabled()
+
+    def _checkpoint(self, function, *args):
+        if is_forward_mode():
+            return checkpoint_dual(function, *args)
+        return self._gradient_checkpointing_func(function, *args)
 
     def _check_inputs(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, features: bool) -> None:
         channels, patch = self.config.in_channels, self.config.patch_size

@@ -14,6 +14,7 @@ d gradients, t tangents.
 """
 
 import torch
+import triton
 import triton.language as tl
 
 from ..launch import Plan, kernel
@@ -163,8 +164,8 @@ def _plan(kernel_name, x, cu, max_length):
     C = x.shape[-1]
     A, B = pieces(C)
     ROWS = tile_rows(C, elements)
-    if A > 1024:  # one row is more than the tuned warps can hold
-        num_warps = min(16, max(num_warps * A // 1024, A // 512))
+    if A + B > 1152:  # tuned for rows up to there: more channels, more warps to hold them
+        num_warps = min(16, num_warps * triton.next_power_of_2(triton.cdiv(A + B, 1152)))
     return Plan(x, cu, max_length, ROWS), dict(C=C, A=A, B=B, ROWS=ROWS, num_warps=num_warps)
 
 

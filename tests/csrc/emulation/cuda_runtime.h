@@ -59,6 +59,11 @@ inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline float __fdividef(float x, float y) { return x / y; }
+inline float __uint_as_float(uint32_t x) {
+  float result;
+  std::memcpy(&result, &x, sizeof(result));
+  return result;
+}
 inline int __double2loint(double x) {
   int32_t low;
   std::memcpy(&low, &x, sizeof(low));

@@ -1,0 +1,243 @@
+"""The gate's path without a GPU: parts that fail, that hang, that are killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gate, stages
+from benchmarks.gate import Stage
+from benchmarks.shapes import PUBLISHED
+
+ROOT = Path(__file__).parents[2]
+ROW = '{"kind": "test", "outcome": "passed", "what": "a_row"}\\n'
+WRITE_A_ROW = f"import os; open(os.environ['TEST_ROWS'], 'a').write('{ROW}')"
+
+
+def python(name: str, code: str, limit: float = 30, **options) -> Stage:
+    return Stage(name, [sys.executable, "-c", code], limit, **options)
+
+
+@pytest.fixture
+def light(monkeypatch):
+    """The first and last stages without a process that imports torch."""
+    row = json.dumps({"kind": "machine", "gpu": "NVIDIA H100 80GB HBM3"})
+    code = f"import os; open(os.environ['TEST_ROWS'], 'a').write('''{row}\\n''')"
+    described = python("machine", code)
+    quiet = python("state", "pass")
+    monkeypatch.setattr(
+        gate, "worker", lambda name, *args, **kwargs: described if name == "describe" else quiet
+    )
+
+
+def outcomes(result: dict) -> dict[str, str]:
+    return {stage["name"]: stage["outcome"] for stage in result["stages"]}
+
+
+def test_nothing_stops_at_a_failure(light, tmp_path):
+    planned = [
+        python("fails", "raise SystemExit('this is why')"),
+        python("hangs", f"{WRITE_A_ROW}; import time; time.sleep(60)", limit=3),
+        python("cannot", "", obstacle="no such tool"),
+        Stage("is not there", [str(tmp_path / "nothing")], 5),
+        python(
+            "says it", "print('ERROR SUMMARY: 0 errors'); raise SystemExit(1)", must_say="0 err"
+        ),
+        python("is silent", "print('found 3')", must_say="0 errors"),
+        python("reports", WRITE_A_ROW.replace("passed", "failed").replace("}", ', "why": "x"}')),
+        python("works", WRITE_A_ROW),
+    ]
+    result = gate.run_part("ops", tmp_path / "out", "abc", dry_run=False, stages=planned)
+    found = outcomes(result)
+    assert found["fails"] == "failed" and found["hangs"] == "timed out"
+    assert found["cannot"] == "left out" and found["is not there"] == "failed"
+    assert found["says it"] == "passed" and found["is silent"] == "failed"
+    assert found["says it and fails"] == "failed"
+    assert found["planted"] == "passed" and found["planted, not seen"] == "failed"
+    assert found["reports"] == "failed" and found["works"] == "passed"
+    assert result["finished"] and result["ended"] and result["commit"] == "abc"
+    reasons = {failure["what"]: failure["why"] for failure in result["failures"]}
+    assert "this is why" in reasons["fails"] and "killed after 3 s" in reasons["hangs"]
+    assert {"stage": "cannot", "what": "cannot", "why": "no such tool"} in result["left_out"]
+    stage = next(s for s in result["stages"] if s["name"] == "hangs")
+    assert stage["tests"] == {"passed": 1} and stage["seconds"] < 15
+    (saved,) = (tmp_path / "out").glob("*.json")
+    assert saved.name.endswith("-h100-ops.json")
+    assert json.loads(saved.read_text()) == result
+    assert "this is why" in saved.with_suffix(".log").read_text()
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_a_part_that_is_out_of_time_says_what_it_left(light, tmp_path):
+    planned = [python("slow", "import time; time.sleep(60)"), python("late", "pass")]
+    result = gate.run_part("ops", tmp_path, "abc", dry_run=False, budget=8, stages=planned)
+    assert outcomes(result)["slow"] == "timed out"
+    assert outcomes(result)["late"] == "left out"
+    assert any(entry["why"] == "no time was left" for entry in result["left_out"])
+    assert result["finished"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_killed_leaves_a_usable_file(tmp_path, number):
+    """In the middle of a stage; the stage does not live on."""
+    code = (
+        "import sys; from pathlib import Path; from benchmarks import gate; import signal\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        f"first = {WRITE_A_ROW!r}\n"
+        "stages = [gate.Stage('first', [sys.executable, '-c', first], 20),\n"
+        "          gate.Stage('endless', [sys.executable, '-c', first + "
+        "'; import time; time.sleep(100)'], 100)]\n"
+        "quiet = lambda *a, **k: gate.Stage('quiet', [sys.executable, '-c', ''], 9)\n"
+        "gate.worker = quiet\n"
+        f"gate.run_part('ops', Path({str(tmp_path)!r}), 'abc', True, stages=stages)\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
+
+    def endless() -> dict | None:
+        for path in tmp_path.glob("*.json"):
+            found = [s for s in json.loads(path.read_text())["stages"] if s["name"] == "endless"]
+            return found[0] if found and found[0].get("tests") else None
+
+    until = time.monotonic() + 40
+    while endless() is None and time.monotonic() < until:
+        time.sleep(0.1)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    assert children
+    run.send_signal(number)
+    run.wait(timeout=20)
+    (path,) = tmp_path.glob("*.json")
+    result = json.loads(path.read_text())
+    assert not result["finished"]
+    assert {s["name"]: s["outcome"] for s in result["stages"]}["first"] == "passed"
+    assert endless()["tests"] == {"passed": 1}
+    until = time.monotonic() + 10
+    while any(_is_alive(child) for child in children) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(_is_alive(child) for child in children)
+
+
+def _is_alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory):
+    """`--part tests --dry-run` from the command line, as it is."""
+    out = tmp_path_factory.mktemp("out")
+    command = [sys.executable, "-m", "benchmarks.gate", "--part", "tests", "--dry-run"]
+    run = subprocess.run(
+        [*command, "--out", str(out), "--commit", "abc"], cwd=ROOT, capture_output=True, text=True
+    )
+    (path,) = out.glob("*.json")
+    return run, json.loads(path.read_text())
+
+
+def test_dry_run_of_the_tests(dry):
+    run, result = dry
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = outcomes(result)
+    assert found["tests, triton"] == found["short list"] == "passed"
+    assert found["build"] == found["tests, cuda"] == "left out"
+    assert result["dry_run"] and result["finished"] and not result["failures"]
+    tests = next(s for s in result["stages"] if s["name"] == "tests, triton")["tests"]
+    assert tests["passed"] > 3
+    assert result["limits"]["copy_gb_per_s"] > 0 and result["limits"]["gemm_tflop_per_s"] > 0
+    assert result["machine"]["torch"] and result["machine"]["cores"] >= 1
+
+
+def test_the_file_names_no_machine(dry):
+    _, result = dry
+    text = json.dumps(result)
+    assert os.uname().nodename not in text and str(Path.home()) not in text
+
+
+def test_the_table_comes_last(dry):
+    run, _ = dry
+    table = run.stdout[run.stdout.index("tests: ") :]
+    assert "DRY RUN" in table and "left out" in table and len(table.splitlines()) < 60
+
+
+@pytest.mark.parametrize("name, kind", [("time_ops", "op"), ("sampling", "model")])
+def test_rows_of_a_worker(tmp_path, name, kind):
+    """As the gate calls it, with the interpreter where it has kernels."""
+    path = tmp_path / "rows.jsonl"
+    command = [sys.executable, "-m", "benchmarks.stages", name, "--rows", str(path), "--dry-run"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert not [row for row in rows if row["kind"] == "failure"]
+    measured = [row for row in rows if row["kind"] == kind]
+    contenders = {row["contender"] for row in measured}
+    assert contenders >= ({"eager", "triton"} if kind == "op" else {"eager", "tim, reference"})
+    assert all(row["ms"] > 0 and row["error_vs_eager"] <= 2 for row in measured)
+
+
+def test_what_there_is_no_time_for_is_named(tmp_path):
+    run = stages.Run(tmp_path / "rows.jsonl", seconds=-1, dry_run=True)
+    run.through(stages.op_cases(True), lambda case: iter(()))
+    rows = [json.loads(line) for line in run.rows.read_text().splitlines()]
+    assert len(rows) == len(stages.op_cases(True))
+    assert all(row["why"] == "no time was left" for row in rows)
+
+
+def test_a_broken_comparison_is_a_failure_and_not_the_end(tmp_path):
+    run = stages.Run(tmp_path / "rows.jsonl", seconds=60, dry_run=True)
+
+    def compare(case):
+        if case is cases[0]:
+            raise RuntimeError("CUDA error")
+        yield {"kind": "op"}
+
+    cases = stages.op_cases(True)
+    run.through(cases, compare)
+    rows = [json.loads(line) for line in run.rows.read_text().splitlines()]
+    assert [row["kind"] for row in rows] == ["failure"] + ["op"] * (len(cases) - 1)
+    assert "CUDA error" in rows[0]["why"]
+
+
+def test_the_gate_measures_every_published_shape_and_op():
+    cases = stages.op_cases(dry_run=False)
+    assert {case.shape_name for case in cases} == set(PUBLISHED)
+    main = {case.call for case in cases if case.shape_name in stages.MAIN_SHAPES}
+    assert main >= {case.call for case in cases} >= set(stages.CORE)
+    assert cases[0].shape_name in stages.MAIN_SHAPES
+    assert {case.direction for case in cases} == {"forward", "backward", "tangent"}
+
+
+def test_the_tests_can_be_collected_on_a_bare_machine(tmp_path):
+    """Without hypothesis and diffusers: what needs them is left out, each with its reason."""
+    (tmp_path / "bare.py").write_text(
+        "import sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in ('hypothesis', 'diffusers'):\n"
+        "            raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+    )
+    rows = tmp_path / "rows.jsonl"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "TEST_ROWS": str(rows)}
+    options = ["-p", "bare", "-p", "no:hypothesispytest", "-p", "no:cacheprovider"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *options, "-p", "benchmarks.pytest_rows",
+         "tests/tim_kernels", "-k", "test_any or test_model or sweep"],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode in (0, 5), run.stdout
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    reasons = [row["why"] for row in found if row["outcome"] == "skipped"]
+    assert any("hypothesis is not installed" in why for why in reasons)
+    assert any("need diffusers" in why or "needs diffusers" in why for why in reasons)
+
+
+def test_short_names():
+    assert gate._short_name("NVIDIA H100 80GB HBM3") == "h100"
+    assert gate._short_name("NVIDIA GeForce RTX 4090") == "rtx"
+    assert gate._short_name(None) == "cpu"
