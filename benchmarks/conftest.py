@@ -10,6 +10,9 @@ SUMMARIES = {"op": ops.summary, "model": models.summary, "saving": savings.summa
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LEFT_OUT: dict[str, str] = {}
 
+if DEVICE == "cpu":
+    torch.set_num_threads(1)  # threads that wait for one another time what else runs here
+
 
 @pytest.fixture(scope="session")
 def device() -> str:
@@ -46,7 +49,8 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(SUMMARIES[row["kind"]](row))
     if LEFT_OUT:
         terminalreporter.section("left out")
-        for what, why in LEFT_OUT.items():
-            terminalreporter.write_line(f"{what}: {why}")
+        for why in dict.fromkeys(LEFT_OUT.values()):
+            what = [name for name, reason in LEFT_OUT.items() if reason == why]
+            terminalreporter.write_line(f"{why}: {'; '.join(what)}")
     if DEVICE == "cpu":
-        terminalreporter.write_line("no GPU here: small shapes, and times of a CPU")
+        terminalreporter.write_line("no GPU here: small shapes, and times of one core")

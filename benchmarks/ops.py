@@ -26,7 +26,6 @@ from .shapes import Shape
 from .timing import Timing, copies, measure, sets_needed, side_stream, storage_bytes
 
 DIRECTIONS = ("forward", "backward", "forward + backward", "tangent")
-TANGENT_ONLY = peers.ATTENTION  # its forward is others' work
 
 
 class Case(NamedTuple):
@@ -56,7 +55,6 @@ def cases(shapes: dict[str, Shape]) -> list[Case]:
         for name, shape in shapes.items()
         for call in shape_calls(shape, torch.bfloat16, "meta")
         for direction in DIRECTIONS
-        if call.name != TANGENT_ONLY or direction == "tangent"
     ]
 
 
@@ -195,8 +193,6 @@ def thunk(
 def needed_work(case: Case, dtype: torch.dtype) -> list[Work]:
     """The fused op's launches in the case's direction, on meta tensors."""
     call = next(c for c in shape_calls(case.shape, dtype, "meta") if c.name == case.call)
-    if case.call == peers.ATTENTION:
-        return [peers.attention_tangent_work(*call.tensors)]
     with use_backend("triton"):
         if case.direction == "tangent":
             return count(call.run, "jvp")

@@ -12,18 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tim_kernels as ops
-from tests.eager import apply_rope, attend
+from tests.eager import apply_rope
 from tim_kernels.qk_norm_rope.reference import grid_positions, rope_tables
 
 from .calls import Call
-from .counting import Work
 from .eager import swiglu
 from .shapes import Shape
 
 ONE_ROW = "ada_layer_norm of one row, weight and bias"
 TWO_TENSORS = "swiglu of two tensors"
 ROTATION = "qk_norm_rope, rotation alone"
-ATTENTION = "attention with heads of 64"
+ATTENTION = "attention"  # its tangent is timed in benchmarks.derivative
 
 
 class Peer(NamedTuple):
@@ -121,19 +120,3 @@ def calls(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Call]:
         lambda q, k, cos, sin: (apply_rope(q, cos, sin), apply_rope(k, cos, sin)),
         tuple(tables),
     )
-    q, k, v = make(3, batch, N, C).unflatten(-1, (-1, 64 if C % 64 == 0 else shape.head_dim))
-    yield Call(ATTENTION, ops.attention, (q, k, v), _eager_attention)
-
-
-def attention_tangent_work(q: Tensor, k: Tensor, v: Tensor) -> Work:
-    """One kernel that reads q, k, v and their tangents and writes the output and its tangent; six
-    products of N×N scores: Q·Kᵀ, dQ·Kᵀ, Q·dKᵀ, P·V, P·dV, dP·V."""
-    batch, N, heads, head_dim = q.shape
-    moved = 2 * sum(tensor.numel() * tensor.element_size() for tensor in (q, k, v, q))
-    return Work("attention, tangent", "attention", moved, 6 * 2 * batch * heads * N * N * head_dim)
-
-
-def _eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As published: N×N scores under forward mode, PyTorch's fused attention otherwise."""
-    has_tangent = torch.autograd.forward_ad._current_level >= 0
-    return attend(*(x.transpose(1, 2) for x in (q, k, v)), has_tangent).transpose(1, 2)

@@ -172,7 +172,7 @@ def _savings_section(results: Sequence[dict]) -> list[str]:
     )  # fmt: skip
     return [
         "What the algorithm alone saves, without any kernel: the same network put together in "
-        f"fewer, larger operations, on a CPU ({machine['cpu']}, {machine['cores']} cores; "
+        f"fewer, larger operations, on a CPU ({machine['cpu']}, threads: {machine['threads']}; "
         f"[{result['file']}](benchmarks/results/{result['file']})). The ratio is the median over "
         "rounds by turns, with its 10th and 90th percentile; above 1 is a gain.",
         markdown(head, lines, 2),

@@ -153,6 +153,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=11)
     args = parser.parse_args()
+    torch.set_num_threads(1)  # threads that wait for one another time what else runs here
     data = {
         "format": 1,
         "part": "savings",

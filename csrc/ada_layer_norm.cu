@@ -11,6 +11,8 @@
 //
 // Statistics are recomputed in backward: the row is read anyway. They are taken of the row less
 // its first mean, so that a mean far from zero loses nothing.
+#include <algorithm>
+
 #include "tensors.h"
 
 namespace tim {
@@ -123,7 +125,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 4) forward_rows(Forward<T, S>
   }
 }
 
-constexpr int GENERAL_THREADS = 256;
+constexpr int GENERAL_THREADS = 256;  // at most: a narrow row has a thread a channel
 
 // x' of a row into shared memory, one channel a thread at a time; the caller needs no barrier, as
 // each thread works on its own channels.
@@ -132,7 +134,7 @@ __device__ __forceinline__ void stage(
     const Inputs<T, S>& in, const Rows& at, int64_t n, int C, float* x, T* out) {
   const T* row = in.x.at(at.sample, at.first + n);
   const S *gate = in.gate.at(at.sample), *bias = in.bias.at(at.sample);
-  for (int c = threadIdx.x; c < C; c += GENERAL_THREADS) {
+  for (int c = threadIdx.x; c < C; c += blockDim.x) {
     x[c] = to_float(row[c]);
     if (in.branch.data != nullptr) {
       float g[1], r[1];
@@ -147,10 +149,10 @@ __device__ __forceinline__ void stage(
 __device__ __forceinline__ float normalise(float* x, int C, float eps, float* scratch) {
   const float per_channel = 1.f / C;
   float sum[1] = {0.f}, rest[2] = {0.f, 0.f};
-  for (int c = threadIdx.x; c < C; c += GENERAL_THREADS) sum[0] += x[c];
+  for (int c = threadIdx.x; c < C; c += blockDim.x) sum[0] += x[c];
   block_sum(sum, scratch);
   const float mean = sum[0] * per_channel;
-  for (int c = threadIdx.x; c < C; c += GENERAL_THREADS) {
+  for (int c = threadIdx.x; c < C; c += blockDim.x) {
     x[c] -= mean;
     rest[0] += x[c];
     rest[1] += x[c] * x[c];
@@ -158,7 +160,7 @@ __device__ __forceinline__ float normalise(float* x, int C, float eps, float* sc
   block_sum(rest, scratch);
   const float small = rest[0] * per_channel;
   const float rstd = rsqrtf(rest[1] * per_channel - small * small + eps);
-  for (int c = threadIdx.x; c < C; c += GENERAL_THREADS) x[c] = (x[c] - small) * rstd;
+  for (int c = threadIdx.x; c < C; c += blockDim.x) x[c] = (x[c] - small) * rstd;
   return rstd;
 }
 
@@ -173,7 +175,7 @@ __global__ void __launch_bounds__(GENERAL_THREADS, 2) forward_any(
     stage(in, at, n, C, x, in.out == nullptr ? nullptr : in.out + out);
     if (in.y == nullptr) continue;
     normalise(x, C, in.eps, scratch);
-    for (int c = threadIdx.x; c < C; c += GENERAL_THREADS)
+    for (int c = threadIdx.x; c < C; c += blockDim.x)
       round_to(in.y[out + c], x[c] * (1.f + to_float(scale[c])) + to_float(shift[c]));
   }
 }
@@ -322,7 +324,7 @@ __global__ void __launch_bounds__(GENERAL_THREADS, 2) backward_any(
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     sums[i] = in.partial + (int64_t(i) * gridDim.x + blockIdx.x) * C;
-    for (int c = threadIdx.x; c < C; c += GENERAL_THREADS) sums[i][c] = 0.f;
+    for (int c = threadIdx.x; c < C; c += blockDim.x) sums[i][c] = 0.f;
   }
   for (int64_t n = at.begin; n < at.end; n++) {
     const int64_t row = at.first + n, out = (at.first_out + n) * C;
@@ -331,7 +333,7 @@ __global__ void __launch_bounds__(GENERAL_THREADS, 2) backward_any(
       const T* dy = in.dy.at(at.sample, row);
       stage(in, at, n, C, x, static_cast<T*>(nullptr));
       rstd = normalise(x, C, in.eps, scratch);
-      for (int c = threadIdx.x; c < C; c += GENERAL_THREADS) {
+      for (int c = threadIdx.x; c < C; c += blockDim.x) {
         const float y = to_float(dy[c]);
         sums[0][c] += y;
         sums[1][c] += y * x[c];
@@ -341,7 +343,7 @@ __global__ void __launch_bounds__(GENERAL_THREADS, 2) backward_any(
       }
       block_sum(along, scratch);
     }
-    for (int c = threadIdx.x; c < C; c += GENERAL_THREADS) {
+    for (int c = threadIdx.x; c < C; c += blockDim.x) {
       float dx = in.dout.data == nullptr ? 0.f : to_float(in.dout.at(at.sample, row)[c]);
       if (in.dy.data != nullptr) dx += rstd * (d[c] - along[0] * per_channel - x[c] * (along[1] * per_channel));
       round_to(in.dx[out + c], dx);
@@ -376,6 +378,8 @@ ScalarType rows_dtype(const Tensor& x, std::initializer_list<const Maybe*> rows)
   return x.scalar_type();
 }
 
+int general_threads(int C) { return std::min(GENERAL_THREADS, (C + WARP - 1) / WARP * WARP); }
+
 void forward(
     Tensor x, Maybe branch, Maybe gate, Maybe bias, Maybe shift, Maybe scale, Maybe out, Maybe y,
     double eps, Maybe cu, int64_t max_length, int64_t rows) {
@@ -395,7 +399,7 @@ void forward(
     if (is_fast && C == 768)
       return launch(stream, forward_rows<768, T, S>, blocks, FORWARD_THREADS, 0, in, grid);
     const size_t bytes = (2 * WARP + C) * sizeof(float);
-    launch(stream, forward_any<T, S>, blocks, GENERAL_THREADS, bytes, in, grid, C);
+    launch(stream, forward_any<T, S>, blocks, general_threads(C), bytes, in, grid, C);
   });
 }
 
@@ -427,7 +431,7 @@ void backward(
           stream, backward_rows<768, T, S>, blocks, BACKWARD_THREADS, fast_bytes, in,
           grid);
     const size_t bytes = (2 * WARP + 2 * C) * sizeof(float);
-    launch(stream, backward_any<T, S>, blocks, GENERAL_THREADS, bytes, in, grid, C);
+    launch(stream, backward_any<T, S>, blocks, general_threads(C), bytes, in, grid, C);
   });
 }
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .ada_layer_norm.op import ada_layer_norm, gated_residual, gated_residual_ada_layer_norm
 from .attention.op import attention
+from .forward_mode import lean
 from .packing import pack
 from .qk_norm_rope.op import qk_norm_rope, qkv_norm_rope
 from .swiglu.op import swiglu
@@ -49,6 +50,7 @@ class Pending(NamedTuple):
     bias: Tensor | None = None
 
 
+@lean
 def tim(
     model: nn.Module,
     x: Tensor,

@@ -45,9 +45,10 @@ def test_nothing_stops_at_a_failure(light, tmp_path):
         python("hangs", f"{WRITE_A_ROW}; import time; time.sleep(60)", limit=3),
         python("cannot", "", obstacle="no such tool"),
         Stage("is not there", [str(tmp_path / "nothing")], 5),
-        python(
-            "says it", "print('ERROR SUMMARY: 0 errors'); raise SystemExit(1)", must_say="0 err"
-        ),
+        python("says it", "print('0 errors')", must_say="0 errors"),
+        python("says it and fails", "print('0 errors'); raise SystemExit(1)", must_say="0 errors"),
+        python("planted", "raise SystemExit('Invalid')", must_say="Invalid", must_fail=True),
+        python("planted, not seen", "print('Invalid')", must_say="Invalid", must_fail=True),
         python("is silent", "print('found 3')", must_say="0 errors"),
         python("reports", WRITE_A_ROW.replace("passed", "failed").replace("}", ', "why": "x"}')),
         python("works", WRITE_A_ROW),
@@ -215,12 +216,12 @@ def test_the_gate_measures_every_published_shape_and_op():
 def test_the_tests_can_be_collected_on_a_bare_machine(tmp_path):
     """Without hypothesis and diffusers: what needs them is left out, each with its reason."""
     (tmp_path / "bare.py").write_text(
-        "import sys\n"
-        "class Refuse:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.partition('.')[0] in ('hypothesis', 'diffusers'):\n"
-        "            raise ModuleNotFoundError(name, name=name)\n"
-        "sys.meta_path.insert(0, Refuse())\n"
+        "from importlib.machinery import PathFinder\n"
+        "real = PathFinder.find_spec\n"
+        "def find_spec(name, path=None, target=None):\n"
+        "    is_missing = name.partition('.')[0] in ('hypothesis', 'diffusers')\n"
+        "    return None if is_missing else real(name, path, target)\n"
+        "PathFinder.find_spec = find_spec\n"
     )
     rows = tmp_path / "rows.jsonl"
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "TEST_ROWS": str(rows)}

@@ -36,7 +36,7 @@ def test_the_published_shapes_are_there():
 @pytest.mark.parametrize("direction", ["forward", "forward + backward", "tangent"])
 def test_the_reference_gives_eager_s_answers(shape, direction):
     for each in ops.cases({shape: SMALL[shape]}):
-        if each.direction == direction and each.call != peers.ATTENTION:
+        if each.direction == direction:
             comparison = ops.Comparison(each, "cpu", LIMITS)
             reference = next(c for c in comparison.contenders if c.name == "reference")
             with reference.active():

@@ -106,10 +106,10 @@ def test_plots(tmp_path, monkeypatch):
 def test_savings():
     row = dict(kind="saving", what="a saving", model="mnist", batch=2, as_published_ms=3.0,
                here_ms=2.0, ratio=1.5, ratio_10=1.4, ratio_90=1.6)  # fmt: skip
-    machine = dict(cpu="A processor", cores=2)
+    machine = dict(cpu="A processor", threads=1)
     text = section([result("savings", [row], machine=machine)])
     assert "| a saving | mnist | 2 | 3.0 | 2.0 | 1.50 (1.40–1.60) |" in text
-    assert "A processor, 2 cores" in text and report.NOTHING in text
+    assert "A processor, threads: 1" in text and report.NOTHING in text
 
 
 def test_a_readme_without_markers_is_refused():

@@ -38,9 +38,10 @@ def asked(monkeypatch) -> set[str]:
 
 def test_every_kernel_has_an_entry_for_every_architecture(monkeypatch):
     names = asked(monkeypatch)
-    assert names == set(tune.kernels())
+    assert names <= tuning.TABLE["default"].keys()
+    assert {name for name in names if not name.startswith("attention")} == set(tune.kernels())
     for arch in ARCHITECTURES:
-        for name in names:
+        for name in tune.kernels():
             entry = tuning.TABLE[f"sm_{arch}"][name]
             assert Candidate(entry["elements"], entry["num_warps"]) in {
                 *tune.candidates(name),
@@ -63,16 +64,19 @@ def results(call) -> list[torch.Tensor]:
     return [x.detach().double() for x in (*outputs, *gradients, *tangents)]
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_configurations_change_no_answer(arch):
-    shape = dict(width=288, head_dim=72, batch=2, grid=(3, 5), latent=(4, 6, 6))
+def test_configurations_change_no_answer():
+    shape = dict(width=144, head_dim=72, batch=2, grid=(2, 5), latent=(4, 5, 5))
+    tuned = {kernel.partition(".")[0] for kernel in tune.kernels()}
     for call in calls(dtype=torch.float32, device=DEVICE, **shape):
+        if call.op not in tuned:
+            continue
         with use_backend("triton"):
             expected = results(call)
-            with tuning.as_architecture(arch):
-                ours = results(call)
-        for a, b in zip(ours, expected, strict=True):
-            assert (a - b).norm() <= 1e-5 * b.norm(), call.name
+            for arch in ARCHITECTURES:
+                with tuning.as_architecture(arch):
+                    ours = results(call)
+                for a, b in zip(ours, expected, strict=True):
+                    assert (a - b).norm() <= 1e-5 * b.norm(), (call.name, arch)
 
 
 @pytest.fixture
