@@ -58,7 +58,7 @@ def test_unknown_names_are_refused():
 def test_the_impossible_is_refused_with_its_reason():
     with (
         tim_kernels.use_backend("cuda"),
-        pytest.raises(tim_kernels.BackendUnavailable, match="'cuda' cannot run ada_layer_norm: it "),
+        pytest.raises(tim_kernels.BackendUnavailable, match="cannot run ada_layer_norm: it "),
     ):
         tim_kernels.ada_layer_norm(*rows())
 
