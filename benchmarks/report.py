@@ -79,11 +79,11 @@ def told_rows(result: dict, results: Iterable[dict]) -> list[dict]:
     return [
         row
         for row in rows
-        if row["kind"] == "op" and not any(f"test_{_folder(row['op'])}" in what for what in failed)
+        if row["kind"] == "op" and not any(f"test_{folder(row['op'])}" in what for what in failed)
     ]
 
 
-def _folder(op: str) -> str:
+def folder(op: str) -> str:
     """The folder of tim_kernels whose tests prove it."""
     name = op.partition(" ")[0].rstrip(",")
     return "ada_layer_norm" if name.startswith("gated_residual") else name

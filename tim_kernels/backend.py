@@ -1,17 +1,20 @@
 """Which implementation of an op runs, and why.
 
 "reference" is plain PyTorch on any device; "triton" needs a CUDA device, or TRITON_INTERPRET=1
-on a CPU; "cuda" is the compiled extension. "auto" takes for each op the fastest of those that
-can run, and "reference" on a CPU. Choose with `set_backend` for the process, `use_backend` for a
+on a CPU; "cuda" is the compiled extension. "auto" takes for each op the first that can run, by
+fastest.json: what was measured to be faster on that architecture, else "cuda" before "triton"; on
+a CPU it takes "reference". Choose with `set_backend` for the process, `use_backend` for a
 block of code in this thread, or the environment variable TIM_KERNELS_BACKEND.
 """
 
 import contextlib
 import importlib
 import importlib.util
+import json
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -88,12 +91,25 @@ def obstacle(backend: str, op: str, device: str) -> str | None:
     return None
 
 
+FASTEST: dict[str, dict[str, str]] = json.loads(
+    Path(__file__).with_name("fastest.json").read_text()
+)  # by architecture, then op; `python -m benchmarks.fastest --write` makes it from results
+
+
+def _first(op: str, device: str) -> str | None:
+    """The fused backend that "auto" takes; None if none can run."""
+    measured = None
+    if device == "cuda" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        measured = FASTEST.get(f"sm_{major}{minor}", {}).get(op)
+    order = ("triton", "cuda") if measured == "triton" else ("cuda", "triton")
+    return next((name for name in order if obstacle(name, op, device) is None), None)
+
+
 def _choose(op: str, device: str, is_real: bool) -> str:
     name = requested()
     if name == "auto":
-        if device != "cuda":
-            return "reference"
-        return next(b for b in ("cuda", "triton", "reference") if obstacle(b, op, device) is None)
+        return "reference" if device != "cuda" else _first(op, device) or "reference"
     if is_real and (reason := obstacle(name, op, device)):
         raise BackendUnavailable(f"backend {name!r} cannot run {op}: {reason}")
     return name
@@ -121,7 +137,7 @@ def kernels(op: str, tensor: Tensor) -> ModuleType:
     name = requested()
     device = tensor.device.type
     if name in ("auto", "reference"):  # an operator called although the reference was chosen
-        name = "triton" if obstacle("cuda", op, device) else "cuda"
+        name = _first(op, device) or "triton"
     if reason := obstacle(name, op, device):
         raise BackendUnavailable(f"backend {name!r} cannot run {op}: {reason}")
     return importlib.import_module(f"tim_kernels.{op}.{name}")

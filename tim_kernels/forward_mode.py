@@ -30,7 +30,8 @@ def lean(function: Callable) -> Callable:
 
 class _LeanProducts(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        product = _PRODUCTS.get(function, function)
+        has_options = bool(kwargs) and function is not F.linear  # out, beta, …
+        product = function if has_options else _PRODUCTS.get(function, function)
         return product(*args, **(kwargs or {}))
 
 

@@ -49,6 +49,30 @@ def test_packed_segments_attend_to_themselves_only(is_cross):
         torch.testing.assert_close(out[mine].double(), expected, atol=1e-6, rtol=0)
 
 
+def test_key_mask():
+    q, k, v = qkv(3, 4, 2, 8, k_tokens=7)
+    mask = torch.arange(7) < torch.tensor([[7], [3], [0]])
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = attention(*leaves, key_mask=mask)
+    for b, length in ((0, 7), (1, 3)):
+        expected = definition(q[b], k[b, :length], v[b, :length])
+        torch.testing.assert_close(out[b].double(), expected, atol=1e-6, rtol=0)
+    assert not out[2].any()
+    for gradient in torch.autograd.grad(out.square().sum(), leaves):
+        assert bool(gradient.isfinite().all()) and bool(gradient[1].any())
+        assert not gradient[2].any()
+    assert not torch.autograd.grad(attention(*leaves, key_mask=mask).sum(), k)[0][1, 3:].any()
+
+
+def test_a_sequence_without_keys_gives_zeros():
+    cu, k_cu = (torch.tensor(c, dtype=torch.int32) for c in ([0, 2, 5], [0, 0, 4]))
+    leaves = [x.requires_grad_() for x in qkv(5, 2, 8, k_tokens=4)]
+    out = attention(*leaves, Segments(cu, 3), Segments(k_cu, 4))
+    assert not out[:2].any() and bool(out[2:].any())
+    for gradient in torch.autograd.grad(out.square().sum(), leaves):
+        assert bool(gradient.isfinite().all())
+
+
 def test_derivatives():
     args = [x.double().requires_grad_() for x in qkv(1, 3, 2, 4)]
     assert torch.autograd.gradcheck(attention, args, check_forward_ad=True)
@@ -69,3 +93,22 @@ def test_refusals(change, message):
         attention(*change(*qkv(2, 5, 2, 8)))
     with pytest.raises(ValueError, match="segments"):
         attention(*qkv(2, 5, 2, 8), None, Segments(torch.zeros(1, dtype=torch.int32), 1))
+
+
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (torch.ones(2, 4, dtype=torch.bool), r"bool \(B, M\) = \(2, 5\)"),
+        (torch.ones(2, 5), "got torch.float32"),
+        (torch.ones(2, 5, dtype=torch.bool, device="meta"), "key_mask must be on cpu"),
+    ],
+)
+def test_key_mask_refusals(mask, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*qkv(2, 5, 2, 8), key_mask=mask)
+    cu = torch.tensor([0, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match="no padding"):
+        attention(*qkv(5, 2, 8), Segments(cu, 5), key_mask=mask)
+    with pytest.raises(ValueError, match="k_segments must have q's 1 sequences, got 2"):
+        two = torch.tensor([0, 2, 5], dtype=torch.int32)
+        attention(*qkv(5, 2, 8), Segments(cu, 5), Segments(two, 3))

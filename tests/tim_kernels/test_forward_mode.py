@@ -8,8 +8,10 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tim.models import TiMTransformer2DModel
 from tim_kernels.forward_mode import lean
+
+pytest.importorskip("diffusers", reason="tim.models needs diffusers")
+from tim.models import TiMTransformer2DModel  # noqa: E402
 
 X, T = (noise(2, 3, 4, seed=i, dtype=torch.double, device=DEVICE) for i in range(2))
 W = noise(5, 4, seed=2, dtype=torch.double, device=DEVICE)
@@ -32,9 +34,14 @@ def flops(function, *args) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
+SCALED = {  # options are PyTorch's own business
+    "scaled baddbmm": lambda x, w, b: torch.baddbmm(b, x, w.mT.expand(2, 4, 5), alpha=2),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS | SCALED)
 def test_values_tangents_and_gradients(name):
-    product = PRODUCTS[name]
+    product = (PRODUCTS | SCALED)[name]
     results = []
     for function in (product, lean(product)):
         w = W.clone().requires_grad_()

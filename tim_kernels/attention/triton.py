@@ -12,7 +12,7 @@ rescaled as the maximum grows; no other memory than the outputs. A query without
 
 Products take p and w in the values' dtype and accumulate in float32. Σ p and Σ w are sums of the
 rounded p and w, so that what all values share leaves no error. float32 is multiplied as three
-products of TF32, which keeps its accuracy; plain multiply-adds would not fit the registers.
+products of TF32, which keeps its accuracy; plain multiply-adds spill, or crash the compiler.
 
 A head of D channels is kept as two pieces of A and B lanes: 72 = 64 + 16 half empty costs 80 lanes
 of a product, where one piece would pay for 128. B is 0 where one piece wastes no more. Where q and

@@ -1,0 +1,65 @@
+"""Which fused backend "auto" should take for each op, from the committed results.
+
+    python -m benchmarks.fastest [--write]
+
+On each GPU's latest measurement, the backend whose time over all shapes, forward and backward, has
+the smaller geometric mean. --write stores it in tim_kernels/fastest.json by architecture.
+"""
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from tim_kernels import backend
+
+from . import report
+from .provenance import ROOT
+from .results import FUSED, load
+
+TABLE = ROOT / "tim_kernels" / "fastest.json"
+DIRECTIONS = "forward", "backward"
+
+
+def fastest(rows: Iterable[dict]) -> dict[str, str]:
+    """{op: "triton" or "cuda"} of the rows where both were timed."""
+    logs = defaultdict(lambda: defaultdict(dict))  # op, (call, direction, shape), backend
+    for row in rows:
+        if row["kind"] != "op" or row["contender"] not in FUSED or "ms" not in row:
+            continue
+        op = report.folder(row["op"])
+        if op in backend.OPS and row["direction"] in DIRECTIONS:
+            case = row["op"], row["direction"], row["shape"]
+            logs[op][case][row["contender"]] = math.log(row["ms"])
+    chosen = {}
+    for op, cases in logs.items():
+        both = [case for case in cases.values() if len(case) == len(FUSED)]
+        if both:
+            chosen[op] = min(FUSED, key=lambda name: sum(case[name] for case in both))
+    return chosen
+
+
+def table(results: Sequence[dict]) -> dict[str, dict[str, str]]:
+    """By architecture; a result that may not be told decides nothing."""
+    chosen = {}
+    for gpu in report.gpus(results):
+        result = report.latest(results, "ops", gpu)
+        if result is not None and report.obstacle(result, results) is None:
+            name = "sm_" + result["machine"]["capability"].replace(".", "")
+            chosen[name] = fastest(report.told_rows(result, results))
+    return chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--write", action="store_true", help="into tim_kernels/fastest.json")
+    args = parser.parse_args()
+    text = json.dumps(table(load()), indent=2, sort_keys=True) + "\n"
+    print(text, end="")
+    if args.write:
+        TABLE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
