@@ -140,15 +140,26 @@ def main() -> None:
     parser.add_argument("--width", type=int, nargs="+", default=[768, 1152])
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
     parser.add_argument("--op", nargs="+", default=[], help="ada_layer_norm, …; all by default")
+    parser.add_argument("--backend", nargs="+", default=["triton", "cuda"], help="both by default")
     parser.add_argument("--json", type=Path, help="where to write the rows too")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
-    jobs = triton_jobs(args.arch, args.width, args.dtype, args.op)
-    rows = in_processes(compile_job, jobs, args.processes)
-    print(f"Triton {triton.__version__}; per kernel: warps a program, warps of 64 a multiprocessor")
-    print(table(rows))
+    rows = []
+    print("per kernel: warps a program, warps of 64 a multiprocessor")
+    if "triton" in args.backend:
+        jobs = triton_jobs(args.arch, args.width, args.dtype, args.op)
+        rows += in_processes(compile_job, jobs, args.processes)
+        print(f"Triton {triton.__version__}\n{table(rows)}")
+    if "cuda" in args.backend and (reason := extension.obstacle()):
+        print(f"CUDA: not compiled, {reason}")
+    elif "cuda" in args.backend:
+        cuda = cuda_rows(args.arch, args.dtype, args.op, args.processes)
+        print(
+            f"CUDA; `call` is template arguments, dynamic shared memory not counted\n{table(cuda)}"
+        )
+        rows += cuda
     if args.json:
         entries = [asdict(row) | {"warps": row.warps} for row in rows]
         args.json.write_text(json.dumps({"triton": triton.__version__, "rows": entries}, indent=1))

@@ -1,5 +1,5 @@
-"""What the compiler makes of every Triton kernel; in a process of its own, without the interpreter
-that the rest of the suite sets."""
+"""What the compilers make of every kernel; in a process of its own, without the interpreter that
+the rest of the suite sets."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import extension
 from benchmarks.calls import calls
 from benchmarks.cubin import Resources
 from benchmarks.resources import Row
@@ -19,10 +20,11 @@ ROOT = Path(__file__).parents[2]
 NOTHING_WIDE_TO_LOAD = {"time_pair_embedding"}  # reads a few numbers a sample
 
 
-def report(tmp_path, *options: str) -> list[dict]:
+def report(tmp_path, *options: str, backend: str = "triton") -> list[dict]:
     path = tmp_path / "resources.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.resources", "--json", str(path), *options]
+    command += ["--backend", backend]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
     return json.loads(path.read_text())["rows"]
 
@@ -40,6 +42,27 @@ def test_no_kernel_spills_and_rows_are_loaded_16_bytes_at_a_time(tmp_path):
         and not row["resources"]["wide_loads"]
     ]
     assert not spilling and not narrow, f"spill: {spilling}; no 16-byte load: {narrow}"
+
+
+GENERAL = "_any<", "<false,", "<1,"  # of CUDA: kernels that move single elements
+
+
+@pytest.mark.skipif(extension.obstacle() is not None, reason=f"{extension.obstacle()}")
+def test_no_cuda_kernel_spills_and_the_fast_ones_move_16_bytes_at_a_time(tmp_path):
+    options = ("--arch", "80", "90", "100", "--dtype", "bfloat16", "float16", "float32")
+    rows = report(tmp_path, *options, backend="cuda")
+    assert {row["kernel"].partition(".")[0] for row in rows} >= set(backend.OPS) - {"attention"}
+    for row in rows:
+        row["where"] = "{kernel}{call}, sm_{arch}".format(**row)
+    assert not [row["where"] for row in rows if row["resources"]["spills"]]
+    fast = [row for row in rows if not any(word in row["where"] for word in GENERAL)]
+    fast = [row for row in fast if not row["kernel"].startswith(tuple(NOTHING_WIDE_TO_LOAD))]
+    ops = set(backend.OPS) - {"attention"} - NOTHING_WIDE_TO_LOAD
+    assert {row["kernel"].partition(".")[0] for row in fast} == ops
+    assert not [row["where"] for row in fast if not row["resources"]["wide_loads"]]
+    sums_alone = "transition_loss.forward_teams"  # stores two numbers a block
+    storing = [row for row in fast if row["kernel"] != sums_alone]
+    assert not [row["where"] for row in storing if not row["resources"]["wide_stores"]]
 
 
 def test_a_row_of_1152_does_not_pay_for_2048(tmp_path):
