@@ -19,9 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70.1, enough for build_ext --inplace
+    from wheel.bdist_wheel import bdist_wheel
 
 SOURCES = sorted(str(path) for end in ("cu", "cpp") for path in Path("csrc").glob(f"*.{end}"))
 OLDEST_TORCH = "0x020b000000000000"  # 2.11, in TORCH_TARGET_VERSION's notation
