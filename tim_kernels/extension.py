@@ -5,6 +5,7 @@ was not. The library's operators, torch.ops.tim_kernels_cuda, fill tensors that 
 Python; csrc/registration.cpp lists them.
 """
 
+import ctypes
 import functools
 import json
 from pathlib import Path
@@ -38,7 +39,8 @@ def obstacle(device: str) -> str | None:
         return f"it needs a CUDA device, not {device}"
     if not torch.cuda.is_available():
         return "there is no GPU"
-    return _not_built_for(torch.cuda.get_device_capability()) or _not_loaded()
+    capability = torch.cuda.get_device_capability()
+    return _not_built_for(capability) or _not_driven(_driver()) or _not_loaded()
 
 
 @functools.cache
@@ -72,6 +74,26 @@ def _not_built_for(capability: tuple[int, int]) -> str | None:
             return None
     built = ", ".join(f"sm_{name}" for name in build()["architectures"])
     return f"it was built for {built}, and this GPU is sm_{device}"
+
+
+def _not_driven(driver: int | None) -> str | None:
+    """The library holds the runtime of the CUDA that built it, which needs a driver of as high a
+    major version; `driver` is the CUDA version that it supports, 13000 for 13.0."""
+    built = build()["nvcc"]
+    if driver is None or driver // 1000 >= int(built.partition(".")[0]):
+        return None
+    supported = f"{driver // 1000}.{driver % 1000 // 10}"
+    return f"it was built with CUDA {built}, and the driver supports {supported}"
+
+
+@functools.cache
+def _driver() -> int | None:
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:  # no driver to ask
+        return None
+    return version.value
 
 
 @functools.cache

@@ -39,6 +39,8 @@ def check_tokens(name: str, x: Tensor, segments: Segments | None) -> int:
             f"segments.cu_seqlens must be int32 (S + 1,) on {x.device}; "
             f"got {cu.dtype} {tuple(cu.shape)} on {cu.device}"
         )
+    if cu.shape[0] > 1 and cu.stride(0) != 1:
+        raise ValueError(f"segments.cu_seqlens must be contiguous, got stride {cu.stride(0)}")
     if segments.max_length < 0:
         raise ValueError(f"segments.max_length must not be negative, got {segments.max_length}")
     return cu.shape[0] - 1

@@ -219,3 +219,15 @@ def test_any_shape(form, B, N, C, dtype, shared):
 def test_refusals(change, message):
     with pytest.raises(ValueError, match=message):
         both(*change(*inputs("both")))
+
+
+def test_other_ranks_and_gaps_are_refused():
+    x, shift, scale = inputs("norm", B=2, N=6)
+    with pytest.raises(ValueError, match=r"x must be \(B, N, C\), got \(2, 2, 3, 96\)"):
+        ada_layer_norm(x.unflatten(1, (2, 3)), shift, scale)
+    offsets = torch.tensor([[0, 9], [2, 9], [6, 9]], dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="cu_seqlens must be contiguous, got stride 2"):
+        ada_layer_norm(x[0], shift, scale, segments=Segments(offsets[:, 0], 4))
+    with pytest.raises(ValueError, match=r"x must be \(T, C\), packed"):
+        segments = Segments(offsets[:, 0].contiguous(), 4)
+        ada_layer_norm(x[0].unflatten(1, (2, 48)), shift, scale, segments=segments)

@@ -34,6 +34,7 @@ def installation(tmp_path, monkeypatch):
             extension._not_loaded.cache_clear()
 
         def gpu(self, capability: tuple[int, int] | None, cuda: str | None = "13.0") -> None:
+            monkeypatch.setattr(extension, "_driver", lambda: 13010)
             monkeypatch.setattr(torch.version, "cuda", cuda)
             monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
@@ -86,6 +87,13 @@ def test_a_library_that_is_missing_or_broken_is_reported(installation):
     installation.note(BUILT)
     installation.load(OSError("undefined symbol: something"))
     assert "does not load: undefined symbol: something" in extension.obstacle("cuda")
+
+
+def test_an_older_driver_is_named(installation, monkeypatch):
+    installation.note(BUILT)
+    installation.gpu((9, 0))
+    monkeypatch.setattr(extension, "_driver", lambda: 12080)
+    assert "built with CUDA 13.0, and the driver supports 12.8" in extension.obstacle("cuda")
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)])

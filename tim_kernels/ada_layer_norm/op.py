@@ -192,6 +192,9 @@ def _packing(segments: Segments | None) -> tuple[Tensor | None, int]:
 
 def _check(x: Tensor, segments: Segments | None, branch: Tensor | None = None, **rows) -> None:
     samples = check_tokens("x", x, segments)
+    if x.ndim != (3 if segments is None else 2):
+        layout = "(B, N, C)" if segments is None else "(T, C), packed"
+        raise ValueError(f"x must be {layout}, got {tuple(x.shape)}")
     check_same_device("x", x, x)
     if branch is not None:
         check_same_device("branch", branch, x)
