@@ -7,7 +7,8 @@ from parity import BACKEND, DEVICE
 from benchmarks.calls import DIRECTIONS, calls
 from benchmarks.ops import thunk
 from benchmarks.timing import copies, side_stream
-from tim_kernels import use_backend
+from tim_kernels import qk_norm_rope, use_backend
+from tim_kernels.qk_norm_rope import frequencies
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
 
@@ -55,3 +56,14 @@ def test_replay(shape, name, direction):
 
 def _flat(outputs):
     return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+
+
+def test_the_first_use_may_be_inside_a_compiled_graph():
+    """What an op keeps for later must not lie in the pool of the graph that made it."""
+    frequencies._cached.cache_clear()
+    q = torch.randn(2, 20, 2, 72, device=DEVICE)
+    with use_backend(BACKEND):
+        compiled = torch.compile(lambda q: qk_norm_rope(q, grid=(4, 5)), mode="reduce-overhead")
+        for _ in range(3):
+            out = compiled(q).clone()
+        assert torch.equal(out, qk_norm_rope(q, grid=(4, 5)))
