@@ -132,6 +132,13 @@ def choose(op: str, tensor: Tensor) -> str:
     return _choose(op, tensor.device.type, is_real and tensor.device.type != "meta")
 
 
+def is_reference(op: str, *tensors: Tensor | None) -> bool:
+    """Whether the definition runs `op`: it was chosen, or a tensor is float64, for which no
+    kernel is made."""
+    is_double = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return is_double or choose(op, tensors[0]) == "reference"
+
+
 def kernels(op: str, tensor: Tensor) -> ModuleType:
     """The module whose launchers compute `op` on a real tensor."""
     name = requested()

@@ -7,7 +7,9 @@ Python; csrc/registration.cpp lists them.
 
 import ctypes
 import functools
+import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -103,6 +105,11 @@ def _not_loaded() -> str | None:
     except OSError as error:
         return f"it does not load: {error}"
     return None
+
+
+def tangents_in_triton(op: str) -> Callable:
+    """The `jvp` of an op whose tangents csrc/ leaves to Triton, which is imported when called."""
+    return lambda *args: importlib.import_module(f"tim_kernels.{op}.triton").jvp(*args)
 
 
 def dense_tokens(x: Tensor | None, is_packed: bool, inner: int = 1) -> Tensor | None:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .views import VIEWS, multiprocessors
+from .views import VIEWS, multiprocessors, samples_and_length
 
 ALIGN = 16, 8, 1  # elements; heads of 72 are 8 apart
 
@@ -33,10 +33,7 @@ class Plan:
 
     def __init__(self, x: Tensor, cu_seqlens: Tensor | None, max_length: int, rows: int):
         self.device, self.cu_seqlens, self.rows = x.device, cu_seqlens, rows
-        if cu_seqlens is None:
-            self.samples, self.length = x.shape[0], x.shape[1]
-        else:
-            self.samples, self.length = cu_seqlens.shape[0] - 1, max_length
+        self.samples, self.length = samples_and_length(x, cu_seqlens, max_length)
         self.is_empty = x.numel() == 0 or self.length == 0
 
     @property

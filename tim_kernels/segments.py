@@ -3,6 +3,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dtypes import check_floating
+
 
 class Segments(NamedTuple):
     """Sequences packed end to end in one (T, …) tensor.
@@ -58,5 +60,4 @@ def check_row(name: str, row: Tensor, samples: int, width: int, x: Tensor) -> No
 def check_same_device(name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on {x.device} like the tokens, got {tensor.device}")
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+    check_floating(name, tensor)

@@ -87,6 +87,13 @@ def vector(coefficient: Tensor | None) -> Tensor | None:
     return None if coefficient is None else coefficient.contiguous()
 
 
+def samples_and_length(x: Tensor, cu_seqlens: Tensor | None, max_length: int) -> tuple[int, int]:
+    """How many samples there are, and how many tokens the longest has at most."""
+    if cu_seqlens is None:
+        return x.shape[0], x.shape[1]
+    return cu_seqlens.shape[0] - 1, max_length
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Of a CUDA device; those of an H100 elsewhere, so that plans are the same everywhere."""

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity import (
+    BACKEND,
     DEVICE,
     DTYPES,
     WIDTHS,
@@ -203,6 +204,15 @@ def test_opcheck():
 def test_any_shape(form, B, N, C, dtype, shared):
     fused, eager, *_ = FORMS[form]
     assert_parity(fused, eager, inputs(form, B, N, C, dtype, rows=1 if shared else B))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_float64_runs_on_the_reference(form):
+    fused, eager, *_ = FORMS[form]
+    args = inputs(form, dtype=torch.float64)
+    with use_backend(BACKEND):
+        ours = fused(*args)
+    torch.testing.assert_close(ours, eager(*args), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from parity import (
+    BACKEND,
     DEVICE,
     DTYPES,
     assert_adjoint,
@@ -154,6 +155,16 @@ def test_compiles_once_for_all_lengths(form):
         return fused(x, *rest, grid=(h, x.shape[1] // h))
 
     assert_compiles_once(turned, calls)
+
+
+@pytest.mark.parametrize("form", ("both", "alone", "packed_qkv"))
+def test_float64_runs_on_the_reference(form):
+    fused, _ = bound(form, (2, 3))
+    args = inputs(form, dtype=torch.float64)
+    with use_backend(BACKEND):
+        ours = fused(*args)
+    with use_backend("reference"):
+        torch.testing.assert_close(ours, fused(*args), rtol=0, atol=0)
 
 
 def test_opcheck():

@@ -2,7 +2,8 @@
 
 import torch
 
-from ..extension import dense_tokens, one_dtype, rows_for, tokens_per_block
+from ..extension import dense_tokens, one_dtype, rows_for, tangents_in_triton, tokens_per_block
+from ..views import samples_and_length
 
 FORWARD_STEP = 8  # tokens that a block has at a time, at the published widths
 MOST = 64  # tokens a block: partial sums are then a few percent of what is read
@@ -14,17 +15,13 @@ def _inputs(x, branch, cu, *rows):
     return x, branch, *rows_for(x.dtype, *rows)
 
 
-def _samples(x, cu, max_length) -> tuple[int, int]:
-    return (x.shape[0], x.shape[1]) if cu is None else (cu.shape[0] - 1, max_length)
-
-
 def forward(x, branch, gate, bias, shift, scale, eps, cu, max_length):
     """(x', y), either of them an empty tensor where the op does not make it."""
     dtype = x.dtype
     x, branch, gate, bias, shift, scale = _inputs(x, branch, cu, gate, bias, shift, scale)
     out = None if branch is None else x.new_empty(x.shape)
     y = None if scale is None else x.new_empty(x.shape)
-    rows = tokens_per_block(x, *_samples(x, cu, max_length), MOST, FORWARD_STEP)
+    rows = tokens_per_block(x, *samples_and_length(x, cu, max_length), MOST, FORWARD_STEP)
     if x.numel():
         torch.ops.tim_kernels_cuda.ada_layer_norm_forward(
             x, branch, gate, bias, shift, scale, out, y, eps, cu, max_length, rows
@@ -40,7 +37,7 @@ def backward(dout, dy, x, branch, gate, bias, scale, eps, cu, max_length):
     dout, dy = (dense_tokens(tensor, cu is not None) for tensor in (dout, dy))
     dx = x.new_empty(x.shape)
     dbranch = None if branch is None else x.new_empty(x.shape)
-    samples, length = _samples(x, cu, max_length)
+    samples, length = samples_and_length(x, cu, max_length)
     rows = tokens_per_block(x, samples, length, MOST)
     shape = (4, samples, -(-length // rows), x.shape[-1])
     make = torch.empty if x.numel() else torch.zeros
@@ -53,7 +50,4 @@ def backward(dout, dy, x, branch, gate, bias, scale, eps, cu, max_length):
     return dx.to(dtypes[0]), dbranch.to(dtypes[1]), partial.sum(2)
 
 
-def jvp(*args):
-    from .triton import jvp
-
-    return jvp(*args)
+jvp = tangents_in_triton("ada_layer_norm")

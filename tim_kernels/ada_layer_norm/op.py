@@ -120,7 +120,8 @@ def ada_layer_norm(
     """LN(x)·(1 + scale) + shift, the adaptive LayerNorm of DiT (arXiv 2212.09748, section 3.2).
 
     Args:
-        x: tokens (B, N, C), or (T, C) packed with `segments`; float32, bfloat16 or float16.
+        x: tokens (B, N, C), or (T, C) packed with `segments`; float32, bfloat16 or float16 (float64
+            runs on the reference).
         shift, scale: one row a sample, (B, C) or (1, C), any floating dtype.
         eps: added to the variance.
 
@@ -130,7 +131,7 @@ def ada_layer_norm(
         ValueError: shapes, dtypes or devices that do not fit.
     """
     _check(x, segments, shift=shift, scale=scale)
-    if backend.choose(NAME, x) == "reference":
+    if backend.is_reference(NAME, x):
         return reference.ada_layer_norm(x, shift, scale, eps, segments)
     return _call(x, None, None, None, shift, scale, float(eps), *_packing(segments))[1]
 
@@ -154,7 +155,7 @@ def gated_residual(
         ValueError: shapes, dtypes or devices that do not fit.
     """
     _check(x, segments, branch=branch, gate=gate, branch_bias=branch_bias)
-    if backend.choose(NAME, x) == "reference":
+    if backend.is_reference(NAME, x, branch):
         return reference.gated_residual(x, branch, gate, branch_bias, segments)
     return _call(x, branch, gate, branch_bias, None, None, 0.0, *_packing(segments))[0]
 
@@ -179,7 +180,7 @@ def gated_residual_ada_layer_norm(
     """
     rows = dict(gate=gate, shift=shift, scale=scale, branch_bias=branch_bias)
     _check(x, segments, branch=branch, **rows)
-    if backend.choose(NAME, x) == "reference":
+    if backend.is_reference(NAME, x, branch):
         return reference.gated_residual_ada_layer_norm(
             x, branch, gate, shift, scale, eps, branch_bias, segments
         )

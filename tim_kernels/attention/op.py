@@ -10,12 +10,12 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .. import backend
+from ..dtypes import check_floating
 from ..registration import NO_TANGENT, define
 from ..segments import Segments, check_tokens
 from . import reference
 
 NAME = "attention"
-DTYPES = torch.float32, torch.bfloat16, torch.float16  # of our kernel
 HEAD_DIMS = range(8, 257, 8)  # of our kernel and of flash-attn
 
 
@@ -89,8 +89,7 @@ def _plain_attention(q, k, v, segments, k_segments, key_mask) -> Tensor:
 
 
 def _has_kernel(q: Tensor) -> bool:
-    is_supported = q.dtype in DTYPES and q.shape[-1] in HEAD_DIMS
-    return is_supported and backend.choose(NAME, q) != "reference"
+    return q.shape[-1] in HEAD_DIMS and not backend.is_reference(NAME, q)
 
 
 def _dual_attention(duals, segments, k_segments, key_mask) -> Tensor:
@@ -167,6 +166,7 @@ def _check(q, k, v, segments, k_segments, key_mask) -> None:
     )
     if segments is None and k_segments is not None:
         raise ValueError("k_segments need segments: queries and keys are packed together")
+    check_floating("q", q)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != ndim or x.shape[-2:] != q.shape[-2:]:
             raise ValueError(

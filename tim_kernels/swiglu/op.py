@@ -1,14 +1,13 @@
 """Registration, derivatives and public function of SwiGLU's elementwise half."""
 
-import torch
 from torch import Tensor
 
 from .. import backend
+from ..dtypes import check_floating
 from ..registration import define, differentiable
 from . import reference
 
 NAME = "swiglu"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _forward(gate, value):
@@ -82,16 +81,15 @@ def swiglu(gate: Tensor, value: Tensor | None = None) -> Tensor:
         ValueError: shapes, dtypes or devices that do not fit.
     """
     _check(gate, value)
-    is_double = torch.float64 in (gate.dtype, gate.dtype if value is None else value.dtype)
-    if is_double or backend.choose(NAME, gate) == "reference":
+    if backend.is_reference(NAME, gate, value):
         return reference.swiglu(gate, value)
     return _call(gate, value)
 
 
 def _check(gate: Tensor, value: Tensor | None) -> None:
     for name, x in (("gate", gate), ("value", value)):
-        if x is not None and x.dtype not in DTYPES:
-            raise ValueError(f"{name} must be float32, bfloat16 or float16; got {x.dtype}")
+        if x is not None:
+            check_floating(name, x)
     if gate.ndim == 0:
         raise ValueError("gate must be (…, C), got a scalar")
     if value is None:

@@ -3,7 +3,7 @@ Triton's."""
 
 import torch
 
-from ..extension import one_dtype
+from ..extension import one_dtype, tangents_in_triton
 from .slots import slot_codes
 
 DIM = 256  # of a sinusoid
@@ -31,7 +31,4 @@ def backward(dout, t, r, times):
     return dt.to(dtypes[0]), dr.to(dtypes[1])
 
 
-def jvp(*args):
-    from .triton import jvp
-
-    return jvp(*args)
+jvp = tangents_in_triton("time_pair_embedding")

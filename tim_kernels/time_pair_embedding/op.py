@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from .. import backend
+from ..dtypes import check_floating
 from ..registration import define, differentiable
 from . import reference
 from .reference import CONDITIONS, TimeMLP
 
 NAME = "time_pair_embedding"
 DIM = 256  # of a sinusoid
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _forward(t, r, times, dtype):
@@ -111,8 +111,7 @@ def time_pair_embedding(
     delta_mlp = None if delta_mlp is not None and _same(delta_mlp, t_mlp) else delta_mlp
     _check(t, r, t_mlp, delta_mlp, condition)
     dtype = t_mlp.w1.dtype
-    is_double = torch.float64 in (t.dtype, r.dtype, dtype)
-    if is_double or backend.choose(NAME, t) == "reference":
+    if backend.is_reference(NAME, t, r, t_mlp.w1):
         return reference.time_pair_embedding(t, r, t_mlp, delta_mlp, condition)
 
     *summands, last = condition.split(",")
@@ -143,19 +142,16 @@ def _check(t: Tensor, r: Tensor, t_mlp: TimeMLP, delta_mlp: TimeMLP | None, cond
     if condition not in CONDITIONS:
         raise ValueError(f"condition must be one of {CONDITIONS}, got {condition!r}")
     for name, time in (("t", t), ("r", r)):
-        if time.ndim != 1 or time.dtype not in DTYPES:
-            raise ValueError(
-                f"{name} must be (B,), float32, bfloat16 or float16; "
-                f"got {tuple(time.shape)} {time.dtype}"
-            )
+        check_floating(name, time)
+        if time.ndim != 1:
+            raise ValueError(f"{name} must be (B,), got {tuple(time.shape)}")
     if r.shape != t.shape or r.device != t.device:
         raise ValueError(
             f"r must be shaped as t, {tuple(t.shape)} on {t.device}; "
             f"got {tuple(r.shape)} on {r.device}"
         )
     C, dtype = t_mlp.w2.shape[0], t_mlp.w1.dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"t_mlp.w1 must be float32, bfloat16 or float16; got {dtype}")
+    check_floating("t_mlp.w1", t_mlp.w1)
     for name, mlp in (("t_mlp", t_mlp), ("delta_mlp", delta_mlp)):
         if mlp is None:
             continue

@@ -3,7 +3,7 @@ Triton's."""
 
 import torch
 
-from ..extension import blocks_per_sample, dense_samples, one_dtype, vectors
+from ..extension import blocks_per_sample, dense_samples, one_dtype, tangents_in_triton, vectors
 
 
 def forward(x, z, *coefficients):
@@ -42,7 +42,4 @@ def backward(dx_t, dv_t, dx_pm, x, z, coefficients, needs_dx, needs_dz, needs_ro
     return dx, dz, partial.sum(2)
 
 
-def jvp(*args):
-    from .triton import jvp
-
-    return jvp(*args)
+jvp = tangents_in_triton("transition_inputs")

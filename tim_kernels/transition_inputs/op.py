@@ -153,7 +153,7 @@ def transition_inputs(
     """
     _check(x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm)
     arguments = x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm
-    if torch.float64 in (x.dtype, z.dtype) or backend.choose(NAME, x) == "reference":
+    if backend.is_reference(NAME, x, z):
         return TransitionInputs(*reference.transition_inputs(*arguments))
     x_t, v_t, x_pm = _call(*arguments)
     return TransitionInputs(

@@ -3,7 +3,7 @@ Triton's."""
 
 import torch
 
-from ..extension import dense_samples, one_dtype, tokens_per_block, vectors
+from ..extension import dense_samples, one_dtype, tangents_in_triton, tokens_per_block, vectors
 
 STEP = 4096  # elements that a block has at a time, if teams have the channels
 TEAMS = 4, 8, 16, 32  # channels
@@ -53,7 +53,4 @@ def backward(d_squared, d_cosine, prediction, *target):
     return out.to(prediction.dtype)
 
 
-def jvp(*args):
-    from .triton import jvp
-
-    return jvp(*args)
+jvp = tangents_in_triton("transition_loss")

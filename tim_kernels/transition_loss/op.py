@@ -114,8 +114,7 @@ def transition_loss(
         ValueError: shapes, dtypes or devices that do not fit.
     """
     _check(prediction, x, z, coefficients, dF, epsilon, F_cond, F_uncond)
-    is_double = torch.float64 in (prediction.dtype, x.dtype, z.dtype)
-    if is_double or backend.choose(NAME, prediction) == "reference":
+    if backend.is_reference(NAME, prediction, x, z):
         return reference.transition_loss(
             prediction, x, z, coefficients, dF, epsilon, F_cond, F_uncond
         )

@@ -3,7 +3,7 @@ Triton's."""
 
 import torch
 
-from ..extension import blocks_per_sample, dense_samples, one_dtype, vectors
+from ..extension import blocks_per_sample, dense_samples, one_dtype, tangents_in_triton, vectors
 
 
 def _inputs(x, f_cond, f_uncond, noise, *coefficients):
@@ -54,7 +54,4 @@ def backward(d, x, f_cond, f_uncond, noise, guidance, a, b, c, needs):
     return *gradients, partial.sum(2)
 
 
-def jvp(*args):
-    from .triton import jvp
-
-    return jvp(*args)
+jvp = tangents_in_triton("transition_step")
