@@ -5,8 +5,8 @@ import functools
 import torch
 from torch import Tensor
 
-from ..extension import one_dtype, tokens_per_block
-from ..views import head_view, row_view
+from ..extension import one_dtype, tangents_in_triton, tokens_per_block
+from ..views import head_view, row_view, samples_and_length
 from .frequencies import frequencies
 
 THREADS, TOKENS, CHUNK = 288, 2, 8  # as in csrc/heads.cuh and common.cuh
@@ -59,10 +59,6 @@ def _places(positions, divisor, divisors, head_dim, device):
     return positions, divisor, divisors, frequencies(head_dim, device) if is_turned else None
 
 
-def _samples(q, cu, max_length) -> tuple[int, int]:
-    return (q.shape[0], q.shape[1]) if cu is None else (cu.shape[0] - 1, max_length)
-
-
 def _plan(q, sides, cu, max_length) -> tuple[int, int, int, int]:
     """(tokens a block, heads a block, tokens side by side, blocks that share their tokens), for
     the heads of one side or of two in one list."""
@@ -70,7 +66,7 @@ def _plan(q, sides, cu, max_length) -> tuple[int, int, int, int]:
     chunks = -(-D // CHUNK)
     columns = -(-sides * H // (THREADS // chunks))
     heads = -(-sides * H // columns)
-    samples, length = _samples(q, cu, max_length)
+    samples, length = samples_and_length(q, cu, max_length)
     slots = min(THREADS // (heads * chunks), MOST // TOKENS, max(1, -(-length // TOKENS)))
     rows = tokens_per_block(q, samples * columns, length, MOST, TOKENS * slots)
     return rows, heads, slots, columns
@@ -100,54 +96,20 @@ def forward(
 @_unless_wide
 def backward(
     dq_out, dk_out, q, k, q_weight, k_weight, q_shift, k_shift,
-    positions, divisor, divisors, eps, cu, max_length,
-):  # fmt: skip
-    """(dq, dk, shifts, affine), as triton.py's."""
-    dtypes = [q.dtype, q.dtype if k is None else k.dtype]
-    dq_out, dk_out, q, k = one_dtype(dq_out, dk_out, q, k)
-    dq = q.new_empty(0 if dq_out is None else q.shape)
-    dk = q.new_empty(0 if dk_out is None else q.shape)
-    sums = _launch_backward(
-        dq_out, dk_out, q, k, q_weight, k_weight, q_shift, k_shift,
-        positions, divisor, divisors, eps, cu, max_length, dq, dk,
-    )  # fmt: skip
-    return dq.to(dtypes[0]), dk.to(dtypes[1]), *sums
-
-
-@_unless_wide
-def backward_packed(
-    dq_out, dk_out, dv, qkv, q_weight, k_weight, q_shift, k_shift,
-    positions, divisor, divisors, eps, cu, max_length,
-):  # fmt: skip
-    """(dqkv, shifts, affine), as triton.py's."""
-    dtype = qkv.dtype
-    dq_out, dk_out, qkv = one_dtype(dq_out, dk_out, qkv)
-    dqkv = qkv.new_empty(qkv.shape)
-    slots = dqkv.unbind(-3)
-    q, k, _ = qkv.unbind(-3)
-    sums = _launch_backward(
-        dq_out, dk_out, q, k, q_weight, k_weight, q_shift, k_shift,
-        positions, divisor, divisors, eps, cu, max_length, *slots[:2],
-    )  # fmt: skip
-    for slot, gradient in zip(slots, (dq_out, dk_out, dv), strict=True):
-        if gradient is None:
-            slot.zero_()
-    if dv is not None:
-        slots[2].copy_(dv)
-    return dqkv.to(dtype), *sums
-
-
-def _launch_backward(
-    dq_out, dk_out, q, k, q_weight, k_weight, q_shift, k_shift,
     positions, divisor, divisors, eps, cu, max_length, dq, dk,
 ):  # fmt: skip
-    """Fills dq and dk where there is a gradient; returns (shifts, affine)."""
-    dq, dk = None if dq_out is None else dq, None if dk_out is None else dk
+    """Fill those of dq and dk that are not None; returns (shifts, affine), as triton.py's."""
+    targets = dq, dk
+    dq_out, dk_out, q, k = one_dtype(dq_out, dk_out, q, k)
     q, k = _heads(cu is not None, q, k)
     dq_out, dk_out = _heads(cu is not None, dq_out, dk_out)
+    dq, dk = (
+        x if x is None or x.dtype == q.dtype else x.new_empty(x.shape, dtype=q.dtype)
+        for x in targets
+    )
     is_empty = q.numel() == 0 or (dq is None and dk is None)
     *plan, columns = _plan(q, 1 if dq is None or dk is None else 2, cu, max_length)
-    samples, length = _samples(q, cu, max_length)
+    samples, length = samples_and_length(q, cu, max_length)
     tiles = -(-length // plan[0])
     make = functools.partial(
         torch.zeros if is_empty else torch.empty, dtype=torch.float32, device=q.device
@@ -164,13 +126,13 @@ def _launch_backward(
             *_places(positions, divisor, divisors, D, q.device),
             dq, dk, shifts, affine, eps, cu, max_length, *plan,
         )  # fmt: skip
+    for target, made in zip(targets, (dq, dk), strict=True):
+        if target is not made:
+            target.copy_(made)
     return (
         make((2, 0, H * D)) if shifts is None else shifts.sum(2),
         make((4, D)) if affine is None else affine.sum(1),
     )
 
 
-def jvp(*args):
-    from .triton import jvp
-
-    return jvp(*args)
+jvp = tangents_in_triton("qk_norm_rope")

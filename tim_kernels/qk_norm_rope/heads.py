@@ -57,15 +57,11 @@ def _store_heads(
 
 @triton.jit
 def locate_tokens(
-    places, sample, first, first_out, begin, stop, D: tl.constexpr, A: tl.constexpr,
-    B: tl.constexpr, T: tl.constexpr, HB: tl.constexpr, ALIGN: tl.constexpr,
+    first, first_out, begin, stop, T: tl.constexpr, HB: tl.constexpr
 ):  # fmt: skip
-    """The T tokens of a sample from `begin` on: (row, row_out, is_row), each (R,), and their
-    angles."""
-    n = begin + tl.arange(0, T)
-    turn = axial_turn(places, sample, first, n, n < stop, D, A, B, ALIGN)
+    """The T tokens of a sample from `begin` on: n, (T,), and (row, row_out, is_row), each (R,)."""
     token = begin + tl.arange(0, T * HB) // HB
-    return first + token, first_out + token, token < stop, turn
+    return begin + tl.arange(0, T), first + token, first_out + token, token < stop
 
 
 @triton.jit
@@ -120,6 +116,7 @@ def backward_heads(
     and of dweight, dbias (2, programs·columns, D)."""
     weight_ptr, eps = norm
     shift_ptr, _ = shift
+    _, _, _, _, _, freq_ptr = places
     sample, first, first_out, start, stop = tokens
     program = tl.program_id(0).to(tl.int64)
     column = 0 if H == HB else tl.program_id(1)
@@ -129,9 +126,11 @@ def backward_heads(
     if weight_ptr is not None:
         wa, wb = load_row(weight_ptr, 0, 0, ALIGN, D, A, B)
     for begin in range(start, stop, T):
-        row, row_out, is_row, turn = locate_tokens(
-            places, sample, first, first_out, begin, stop, D, A, B, T, HB, ALIGN
-        )
+        n, row, row_out, is_row = locate_tokens(first, first_out, begin, stop, T, HB)
+        if freq_ptr is None:
+            turn = None
+        else:
+            turn = axial_turn(places, sample, first, n, n < stop, D, A, B, ALIGN)
         at = sample, row, row_out, head, is_row
         ga, gb = _load_heads(dy, (None, 0), at, D, A, B, ALIGN)
         if weight_ptr is not None:  # all loads before the first use

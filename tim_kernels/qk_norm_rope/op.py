@@ -23,8 +23,11 @@ def _forward_fake(q, k, *_):
     return q.new_empty(q.shape), q.new_empty(0) if k is None else k.new_empty(k.shape)
 
 
-def _backward(dq_out, dk_out, q, *args):
-    return backend.kernels(NAME, q).backward(dq_out, dk_out, q, *args)
+def _backward(dq_out, dk_out, q, k, *args):
+    dq = q.new_empty(0 if dq_out is None else q.shape)
+    dk = q.new_empty(0) if dk_out is None else k.new_empty(k.shape)
+    filled = None if dq_out is None else dq, None if dk_out is None else dk
+    return dq, dk, *backend.kernels(NAME, q).backward(dq_out, dk_out, q, k, *args, *filled)
 
 
 def _backward_fake(dq_out, dk_out, q, k, q_weight, k_weight, q_shift, k_shift, *places):
@@ -41,7 +44,17 @@ def _backward_fake(dq_out, dk_out, q, k, q_weight, k_weight, q_shift, k_shift, *
 
 
 def _packed_backward(dq_out, dk_out, dv, qkv, *args):
-    return backend.kernels(NAME, qkv).backward_packed(dq_out, dk_out, dv, qkv, *args)
+    dqkv = qkv.new_empty(qkv.shape)
+    gradients, slots = (dq_out, dk_out, dv), dqkv.unbind(-3)
+    q, k, _ = qkv.unbind(-3)
+    filled = [s if g is not None else None for s, g in zip(slots, gradients, strict=True)][:2]
+    sums = backend.kernels(NAME, qkv).backward(dq_out, dk_out, q, k, *args, *filled)
+    for slot, gradient in zip(slots, gradients, strict=True):
+        if gradient is None:
+            slot.zero_()
+    if dv is not None:
+        slots[2].copy_(dv)
+    return dqkv, *sums
 
 
 def _packed_backward_fake(dq_out, dk_out, dv, qkv, *args):
@@ -201,7 +214,8 @@ def qk_norm_rope(
 
     Args:
         q, k: (B, N, heads, head_dim), or (T, heads, head_dim) packed with `segments`; float32,
-            bfloat16 or float16. Views of a packed qkv are read in place. k is shaped as q.
+            bfloat16 or float16 (float64 runs on the reference). Views of a packed qkv are read in
+            place. k is shaped as q.
         q_weight, q_bias, k_weight, k_bias: (head_dim,), any floating dtype; without a weight
             there is no norm, without a bias none is added.
         q_shift, k_shift: added before the norm, one row a sample, (B, heads·head_dim) or
@@ -219,7 +233,7 @@ def qk_norm_rope(
         q, k, dict(q_weight=q_weight, q_bias=q_bias, k_weight=k_weight, k_bias=k_bias),
         dict(q_shift=q_shift, k_shift=k_shift), positions, grid, sizes, order, eps, segments,
     )  # fmt: skip
-    run = _reference if backend.choose(NAME, q) == "reference" else _call
+    run = _reference if backend.is_reference(NAME, q, k) else _call
     outputs = run(q, k, *checked)
     return outputs[0] if k is None else tuple(outputs)
 
@@ -262,7 +276,7 @@ def qkv_norm_rope(
         q, k, dict(q_weight=q_weight, q_bias=q_bias, k_weight=k_weight, k_bias=k_bias),
         dict(q_shift=q_shift, k_shift=k_shift), positions, grid, sizes, order, eps, segments,
     )  # fmt: skip
-    if backend.choose(NAME, qkv) == "reference":
+    if backend.is_reference(NAME, qkv):
         return *_reference(q, k, *checked), v
     if torch.compiler.is_compiling():
         return *_call(q, k, *checked), v

@@ -38,30 +38,26 @@ def axial_turn(
     places, sample, first, n, is_n,
     D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """(cos, sin, cos, sin) of the pairs of both pieces, (T, A/2) and (T, B/2); None if there is
-    no table of frequencies."""
+    """(cos, sin, cos, sin) of the pairs of both pieces, (T, A/2) and (T, B/2), of tokens n."""
     position_ptr, position_b, divisor, divisors_ptr, divisors_s, freq_ptr = places
-    if freq_ptr is None:
-        return None
+    if position_ptr is not None:
+        at = position_ptr + sample * position_b + (first + n) * 2
+        p0 = tl.load(at, mask=is_n, other=0).to(tl.float32)
+        p1 = tl.load(at + 1, mask=is_n, other=0).to(tl.float32)
     else:
-        if position_ptr is not None:
-            at = position_ptr + sample * position_b + (first + n) * 2
-            p0 = tl.load(at, mask=is_n, other=0).to(tl.float32)
-            p1 = tl.load(at + 1, mask=is_n, other=0).to(tl.float32)
-        else:
-            if divisors_ptr is not None:
-                divisor = tl.load(divisors_ptr + sample * divisors_s * ALIGN).to(tl.int32)
-            divisor = tl.maximum(divisor, 1)
-            p0, p1 = (n % divisor).to(tl.float32), (n // divisor).to(tl.float32)
-        F: tl.constexpr = D // 4
-        pair_a, pair_b = tl.arange(0, A // 2), A // 2 + tl.arange(0, B // 2)
-        freq_a, freq_b = tl.load(freq_ptr + pair_a % F), tl.load(freq_ptr + pair_b % F)
-        p0, p1 = p0[:, None], p1[:, None]
-        angle_a = tl.where((pair_a < F)[None, :], p0, p1) * freq_a[None, :]
-        angle_b = tl.where((pair_b < F)[None, :], p0, p1) * freq_b[None, :]
-        cos_a, sin_a = _cos_sin(angle_a)
-        cos_b, sin_b = _cos_sin(angle_b)
-        return cos_a, sin_a, cos_b, sin_b
+        if divisors_ptr is not None:
+            divisor = tl.load(divisors_ptr + sample * divisors_s * ALIGN).to(tl.int32)
+        divisor = tl.maximum(divisor, 1)
+        p0, p1 = (n % divisor).to(tl.float32), (n // divisor).to(tl.float32)
+    F: tl.constexpr = D // 4
+    pair_a, pair_b = tl.arange(0, A // 2), A // 2 + tl.arange(0, B // 2)
+    freq_a, freq_b = tl.load(freq_ptr + pair_a % F), tl.load(freq_ptr + pair_b % F)
+    p0, p1 = p0[:, None], p1[:, None]
+    angle_a = tl.where((pair_a < F)[None, :], p0, p1) * freq_a[None, :]
+    angle_b = tl.where((pair_b < F)[None, :], p0, p1) * freq_b[None, :]
+    cos_a, sin_a = _cos_sin(angle_a)
+    cos_b, sin_b = _cos_sin(angle_b)
+    return cos_a, sin_a, cos_b, sin_b
 
 
 @triton.jit
@@ -76,7 +72,7 @@ def rotate(
     xa, xb, turn, sign,
     T: tl.constexpr, HB: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """Rows turned by their token's angles, or back if sign is −1."""
+    """Rows turned by their token's angles, or back if sign is −1; as they are if turn is None."""
     if turn is None:
         return xa, xb
     else:

@@ -31,6 +31,7 @@ from ..tuning import tuned
 from ..views import RowView, head_view, row_view
 from .frequencies import frequencies
 from .heads import backward_heads, forward_heads, jvp_heads, locate_tokens
+from .rotation import axial_turn
 
 
 @kernel
@@ -47,9 +48,11 @@ def _forward_kernel(
     k, k_shift = (k_ptr, k_b, k_n, k_h), (k_shift_ptr, k_shift_s)
     q_norm, k_norm = (q_weight_ptr, q_bias_ptr, eps), (k_weight_ptr, k_bias_ptr, eps)
     sample, tile, first, first_out, span = locate(cu_ptr, length, tiles)
-    row, row_out, is_row, turn = locate_tokens(
-        places, sample, first, first_out, tile * T, span, D, A, B, T, HB, ALIGN
-    )
+    n, row, row_out, is_row = locate_tokens(first, first_out, tile * T, span, T, HB)
+    if freq_ptr is None:
+        turn = None
+    else:
+        turn = axial_turn(places, sample, first, n, n < span, D, A, B, ALIGN)
     for begin in range(0, H, HB):
         at = sample, row, row_out, begin + tl.arange(0, T * HB) % HB, is_row
         forward_heads(q, q_shift, q_norm, turn, q_out_ptr, at, H, D, A, B, T, HB, ALIGN)
@@ -105,9 +108,11 @@ def _jvp_kernel(
     tk, tk_shift = (tk_ptr, tk_b, tk_n, tk_h), (tk_shift_ptr, tk_shift_s)
     tq_norm, tk_norm = (tq_weight_ptr, tq_bias_ptr), (tk_weight_ptr, tk_bias_ptr)
     sample, tile, first, first_out, span = locate(cu_ptr, length, tiles)
-    row, row_out, is_row, turn = locate_tokens(
-        places, sample, first, first_out, tile * T, span, D, A, B, T, HB, ALIGN
-    )
+    n, row, row_out, is_row = locate_tokens(first, first_out, tile * T, span, T, HB)
+    if freq_ptr is None:
+        turn = None
+    else:
+        turn = axial_turn(places, sample, first, n, n < span, D, A, B, ALIGN)
     for begin in range(0, H, HB):
         at = sample, row, row_out, begin + tl.arange(0, T * HB) % HB, is_row
         jvp_heads(
@@ -170,46 +175,11 @@ def _dense(row):
 
 def backward(
     dq_out, dk_out, q, k, q_weight, k_weight, q_shift, k_shift,
-    positions, divisor, divisors, eps, cu, max_length,
-):  # fmt: skip
-    """(dq, dk, shifts, affine): shifts is float32 (2, samples, heads·head_dim) for q and k,
-    affine float32 (4, head_dim) for q's weight and bias and k's. What nobody asked for is empty
-    or unset."""
-    dq = q.new_empty(0 if dq_out is None else q.shape)
-    dk = q.new_empty(0) if dk_out is None else k.new_empty(k.shape)
-    sums = _launch_backward(
-        dq_out, dk_out, q, k, q_weight, k_weight, q_shift, k_shift,
-        positions, divisor, divisors, eps, cu, max_length,
-        None if dq_out is None else dq, None if dk_out is None else dk,
-    )  # fmt: skip
-    return dq, dk, *sums
-
-
-def backward_packed(
-    dq_out, dk_out, dv, qkv, q_weight, k_weight, q_shift, k_shift,
-    positions, divisor, divisors, eps, cu, max_length,
-):  # fmt: skip
-    """(dqkv, shifts, affine), with all three gradients in one buffer of qkv's shape."""
-    dqkv = qkv.new_empty(qkv.shape)
-    slots = dqkv.unbind(-3)
-    q, k, _ = qkv.unbind(-3)
-    sums = _launch_backward(
-        dq_out, dk_out, q, k, q_weight, k_weight, q_shift, k_shift,
-        positions, divisor, divisors, eps, cu, max_length, *slots[:2],
-    )  # fmt: skip
-    for slot, gradient in zip(slots, (dq_out, dk_out, dv), strict=True):
-        if gradient is None:
-            slot.zero_()
-    if dv is not None:
-        slots[2].copy_(dv)
-    return dqkv, *sums
-
-
-def _launch_backward(
-    dq_out, dk_out, q, k, q_weight, k_weight, q_shift, k_shift,
     positions, divisor, divisors, eps, cu, max_length, dq, dk,
 ):  # fmt: skip
-    """Fills dq and dk; returns (shifts, affine)."""
+    """Fill those of dq and dk that are not None; returns (shifts, affine), float32: shifts
+    (2, samples, heads·head_dim) for q and k, affine (4, head_dim) for q's weight and bias and k's.
+    What nobody asked for is empty or unset."""
     H, D = q.shape[-2:]
     plan, constants = _plan("backward", q, cu, max_length)
     plan.spread()
