@@ -116,7 +116,7 @@ struct Stream {
 
   explicit Stream(const Tensor& x) : guard(x.get_device_index()) {
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
   }
