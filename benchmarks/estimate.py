@@ -6,8 +6,8 @@ by a smooth maximum:
 - memory: the bytes that it touches, each once, over the bandwidth;
 - issue: the instructions that its warps execute, four a clock and multiprocessor;
 - latency: what one program takes alone (its rounds of loads, each a latency of memory; its
-  instructions in turn; its barriers), over the programs that a multiprocessor holds. That is
-  Little's law: too few bytes in flight, and latency is the longest.
+  instructions in turn; its barriers), as often as a multiprocessor has to take new programs.
+  That is Little's law: too few bytes in flight, and latency is the longest.
 
 The model knows neither caches nor bank conflicts nor what a slow instruction costs.
 """
@@ -65,7 +65,7 @@ def limits(reading: Reading, chip: Chip) -> tuple[float, float, float]:
     issue = share * reading.warps * reading.instructions / 4 / chip.clock
     serial = reading.instructions * INTERVAL + reading.barriers * BARRIER
     alone = reading.rounds * LATENCY + serial / chip.clock
-    return reading.bytes / chip.bandwidth, issue, share / reading.resident * alone
+    return reading.bytes / chip.bandwidth, issue, max(1, share / reading.resident) * alone
 
 
 def slowdown(readings: Iterable[Reading], chip: Chip) -> float:

@@ -65,7 +65,11 @@ constexpr int TEAM = 16, FORWARD_THREADS = 128;
 template <int C, typename T, typename S>
 __global__ void __launch_bounds__(FORWARD_THREADS, 4) forward_rows(Forward<T, S> in, Grid grid) {
   constexpr int CHUNKS = C / CHUNK / TEAM, TEAMS = FORWARD_THREADS / TEAM;
-  static_assert(CHUNKS * CHUNK * TEAM == C);
+  // Chunks of the branch that are loaded before the first of them is stored, past which no load
+  // moves: all of them, where there are registers for it.
+  constexpr bool IS_SHORT = sizeof(T) + sizeof(S) == 4;
+  constexpr int GROUP = IS_SHORT ? CHUNKS : 1;
+  static_assert(CHUNKS * CHUNK * TEAM == C && CHUNKS % GROUP == 0);
   constexpr float PER_CHANNEL = 1.f / C;
   const Rows at = grid.locate();
   const int lane = threadIdx.x % TEAM, team = threadIdx.x / TEAM;
@@ -77,16 +81,26 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 4) forward_rows(Forward<T, S>
     const int64_t n = is_row ? begin + team : at.end - 1;
     const T* row = in.x.at(at.sample, at.first + n);
     const int64_t out = (at.first_out + n) * C;
+    Raw<CHUNK, T> x_raw[CHUNKS], r_raw[GROUP];
     float x[CHUNKS][CHUNK];
 #pragma unroll
-    for (int j = 0; j < CHUNKS; j++) load(row + (j * TEAM + lane) * CHUNK, x[j]);
+    for (int j = 0; j < CHUNKS; j++) x_raw[j].load(row + (j * TEAM + lane) * CHUNK);
+    if (!IS_SHORT || in.branch.data == nullptr) {
+#pragma unroll
+      for (int j = 0; j < CHUNKS; j++) x_raw[j].widen(x[j]);
+    }
     if (in.branch.data != nullptr) {
       const T* branch = in.branch.at(at.sample, at.first + n);
 #pragma unroll
       for (int j = 0; j < CHUNKS; j++) {
+        if (j % GROUP == 0) {
+#pragma unroll
+          for (int i = 0; i < GROUP; i++) r_raw[i].load(branch + ((j + i) * TEAM + lane) * CHUNK);
+        }
         const int column = (j * TEAM + lane) * CHUNK;
         float g[CHUNK], r[CHUNK];
-        load_gated(branch, gate, bias, column, g, r);
+        gated(r_raw[j % GROUP], gate, bias, column, g, r);
+        if (IS_SHORT) x_raw[j].widen(x[j]);
 #pragma unroll
         for (int i = 0; i < CHUNK; i++) x[j][i] += g[i] * r[i];
         if (is_row) store(in.out + out + column, x[j]);
@@ -224,11 +238,11 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, sizeof(T) + sizeof(S) == 4 ?
     const int64_t n = is_row ? begin + slot : at.end - 1, row = at.first + n;
     Raw<CHUNK, T> d_raw = {}, r_raw = {}, y_raw;  // as they are, for half the registers
     float d[CHUNK], x[CHUNK], rstd = 0.f, along[2] = {0.f, 0.f};
+    if (in.dy.data != nullptr) y_raw.load(in.dy.at(at.sample, row) + column);  // first, or it sinks
     if (in.dout.data != nullptr) d_raw.load(in.dout.at(at.sample, row) + column);
     if (in.branch.data != nullptr) r_raw.load(in.branch.at(at.sample, row) + column);
     if (in.dy.data != nullptr) {
       float sum[1] = {0.f}, rest[2] = {0.f, 0.f};
-      y_raw.load(in.dy.at(at.sample, row) + column);
       load(in.x.at(at.sample, row) + column, x);
       if (in.branch.data != nullptr) {
         float g[CHUNK], r[CHUNK];

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .views import multiprocessors, row_view, sample_view, token_view, vector
+from .views import multiprocessors, row_view, sample_view, share_of, token_view, vector
 
 LIBRARY = Path(__file__).with_name("_cuda.so")
 BUILD = Path(__file__).with_name("_cuda.json")
@@ -147,7 +147,8 @@ def blocks_per_sample(elements: int) -> int:
     return -(-elements // SAMPLE_BLOCK)
 
 
-def tokens_per_block(x: Tensor, samples: int, length: int, most: int, step: int = 1) -> int:
-    """As many tokens as leave each multiprocessor four blocks, `most` at most, in `step`s."""
-    fair = samples * length // (4 * multiprocessors(x.device))
-    return max(1, min(most, fair) // step) * step
+def tokens_per_block(
+    x: Tensor, samples: int, length: int, resident: int, most: int, step: int = 1
+) -> int:
+    """`share_of` for a kernel of which a multiprocessor holds `resident` blocks."""
+    return share_of(samples, length, resident * multiprocessors(x.device), most, step)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .views import VIEWS, multiprocessors, samples_and_length
+from .views import VIEWS, multiprocessors, samples_and_length, share_of
 
 ALIGN = 16, 8, 1  # elements; heads of 72 are 8 apart
 
@@ -40,11 +40,13 @@ class Plan:
     def tiles(self) -> int:
         return -(-self.length // self.rows)
 
-    def spread(self, most: int = 64) -> None:
+    def spread(self, num_warps: int, columns: int = 1, most: int = 64) -> None:
         """Give each program several tiles, for a reduction over tokens: as many as leave every
-        multiprocessor a few programs, `most` tokens at most."""
-        fair = self.samples * self.length // (4 * multiprocessors(self.device))
-        self.rows *= max(1, min(most, fair) // self.rows)
+        multiprocessor 16 warps, `most` tokens at most."""
+        resident = multiprocessors(self.device) * max(1, 16 // num_warps)
+        self.rows = share_of(
+            self.samples, self.length, max(1, resident // columns), most, self.rows
+        )
 
     def launch(self, function, *arguments, columns: int = 1, **options) -> None:
         """Run `function` with (cu_seqlens, length, tiles, rows per program) and then `arguments`,

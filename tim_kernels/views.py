@@ -94,6 +94,19 @@ def samples_and_length(x: Tensor, cu_seqlens: Tensor | None, max_length: int) ->
     return cu_seqlens.shape[0] - 1, max_length
 
 
+def share_of(samples: int, length: int, resident: int, most: int, step: int = 1) -> int:
+    """Tokens a program: as few as let all programs run at once, of which the device holds
+    `resident`, or, where that is more than `most`, run in even rounds. In whole steps."""
+    most = max(step, most // step * step)
+    rounds = max(1, samples * length // (resident * most))
+    while True:
+        programs = max(1, rounds * resident // max(1, samples))  # a sample
+        rows = -(-length // (programs * step)) * step
+        if rows <= most:
+            return max(step, rows)
+        rounds += 1
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Of a CUDA device; those of an H100 elsewhere, so that plans are the same everywhere."""

@@ -6,7 +6,9 @@ from ..extension import dense_tokens, one_dtype, rows_for, tangents_in_triton, t
 from ..views import samples_and_length
 
 FORWARD_STEP = 8  # tokens that a block has at a time, at the published widths
+BACKWARD_STEP = {1152: 2, 768: 3}
 MOST = 64  # tokens a block: partial sums are then a few percent of what is read
+FORWARD_BLOCKS, BACKWARD_BLOCKS = 4, 2  # that a multiprocessor holds, in bfloat16
 
 
 def _inputs(x, branch, cu, *rows):
@@ -21,7 +23,8 @@ def forward(x, branch, gate, bias, shift, scale, eps, cu, max_length):
     x, branch, gate, bias, shift, scale = _inputs(x, branch, cu, gate, bias, shift, scale)
     out = None if branch is None else x.new_empty(x.shape)
     y = None if scale is None else x.new_empty(x.shape)
-    rows = tokens_per_block(x, *samples_and_length(x, cu, max_length), MOST, FORWARD_STEP)
+    samples, length = samples_and_length(x, cu, max_length)
+    rows = tokens_per_block(x, samples, length, FORWARD_BLOCKS, MOST, FORWARD_STEP)
     if x.numel():
         torch.ops.tim_kernels_cuda.ada_layer_norm_forward(
             x, branch, gate, bias, shift, scale, out, y, eps, cu, max_length, rows
@@ -38,7 +41,8 @@ def backward(dout, dy, x, branch, gate, bias, scale, eps, cu, max_length):
     dx = x.new_empty(x.shape)
     dbranch = None if branch is None else x.new_empty(x.shape)
     samples, length = samples_and_length(x, cu, max_length)
-    rows = tokens_per_block(x, samples, length, MOST)
+    step = BACKWARD_STEP.get(x.shape[-1], 1)
+    rows = tokens_per_block(x, samples, length, BACKWARD_BLOCKS, MOST, step)
     shape = (4, samples, -(-length // rows), x.shape[-1])
     make = torch.empty if x.numel() else torch.zeros
     partial = make(shape, dtype=torch.float32, device=x.device)

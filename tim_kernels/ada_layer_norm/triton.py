@@ -192,7 +192,7 @@ def backward(dout, dy, x, branch, gate, bias, scale, eps, cu, max_length):
     dx = x.new_empty(x.shape)
     dbranch = x.new_empty(0) if branch is None else branch.new_empty(x.shape)
     plan, constants = _plan("backward", x, cu, max_length)
-    plan.spread()
+    plan.spread(constants["num_warps"])
     make = torch.zeros if plan.is_empty else torch.empty
     partial = make((4, plan.samples, plan.tiles, x.shape[-1]), dtype=torch.float32, device=x.device)
     plan.launch(

@@ -11,6 +11,7 @@ from .frequencies import frequencies
 
 THREADS, TOKENS, CHUNK = 288, 2, 8  # as in csrc/heads.cuh and common.cuh
 MOST = 64  # tokens a block: partial sums are then a few percent of what is read
+FORWARD_BLOCKS, BACKWARD_BLOCKS = 3, 2  # that a multiprocessor holds
 WIDEST = THREADS * CHUNK  # channels of a head that a block has threads for
 
 
@@ -59,16 +60,16 @@ def _places(positions, divisor, divisors, head_dim, device):
     return positions, divisor, divisors, frequencies(head_dim, device) if is_turned else None
 
 
-def _plan(q, sides, cu, max_length) -> tuple[int, int, int, int]:
+def _plan(q, sides, blocks, cu, max_length) -> tuple[int, int, int, int]:
     """(tokens a block, heads a block, tokens side by side, blocks that share their tokens), for
-    the heads of one side or of two in one list."""
+    the heads of one side or of two in one list; a multiprocessor holds `blocks`."""
     H, D = (max(1, n) for n in q.shape[-2:])
     chunks = -(-D // CHUNK)
     columns = -(-sides * H // (THREADS // chunks))
     heads = -(-sides * H // columns)
     samples, length = samples_and_length(q, cu, max_length)
     slots = min(THREADS // (heads * chunks), MOST // TOKENS, max(1, -(-length // TOKENS)))
-    rows = tokens_per_block(q, samples * columns, length, MOST, TOKENS * slots)
+    rows = tokens_per_block(q, samples * columns, length, blocks, MOST, TOKENS * slots)
     return rows, heads, slots, columns
 
 
@@ -83,7 +84,7 @@ def forward(
     q_out = q.new_empty(q.shape)
     k_out = None if k is None else k.new_empty(k.shape)
     if q.numel():
-        *plan, _ = _plan(q, 1 if k is None else 2, cu, max_length)
+        *plan, _ = _plan(q, 1 if k is None else 2, FORWARD_BLOCKS, cu, max_length)
         torch.ops.tim_kernels_cuda.qk_norm_rope_forward(
             q, k, *map(_row, (q_weight, q_bias, k_weight, k_bias, q_shift, k_shift)),
             *_places(positions, divisor, divisors, q.shape[-1], q.device),
@@ -108,7 +109,8 @@ def backward(
         for x in targets
     )
     is_empty = q.numel() == 0 or (dq is None and dk is None)
-    *plan, columns = _plan(q, 1 if dq is None or dk is None else 2, cu, max_length)
+    sides = 1 if dq is None or dk is None else 2
+    *plan, columns = _plan(q, sides, BACKWARD_BLOCKS, cu, max_length)
     samples, length = samples_and_length(q, cu, max_length)
     tiles = -(-length // plan[0])
     make = functools.partial(

@@ -182,8 +182,9 @@ def backward(
     What nobody asked for is empty or unset."""
     H, D = q.shape[-2:]
     plan, constants = _plan("backward", q, cu, max_length)
-    plan.spread()
-    columns, programs = H // constants["HB"], plan.samples * plan.tiles
+    columns = H // constants["HB"]
+    plan.spread(constants["num_warps"], columns)
+    programs = plan.samples * plan.tiles
     make = functools.partial(
         torch.zeros if plan.is_empty else torch.empty, dtype=torch.float32, device=q.device
     )

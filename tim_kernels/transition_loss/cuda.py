@@ -8,6 +8,7 @@ from ..extension import dense_samples, one_dtype, tangents_in_triton, tokens_per
 STEP = 4096  # elements that a block has at a time, if teams have the channels
 TEAMS = 4, 8, 16, 32  # channels
 POSITIONS = 128  # a block has at a time, with any other number of channels
+BLOCKS = 3  # that a multiprocessor holds
 
 
 def _inputs(prediction, x, z, coefficients, dF, epsilon, F_cond, F_uncond):
@@ -32,7 +33,7 @@ def forward(prediction, *target):
         return prediction.new_full((2, samples), float("nan"), dtype=torch.float32)
     length = prediction[0, 0].numel()
     step = STEP // C if C in TEAMS else POSITIONS
-    positions = tokens_per_block(prediction, samples, length, length, step)
+    positions = tokens_per_block(prediction, samples, length, BLOCKS, length, step)
     shape = (2, samples, -(-length // positions))
     partial = torch.empty(shape, dtype=torch.float32, device=prediction.device)
     torch.ops.tim_kernels_cuda.transition_loss_forward(
