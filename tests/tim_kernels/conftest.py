@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
+import variants
 
 from tim_kernels import extension
 
@@ -34,6 +35,8 @@ if not torch.cuda.is_available():
     round_bfloat16_like_hardware()
 if emulation := os.environ.get("TIM_KERNELS_EMULATION"):
     extension.emulate(emulation)
+elif not torch.cuda.is_available():
+    variants.watch()
 
 
 @pytest.fixture(autouse=True)

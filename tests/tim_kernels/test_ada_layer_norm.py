@@ -81,7 +81,7 @@ def test_sizes(form, B, N):
 def test_nothing_to_do(form, B, N):
     fused, *_ = FORMS[form]
     leaves = [x.requires_grad_() for x in inputs(form, B, N, C=8, rows=max(B, 1))]
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         out = fused(*leaves)
         for o in out if isinstance(out, tuple) else (out,):
             assert o.shape == (B, N, 8)
@@ -105,7 +105,7 @@ def test_strided_input_is_read_in_place():
     packed = noise(2, 7, 3 * 96, device=DEVICE)
     x, branch = packed[..., :96], packed[..., 96:192]
     chunks = noise(2, 6 * 96, seed=1, device=DEVICE).chunk(6, dim=-1)
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         strided = both(x, branch, *chunks[:3])
         dense = both(x.contiguous(), branch.contiguous(), *(c.contiguous() for c in chunks[:3]))
         transposed = both(x.mT.contiguous().mT, branch, *chunks[:3])
@@ -178,7 +178,7 @@ def test_compiles_once_for_all_lengths(form):
 
 def test_opcheck():
     x, branch, gate, shift, scale, bias = inputs("both_bias", N=3, C=24)
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         for args in (
             (x, branch, gate, bias, shift, scale, 1e-6, None, 0),
             (x, None, None, None, shift, scale, 1e-6, None, 0),

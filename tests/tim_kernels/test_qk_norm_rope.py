@@ -56,7 +56,7 @@ def test_odd_head_dim_without_rotation():
 def test_nothing_to_do(form, B, N):
     fused, _ = bound(form, (1, N))
     leaves = [x.requires_grad_() for x in inputs(form, B, N, D=8, rows=max(B, 1))]
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         out = fused(*leaves)
         out = out if isinstance(out, tuple) else (out,)
         assert all(o.shape == (B, N, 2, 8) for o in out)
@@ -80,7 +80,7 @@ def test_one_row_for_all_samples_and_mixed_dtypes(form):
 
 def test_key_of_another_dtype():
     q, k, *rows = inputs("both")
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         new_q, new_k = both(q.half(), k.bfloat16(), *rows, grid=(2, 3))
         plain_k = qk_norm_rope(k.bfloat16(), None, *rows[2:4], grid=(2, 3), q_shift=rows[5])
     assert new_q.dtype == torch.float16 and new_k.dtype == torch.bfloat16
@@ -105,7 +105,7 @@ def test_gradient_of_one_output_only():
     for i in (0, 1):
         leaves = [x.clone().requires_grad_() for x in args]
         twins = [x.clone().requires_grad_() for x in args]
-        with use_backend("triton"):
+        with use_backend(BACKEND):
             both(*leaves, grid=(2, 3))[i].square().sum().backward()
         eager_both(*twins, grid=(2, 3))[i].square().sum().backward()
         for a, b in zip(leaves, twins, strict=True):
@@ -122,7 +122,7 @@ def test_tangent_of_some_inputs_only():
             return function(*args[:i], y, *args[i + 1 :])
 
         direction = noise(*x.shape, seed=30 + i, device=DEVICE)
-        with use_backend("triton"):
+        with use_backend(BACKEND):
             ours = torch.func.jvp(lambda y: of_one(fused, y), (x,), (direction,))[1]
         theirs = torch.func.jvp(lambda y: of_one(eager, y), (x,), (direction,))[1]
         for a, b in zip(ours, theirs, strict=True):
@@ -172,7 +172,7 @@ def test_opcheck():
     affine, shifts = rows[:4], rows[4:]
     at = torch.tensor([[0, 1], [2, 3], [4, 5]], device=DEVICE)
     sizes = torch.tensor([3, 3], dtype=torch.int32, device=DEVICE)
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         for args in (
             (q, k, *affine, *shifts, None, 3, None, 1e-5, None, 0),
             (q, None, *affine[:2], None, None, None, None, None, 0, sizes, 1e-5, None, 0),

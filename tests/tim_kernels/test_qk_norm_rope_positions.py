@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parity import DEVICE, assert_parity, noise
+from parity import BACKEND, DEVICE, assert_parity, noise
 from qk_norm_rope_forms import FORMS, both, bound, eager_packed_qkv, inputs, packed_qkv
 
 from tim_kernels import Segments
@@ -34,7 +34,7 @@ def test_positions_from_every_source_agree(order, h, w):
 def test_every_sample_with_its_own_positions():
     q, k, *rows = inputs("both", N=3)
     at = torch.tensor([[[0, 1], [7, 2], [3, 3]], [[9, 9], [-4, 0], [1, 2]]], device=DEVICE)
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         together = both(q, k, *rows, positions=at)
         for b in range(2):
             shifts = [row[b : b + 1] for row in rows[4:]]
@@ -47,7 +47,7 @@ def test_far_positions(top):
     at = torch.tensor([[top, 0], [1, top], [top - 1, top - 2], [top // 3, top // 7]], device=DEVICE)
     x = inputs("both_unnormed", N=4, D=72)
     assert_parity(*bound("both_unnormed", positions=at), x)
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         cos, sin = qk_norm_rope(torch.tensor([1.0, 0.0]).repeat(36).expand(1, 4, 1, 72).to(DEVICE),
                                 positions=at).unflatten(-1, (36, 2)).unbind(-1)  # fmt: skip
     angles = at.float()[..., None] * reference.frequencies(72, DEVICE)
@@ -62,7 +62,7 @@ def test_packed_qkv_is_read_in_place():
     wide = noise(2, 4 * H * D, seed=9, device=DEVICE)
     rows[4:] = wide[:, : H * D], wide[:, H * D : 2 * H * D]
     q, k, _ = qkv.unbind(2)
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         views = both(q, k, *rows, grid=(2, 3))
         dense = both(*(x.contiguous() for x in (q, k, *rows)), grid=(2, 3))
         heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
