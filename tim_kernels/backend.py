@@ -8,6 +8,7 @@ block of code in this thread, or the environment variable TIM_KERNELS_BACKEND.
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import json
@@ -76,15 +77,20 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
+def _is_there(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
 def obstacle(backend: str, op: str, device: str) -> str | None:
     """Why `backend` cannot run `op` on real tensors of a device type; None if it can."""
     if backend == "reference":
         return None
     if backend == "cuda":
-        if importlib.util.find_spec(f"tim_kernels.{op}.cuda") is None:
+        if not _is_there(f"tim_kernels.{op}.cuda"):
             return "the extension does not have it"
         return extension.obstacle(device)
-    if importlib.util.find_spec("triton") is None:
+    if not _is_there("triton"):
         return "triton is not installed"
     if device != "cuda" and not interpreting():
         return f"it needs a CUDA device, not {device} (TRITON_INTERPRET=1 runs it on a CPU)"

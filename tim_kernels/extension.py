@@ -54,6 +54,7 @@ def build() -> dict:
     return json.loads(BUILD.read_text())
 
 
+@functools.cache
 def _not_loadable() -> str | None:
     if reason := build().get("reason"):
         return reason

@@ -4,6 +4,7 @@ A model is recognised by its tree of names, shapes and layer kinds, never by its
 stay where they are; only `forward` of the instance is replaced, and `restore` puts it back.
 """
 
+import contextlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -116,6 +117,17 @@ def _published_forward(new_condition: str, rope_order: str):
     return forward
 
 
+@contextlib.contextmanager
+def _exact_convolution() -> Iterator[None]:
+    """cuDNN rounds a float32 convolution to TF32 by default, which our GEMM does not."""
+    convolution = torch.backends.cudnn.conv
+    before, convolution.fp32_precision = convolution.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        convolution.fp32_precision = before
+
+
 @torch.no_grad()
 def _difference(model: nn.Module, forward) -> str | None:
     """Why the fused forward is not the model's own, by trying both on a 2×3 grid of tokens."""
@@ -137,7 +149,8 @@ def _difference(model: nn.Module, forward) -> str | None:
     was_training = model.training
     model.eval()
     try:
-        own, ours = model(x, t, r, y), forward(model, x, t, r, y)
+        with _exact_convolution():
+            own, ours = model(x, t, r, y), forward(model, x, t, r, y)
     except Exception as error:
         return f"the trial of both forwards failed: {error!r}"
     finally:

@@ -1,6 +1,7 @@
 """Sweeps over random shapes by hypothesis; a machine without it leaves them out, and says so."""
 
 import pytest
+import torch
 
 try:
     from hypothesis import HealthCheck, given, settings
@@ -33,7 +34,10 @@ else:
 
         def decorate(test):
             limits = settings(
-                max_examples=max_examples, deadline=None, suppress_health_check=list(HealthCheck)
+                max_examples=max_examples,
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+                derandomize=torch.cuda.is_available(),  # what was compiled once is there again
             )
             return limits(given(**strategies)(test))
 

@@ -61,6 +61,18 @@ def test_same_numbers_and_back(text, backend):
     assert relative_error(jvp, own_jvp) < 1e-4
 
 
+def test_a_float32_model_is_tried_without_tf32():
+    """cuDNN's default would make its patch convolution something else than our GEMM."""
+    model, args = problem(text=False)
+    seen = []
+    model.x_embedder.register_forward_hook(
+        lambda *_: seen.append(torch.backends.cudnn.conv.fp32_precision)
+    )
+    before = torch.backends.cudnn.conv.fp32_precision
+    assert accelerate(model).fused == [""]
+    assert seen[0] == "ieee" and torch.backends.cudnn.conv.fp32_precision == before
+
+
 def test_a_block_that_is_not_tim_s_is_named_and_left():
     model, args = problem(text=False)
     model.blocks[1].attn.q_norm = nn.RMSNorm(24)

@@ -197,7 +197,7 @@ def test_opcheck():
     form=st.sampled_from(sorted(FORMS)),
     B=st.integers(1, 4),
     N=st.integers(1, 40),
-    C=st.integers(2, 300),
+    C=st.integers(3, 300),  # of two channels, LN has no derivative to speak of
     dtype=st.sampled_from(DTYPES),
     shared=st.booleans(),
 )

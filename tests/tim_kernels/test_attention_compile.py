@@ -1,10 +1,17 @@
-"""What the compiler makes of the tangent of attention, in a process without the interpreter."""
+"""What the compilers make of attention; Triton's, of its tangent, in a process without the
+interpreter."""
 
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
+
+import pytest
+import torch
+
+from tim_kernels.attention import op
 
 ROOT = Path(__file__).parents[2]
 PRELUDE = """
@@ -70,6 +77,24 @@ def cost(head_dim):
 print(json.dumps([cost(head_dim) for head_dim in (64, 72, 128)]))
 """)
     assert cost[0] < cost[1] < 0.7 * cost[2]
+
+
+@pytest.mark.parametrize("is_there", [False, True], ids=["without flash-attn", "with it"])
+def test_half_precision_is_one_graph_on_a_gpu(monkeypatch, is_there):
+    """There it asks for flash-attn, which the compiler must not look into."""
+
+    def flash_attn_func(q, k, v):
+        return q + k + v
+
+    module = types.ModuleType("flash_of_the_test")
+    module.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(op, "flash_attention", lambda: module if is_there else None)
+    monkeypatch.setattr(op, "_is_flash_ready", lambda *_: True)
+    torch._dynamo.reset()  # the answer is fixed when it traces
+    q, k, v = torch.randn(3, 2, 5, 2, 16).bfloat16()
+    compiled = torch.compile(lambda *qkv: op.attention(*qkv), fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), op.attention(q, k, v), rtol=1e-2, atol=1e-2)
 
 
 def test_no_length_is_compiled_for():

@@ -30,8 +30,7 @@ def installation(tmp_path, monkeypatch):
                 extension.BUILD.write_text(json.dumps(build))
             if has_library:
                 extension.LIBRARY.write_bytes(b"")
-            extension.build.cache_clear()
-            extension._not_loaded.cache_clear()
+            forget()
 
         def gpu(self, capability: tuple[int, int] | None, cuda: str | None = "13.0") -> None:
             monkeypatch.setattr(extension, "_driver", lambda: 13010)
@@ -49,8 +48,12 @@ def installation(tmp_path, monkeypatch):
 
     monkeypatch.setattr(extension, "_emulated", False)
     yield Installation()
-    extension.build.cache_clear()
-    extension._not_loaded.cache_clear()
+    forget()
+
+
+def forget() -> None:
+    for cached in (extension.build, extension._not_loadable, extension._not_loaded):
+        cached.cache_clear()
 
 
 BUILT = {"architectures": ["80", "90", "100+PTX"], "nvcc": "13.0"}

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import sys
 
 import torch
 from torch import Tensor
@@ -77,7 +78,8 @@ def attention(
 
 
 def _plain_attention(q, k, v, segments, k_segments, key_mask) -> Tensor:
-    flash = flash_attention() if key_mask is None and _is_flash_ready(q, k, v) else None
+    name = _flash_name() if key_mask is None and _is_flash_ready(q, k, v) else None
+    flash = sys.modules[name] if name else None
     if flash is None:
         return reference.attention(q, k, v, segments, k_segments, key_mask)
     if segments is None:
@@ -145,6 +147,14 @@ def flash_attention():
         if hasattr(module, "flash_attn_func") and hasattr(module, "flash_attn_varlen_func"):
             return module
     return None
+
+
+def _flash_name() -> str | None:
+    flash = flash_attention()
+    return flash and flash.__name__
+
+
+_flash_name._dynamo_marked_constant = True  # as `choose` in backend.py
 
 
 def _is_flash_ready(*tensors: Tensor) -> bool:

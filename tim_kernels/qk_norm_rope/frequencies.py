@@ -1,6 +1,5 @@
 """RoPE's frequencies as the kernels take them."""
 
-import functools
 import threading
 
 import torch
@@ -8,11 +7,12 @@ from torch import Tensor
 
 from . import reference
 
+_tables: dict[tuple[int, torch.device], Tensor] = {}
 
-@functools.cache
-def _cached(head_dim: int, device: torch.device) -> Tensor:
-    if device.type != "cuda":
-        return reference.frequencies(head_dim, device)
+
+def _made_apart(head_dim: int, device: torch.device) -> Tensor:
+    """In a thread of its own: what outlives a call must not come from the memory pool that a
+    torch.compile with CUDA graphs may have given the calling thread."""
     made: list[Tensor] = []
 
     def make() -> None:
@@ -20,8 +20,6 @@ def _cached(head_dim: int, device: torch.device) -> Tensor:
             made.append(reference.frequencies(head_dim, device))
             torch.cuda.current_stream(device).synchronize()  # other streams will read it
 
-    # In a thread of its own: what outlives a call must not come from the memory pool that a
-    # torch.compile with CUDA graphs may have given the calling thread.
     thread = threading.Thread(target=make)
     thread.start()
     thread.join()
@@ -29,7 +27,13 @@ def _cached(head_dim: int, device: torch.device) -> Tensor:
 
 
 def frequencies(head_dim: int, device: torch.device) -> Tensor:
-    """The reference's own table, so that angles agree bit for bit; made once."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    """The reference's own table, so that angles agree bit for bit; made once, or by a graph that
+    is captured before anybody else needed it."""
+    key = head_dim, device
+    if key in _tables:
+        return _tables[key]
+    is_cuda = device.type == "cuda"
+    if is_cuda and torch.cuda.is_current_stream_capturing():
         return reference.frequencies(head_dim, device)
-    return _cached(head_dim, device)
+    make = _made_apart if is_cuda else reference.frequencies
+    return _tables.setdefault(key, make(head_dim, device))
