@@ -126,6 +126,20 @@ def limits(device: str | torch.device, quick: bool = False) -> Limits:
     return Limits(2 * size / copy.ms * 1e3, 2 * n**3 / gemm.ms * 1e3)
 
 
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """No TF32, neither in GEMMs nor in the patch convolution."""
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [flag.allow_tf32 for flag in flags]
+    for flag in flags:
+        flag.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
+
+
 class Energy:
     """Joules and seconds of a stretch of work, and how they were found."""
 

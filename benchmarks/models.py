@@ -23,11 +23,11 @@ from tim_kernels import accelerate, backend
 from . import published
 from .contenders import COMPILE, EAGER, FUSED
 from .counting import total
-from .machine import Limits, energy
+from .machine import Limits, energy, exact_float32
 from .ops import WrongAnswer, excuse
 from .results import ratios
 from .shapes import Model
-from .timing import is_cuda, measure, side_stream, synchronise
+from .timing import is_cuda, measure_round, prepare, side_stream, storage_bytes, synchronise
 
 CFG_SCALE = 1.5
 STEPS = (1, 4, 8)
@@ -61,10 +61,14 @@ TRAINING = Task("training", derivative="dde"), Task("training", derivative="jvp"
 
 
 class Case(NamedTuple):
+    """`only` are the contenders that run, by what their names begin with; empty, all but
+    max-autotune."""
+
     model_name: str
     model: Model
     batch: int
     task: Task
+    only: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -91,15 +95,14 @@ class Contender(NamedTuple):
                 torch._dynamo.reset()
 
 
-def _compile_blocks(network: nn.Module, model: Model) -> nn.Module:
+def _compile_blocks(network: nn.Module, model: Model, mode: str | None = None) -> nn.Module:
     for layer in (*network.blocks, network.final_layer):
-        layer.compile(dynamic=False)
+        layer.compile(dynamic=False, mode=mode)
     return network
 
 
 def _max_autotune(network: nn.Module, model: Model) -> nn.Module:
-    network.compile(mode="max-autotune-no-cudagraphs", dynamic=False)
-    return network
+    return _compile_blocks(network, model, "max-autotune-no-cudagraphs")
 
 
 def _accelerate(network: nn.Module, model: Model) -> nn.Module:
@@ -120,9 +123,7 @@ def _tim(network: nn.Module, model: Model) -> nn.Module:
     return ours.requires_grad_(weights.requires_grad)
 
 
-def contenders(
-    task: Task, device: str, max_autotune: bool = False
-) -> tuple[list[Contender], dict[str, str]]:
+def contenders(task: Task, device: str) -> tuple[list[Contender], dict[str, str]]:
     """Those that can run the task here, eager first, and why the others can not."""
     here, left_out = [Contender(EAGER)], {}
     backends = FUSED if is_cuda(device) else ("reference",)
@@ -144,8 +145,6 @@ def contenders(
         here.append(Contender(COMPILE, _compile_blocks))
     else:
         left_out[COMPILE] = "on a CPU only a forward is compiled: it takes seconds for each shape"
-    if max_autotune:
-        here.append(Contender(MAX_AUTOTUNE, _max_autotune))
     return here, left_out
 
 
@@ -258,10 +257,14 @@ def training_step(loss_of: Callable, network: nn.Module, device: str) -> Callabl
 class Comparison:
     """The contenders of one case, one after the other."""
 
-    def __init__(self, case: Case, device: str, limits: Limits, max_autotune: bool = False):
+    def __init__(self, case: Case, device: str, limits: Limits):
         self.case, self.device, self.limits = case, device, limits
         self.problem = Problem(case, device)
-        self.contenders, self.left_out = contenders(case.task, device, max_autotune)
+        everyone, self.left_out = contenders(case.task, device)
+        self.eager = everyone[0]
+        self.contenders = [c for c in everyone if not case.only or c.name.startswith(case.only)]
+        if MAX_AUTOTUNE in case.only:
+            self.contenders = [Contender(MAX_AUTOTUNE, _max_autotune)]
 
     def row(self, contender: Contender, seconds: float = 0.5) -> dict:
         """Check, then time.
@@ -276,8 +279,9 @@ class Comparison:
             run = self._runner(contender, network)
             run()
             peak = self._peak_memory(run)
-            timing = measure([run], self.device, seconds, graph=task.graph)
-            joules, method = self._energy(run, timing.ms)
+            one_round, how = prepare([run], self.device, graph=task.graph)
+            timing = measure_round(one_round, how, 1, seconds)
+            joules, method = self._energy(one_round, timing.ms)
         row = {
             "kind": "model",
             "model": self.case.model_name,
@@ -322,9 +326,9 @@ class Comparison:
 
     def _check(self, contender: Contender, network: nn.Module) -> float:
         """The error on a few samples, as a share of eager bfloat16's."""
-        problem, eager = self.problem, self.contenders[0]
+        problem, eager = self.problem, self.eager
         if not hasattr(self, "_truth"):
-            with _exact_float32():
+            with exact_float32():
                 self._truth = self._answer(eager, copy.deepcopy(problem.network), exact=True)
             plain = self._answer(eager, problem.network_for(eager))
             self._yardstick = float((plain - self._truth).norm())
@@ -341,7 +345,7 @@ class Comparison:
 
     def _check_exactly(self, contender: Contender, network: nn.Module) -> None:
         """In float32: a difference of bfloat16 networks over 2ε is too noisy to show mistakes."""
-        with _exact_float32():
+        with exact_float32():
             answer = self._answer(contender, network, exact=True)
         error = float((answer - self._truth).norm() / self._truth.norm())
         if not error <= EXACT:
@@ -377,7 +381,8 @@ class Comparison:
         torch.cuda.reset_peak_memory_stats(self.device)
         run()
         synchronise(self.device)
-        return torch.cuda.max_memory_allocated(self.device) / 2**30
+        spare = storage_bytes(list(self.problem.network.parameters()))  # each has a copy of its own
+        return (torch.cuda.max_memory_allocated(self.device) - spare) / 2**30
 
     def _energy(self, run: Callable, ms: float) -> tuple[float | None, str]:
         """Joules of one run, over at least a second and a half of them."""
@@ -388,20 +393,6 @@ class Comparison:
             for _ in range(runs):
                 run()
         return None if used.joules is None else used.joules / runs, used.method
-
-
-@contextlib.contextmanager
-def _exact_float32() -> Iterator[None]:
-    """No TF32, neither in GEMMs nor in the patch convolution."""
-    flags = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [flag.allow_tf32 for flag in flags]
-    for flag in flags:
-        flag.allow_tf32 = False
-    try:
-        yield
-    finally:
-        for flag, value in zip(flags, before, strict=True):
-            flag.allow_tf32 = value
 
 
 @functools.cache
@@ -425,11 +416,9 @@ def _forward_work(model: Model, batch: int):
         return count(network, x, t, r, y)
 
 
-def compare(
-    case: Case, device: str, limits: Limits, seconds: float = 0.5, max_autotune: bool = False
-) -> Iterator[dict]:
+def compare(case: Case, device: str, limits: Limits, seconds: float = 0.5) -> Iterator[dict]:
     """A row for each contender, or in its place why there is none; as `ops.compare`."""
-    comparison = Comparison(case, device, limits, max_autotune)
+    comparison = Comparison(case, device, limits)
     for name, reason in comparison.left_out.items():
         yield {"kind": "left out", "what": f"{name} in {case.title}", "why": reason}
     for contender in comparison.contenders:
@@ -439,7 +428,8 @@ def compare(
             is_own = not contender.name.startswith(COMPILE)
             yield excuse(is_own, contender.name, case.title, error)
         if is_cuda(device):
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # a broken context is the caller's to find
+                torch.cuda.empty_cache()
 
 
 def summary(row: dict) -> str:

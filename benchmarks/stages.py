@@ -7,11 +7,14 @@ is named.
 """
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import multiprocessing
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -29,16 +32,23 @@ COMPILING = 8  # processes that fill the compiler's cache together
 
 
 class Run:
-    """Where a stage runs, how long it may, and where its rows go."""
+    """Where a stage runs, how long it may, and where its rows go. Cases before `skip` are done."""
 
-    def __init__(self, rows: Path, seconds: float, dry_run: bool):
-        self.rows, self.dry_run = rows, dry_run
+    def __init__(self, name: str, rows: Path, seconds: float, dry_run: bool, skip: int = 0):
+        self.name, self.rows, self.dry_run, self.skip = name, rows, dry_run, skip
         self.deadline = time.monotonic() + seconds
         self.device = "cpu" if dry_run else "cuda"
+
+    @property
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
 
     def emit(self, row: dict) -> None:
         with self.rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+    def leave_out(self, what: str, why: str = "no time was left") -> None:
+        self.emit({"kind": "left out", "what": what, "why": why})
 
     def limits(self) -> Limits:
         """Those that an earlier stage of this run measured, else measured now."""
@@ -51,17 +61,40 @@ class Run:
 
     def through(self, cases: list, compare: Callable[..., Iterator[dict]]) -> None:
         """Every row of every case that there is time for."""
-        for case in cases:
-            if time.monotonic() > self.deadline:
-                self.emit({"kind": "left out", "what": case.title, "why": "no time was left"})
+        for done, case in enumerate(cases[self.skip :], start=self.skip + 1):
+            if self.seconds_left < 0:
+                self.leave_out(case.title)
                 continue
             try:
                 for row in compare(case):
                     self.emit(row)
+                    if self.seconds_left < 0:
+                        self.leave_out(f"others in {case.title}")
+                        break
             except Exception as error:
                 self.emit(ops.excuse(True, "the comparison", case.title, error))
-            if self.device == "cuda":
-                torch.cuda.empty_cache()
+            if (reason := self._broken()) is not None:
+                why = f"it left the GPU's context broken, the stage goes on in another: {reason}"
+                self.emit({"kind": "failure", "what": case.title, "why": why})
+                self._start_again(done)
+
+    def _broken(self) -> str | None:
+        """Why nothing more can be measured in this process: an illegal access lasts, and so does a
+        capture that failed."""
+        if self.device != "cuda":
+            return None
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            return str(error)[:500]
+        return None
+
+    def _start_again(self, skip: int) -> None:
+        """This stage, in a new process in place of this one, from that case on."""
+        command = [sys.executable, "-m", "benchmarks.stages", self.name, "--rows", str(self.rows)]
+        command += ["--seconds", f"{self.seconds_left:.0f}", "--skip", str(skip)]
+        os.execv(sys.executable, command + ["--dry-run"] * self.dry_run)
 
 
 def describe(run: Run) -> None:
@@ -98,30 +131,55 @@ def op_cases(dry_run: bool) -> list[ops.Case]:
 
 def fill_compiler_cache(run: Run) -> None:
     """Compile what the next stage will time, in parallel; timed is nothing here."""
-    cases = op_cases(run.dry_run)
+    _in_parallel(run, _compile_op, op_cases(run.dry_run))
+
+
+def fill_model_cache(run: Run) -> None:
+    """The same for whole models: two blocks compile to the code of all."""
+    tasks = {models.GRAPH_TASK: models.FORWARD_TASK}  # the same code
+    cases = [
+        case._replace(
+            model=case.model._replace(depth=2), task=tasks.get(case.task, case.task),
+            only=(COMPILE,),
+        )
+        for case in model_cases(run.dry_run)
+    ]  # fmt: skip
+    _in_parallel(run, _compile_model, list(dict.fromkeys(cases)))
+
+
+def _in_parallel(run: Run, job: Callable, cases: list) -> None:
     context = multiprocessing.get_context("spawn")
     with context.Pool(2 if run.dry_run else COMPILING) as pool:
-        done = pool.imap_unordered(_compile, [(case, run.device) for case in cases], chunksize=1)
+        done = pool.imap_unordered(job, [(case, run.device) for case in cases], chunksize=1)
         for _ in cases:
             try:
-                done.next(timeout=max(0.1, run.deadline - time.monotonic()))
+                done.next(timeout=max(0.1, run.seconds_left))
             except multiprocessing.TimeoutError:
-                run.emit({"kind": "left out", "what": "compiling ahead", "why": "no time was left"})
+                run.leave_out("compiling ahead")
                 return
 
 
-def _compile(job: tuple[ops.Case, str]) -> None:
+def _compile_op(job: tuple[ops.Case, str]) -> None:
     """Failures are not told: the next stage meets them again."""
     case, device = job
     torch.set_num_threads(1)
-    try:
+    with contextlib.suppress(Exception):
         comparison = ops.Comparison(case, device, Limits(1.0, 1.0))
         for contender in comparison.contenders:
             if contender.name == COMPILE:
                 with contender.active():
                     comparison.thunk(contender)()
-    except Exception:
-        pass
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _compile_model(job: tuple[models.Case, str]) -> None:
+    case, device = job
+    torch.set_num_threads(1)
+    with contextlib.suppress(Exception):
+        comparison = models.Comparison(case, device, Limits(1.0, 1.0))
+        for contender in comparison.contenders:
+            comparison.row(contender, seconds=0.0)
     if device == "cuda":
         torch.cuda.empty_cache()
 
@@ -140,7 +198,7 @@ def derivative(run: Run) -> None:
     try:
         from .derivative import rows
     except ImportError as error:  # a bare machine
-        run.emit({"kind": "left out", "what": "derivative", "why": str(error)})
+        run.leave_out("derivative", str(error))
         return
     for row in rows(run.device, run.dry_run):
         run.emit({"kind": "derivative"} | row)
@@ -149,56 +207,69 @@ def derivative(run: Run) -> None:
 def tuning(run: Run) -> None:
     """Tile configurations of every kernel: see benchmarks.tune."""
     if run.dry_run:
-        run.emit({"kind": "left out", "what": "tuning", "why": "it needs a GPU"})
+        run.leave_out("tuning", "it needs a GPU")
         return
     from .tune import measure
 
-    seconds = max(10.0, run.deadline - time.monotonic())
-    run.emit({"kind": "tuning", "tuning": measure(run.device, seconds)})
+    run.emit({"kind": "tuning", "tuning": measure(run.device, max(10.0, run.seconds_left))})
 
 
-def model_cases(tasks: tuple, batches: slice, dry_run: bool) -> list[models.Case]:
-    """Task by task over both models, the middle batch first."""
+def model_cases(dry_run: bool) -> list[models.Case]:
+    """The most telling first, each only with contenders that tell something new.
+
+    A forward is the same with our sampler as without, and the launches of a forward that is no
+    graph say little beyond the middle batch. Training is at half of that: the eager step with its
+    activations has to fit.
+    """
     table = SMALL_MODELS if dry_run else MODELS
-    cases = []
-    for task, (name, model) in product(tasks, table.items()):
-        order = sorted(model.batches, key=lambda b: model.batches.index(b) != 1)
-        cases += [models.Case(name, model, batch, task) for batch in order[batches]]
-    return cases
+    graph, own = (models.EAGER, "accelerate", COMPILE), (models.EAGER, "tim", COMPILE)
+    if importlib.util.find_spec("diffusers") is None:  # of our sampler's
+        own += ("accelerate",)
+    batches = {
+        name: sorted(model.batches, key=lambda batch: model.batches.index(batch) != 1)  # noqa: B023
+        for name, model in table.items()
+    }
+
+    def at(task: models.Task, which: slice, only: tuple[str, ...], share: int = 1) -> list:
+        return [
+            models.Case(name, model, batch if share == 1 else max(2, batch // share), task, only)
+            for name, model in table.items()
+            for batch in batches[name][which]
+        ]
+
+    one_step, four_steps, eight_steps = models.SAMPLING
+    middle, others = slice(1), slice(1, None)
+    dde, jvp = models.TRAINING
+    cases = [
+        *at(models.GRAPH_TASK, middle, (*graph, "tim")),
+        *at(dde, middle, own, 2),
+        *at(four_steps, middle, own),
+        *at(jvp, middle, own, 2),
+        *at(models.GRAPH_TASK, others, graph),
+        *at(models.FORWARD_TASK, middle, graph),
+        *at(one_step, middle, own),
+        *at(eight_steps, middle, own),
+        *at(four_steps, others, own),
+    ]
+    return [c for c in cases if c.task != models.GRAPH_TASK] if dry_run else cases
 
 
-def time_models(run: Run, cases: list[models.Case], **options) -> None:
+def time_models(run: Run) -> None:
     limits = run.limits()
     seconds = 0.02 if run.dry_run else 0.5
-    run.through(cases, lambda case: models.compare(case, run.device, limits, seconds, **options))
-
-
-def forward(run: Run) -> None:
-    tasks = (models.GRAPH_TASK, models.FORWARD_TASK)
-    time_models(run, model_cases(tasks[run.dry_run :], slice(None), run.dry_run))
-
-
-def sampling(run: Run) -> None:
-    tasks = models.SAMPLING[:1] if run.dry_run else models.SAMPLING
-    time_models(run, model_cases(tasks, slice(2), run.dry_run))
-
-
-def training(run: Run) -> None:
-    """At half the middle batch: the eager step with its activations has to fit."""
-    cases = [
-        case._replace(batch=max(2, case.batch // 2))
-        for case in model_cases(models.TRAINING, slice(1), run.dry_run)
-    ]
-    time_models(run, cases)
+    run.through(
+        model_cases(run.dry_run), lambda case: models.compare(case, run.device, limits, seconds)
+    )
 
 
 def max_autotune(run: Run) -> None:
-    """The whole model through torch.compile's longest search, on its own graph."""
+    """The blocks through torch.compile's longest search."""
     if run.dry_run:
-        run.emit({"kind": "left out", "what": models.MAX_AUTOTUNE, "why": "it needs a GPU"})
+        run.leave_out(models.MAX_AUTOTUNE, "it needs a GPU")
         return
-    cases = model_cases((models.GRAPH_TASK,), slice(1), run.dry_run)
-    time_models(run, cases, max_autotune=True)
+    limits, middle = run.limits(), [c for c in model_cases(False) if c.task == models.GRAPH_TASK]
+    cases = [c._replace(only=(models.MAX_AUTOTUNE,)) for c in middle[: len(MODELS)]]
+    run.through(cases, lambda case: models.compare(case, run.device, limits))
 
 
 def short_list(run: Run) -> None:
@@ -215,7 +286,7 @@ def short_list(run: Run) -> None:
                 if run.dry_run and call.op not in DRY_CALLS:
                     continue
                 if reason := backend.obstacle(name, call.op, run.device):
-                    run.emit({"kind": "left out", "what": f"{name} in {call.op}", "why": reason})
+                    run.leave_out(f"{name} in {call.op}", reason)
                     continue
                 backend.set_backend(name)
                 for direction in DIRECTIONS:
@@ -234,8 +305,8 @@ def planted_error(run: Run) -> None:
 STAGES = {
     function.__name__: function
     for function in (
-        describe, state, fill_compiler_cache, time_ops, derivative, tuning, forward, sampling,
-        training, max_autotune, short_list, planted_error,
+        describe, state, fill_compiler_cache, time_ops, derivative, tuning, fill_model_cache,
+        time_models, max_autotune, short_list, planted_error,
     )
 }  # fmt: skip
 
@@ -245,13 +316,14 @@ def main() -> None:
     parser.add_argument("name", choices=STAGES)
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--skip", type=int, default=0, help="cases that are done")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     if args.dry_run:
         from tests.tim_kernels.rounding import round_bfloat16_like_hardware
 
         round_bfloat16_like_hardware()
-    STAGES[args.name](Run(args.rows, args.seconds, args.dry_run))
+    STAGES[args.name](Run(args.name, args.rows, args.seconds, args.dry_run, args.skip))
 
 
 if __name__ == "__main__":

@@ -82,7 +82,8 @@ def copies(tensors: Sequence[Tensor], count: int) -> list[tuple[Tensor, ...]]:
         clones = {}
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            clones.setdefault(storage._cdata, storage.clone())
+            if storage._cdata not in clones:
+                clones[storage._cdata] = storage.clone()
         sets.append(
             tuple(
                 torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
@@ -100,19 +101,30 @@ def measure(
 ) -> Timing:
     """Time one call of the thunks, which do the same on different inputs.
 
-    They have run at least once when the clock starts. Inside `side_stream` on a GPU; `seconds` is
-    about what all rounds together take.
+    Inside `side_stream` on a GPU; `seconds` is about what all rounds together take.
     """
+    return measure_round(*prepare(thunks, device, graph), len(thunks), seconds)
+
+
+def prepare(
+    thunks: Sequence[Callable], device: str | torch.device, graph: bool = True
+) -> tuple[Callable, str]:
+    """A round of all thunks, which have run twice when this returns, and how it is to be timed."""
     for _ in range(2):
         for thunk in thunks:
             thunk()
     synchronise(device)
     if not is_cuda(device):
-        return _summary(_clock(thunks, seconds), len(thunks), "clock")
-    replay = _captured(thunks) if graph else None
-    method = "events" if replay is None else "graph"
-    times = _events(replay or (lambda: [thunk() for thunk in thunks]), seconds)
-    return _summary(times, len(thunks), method)
+        return lambda: _one_by_one(thunks), "clock"
+    if graph and (replay := _captured(thunks)) is not None:
+        return replay, "graph"
+    return lambda: [thunk() for thunk in thunks], "events"
+
+
+def measure_round(run: Callable, method: str, sets: int, seconds: float = 0.2) -> Timing:
+    """Time what `prepare` gave, for thunks on so many sets of inputs."""
+    times = _clock(run, seconds) if method == "clock" else _events(run, seconds)
+    return _summary(times, sets, method)
 
 
 class Pair(NamedTuple):
@@ -153,13 +165,17 @@ def _summary(times: list[float], sets: int, method: str) -> Timing:
     return Timing(statistics.median(times), low, high, len(times), sets, method)
 
 
-def _clock(thunks: Sequence[Callable], seconds: float) -> list[float]:
+def _one_by_one(thunks: Sequence[Callable]) -> None:
+    for thunk in thunks:
+        thunk()
+
+
+def _clock(run: Callable, seconds: float) -> list[float]:
     times = []
     until = time.perf_counter() + seconds
     for done in itertools.count(1):
         start = time.perf_counter()
-        for thunk in thunks:
-            thunk()
+        run()
         now = time.perf_counter()
         times.append(1e3 * (now - start))
         if done == MOST_ROUNDS or (now > until and done >= FEWEST_ROUNDS):

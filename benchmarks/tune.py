@@ -76,7 +76,8 @@ def launches(kernel: str, call: Call) -> Iterator[Launch]:
             else:
                 call.run(direction)
         for launch in found:
-            if launch.name.endswith(f".{direction}") and _is_of(launch.name, kernel):
+            of = launch.name.rpartition(".")[2]  # "mix" of transition_inputs serves two
+            if (of == direction or of not in DIRECTIONS) and _is_of(launch.name, kernel):
                 yield launch
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gate, stages
+from benchmarks import gate, models, stages
 from benchmarks.gate import Stage
-from benchmarks.shapes import PUBLISHED
+from benchmarks.shapes import MODELS, PUBLISHED
 
 ROOT = Path(__file__).parents[2]
 ROW = '{"kind": "test", "outcome": "passed", "what": "a_row"}\\n'
@@ -166,7 +167,7 @@ def test_the_table_comes_last(dry):
     assert "DRY RUN" in table and "left out" in table and len(table.splitlines()) < 60
 
 
-@pytest.mark.parametrize("name, kind", [("time_ops", "op"), ("sampling", "model")])
+@pytest.mark.parametrize("name, kind", [("time_ops", "op"), ("time_models", "model")])
 def test_rows_of_a_worker(tmp_path, name, kind):
     """As the gate calls it, with the interpreter where it has kernels."""
     path = tmp_path / "rows.jsonl"
@@ -182,15 +183,30 @@ def test_rows_of_a_worker(tmp_path, name, kind):
 
 
 def test_what_there_is_no_time_for_is_named(tmp_path):
-    run = stages.Run(tmp_path / "rows.jsonl", seconds=-1, dry_run=True)
-    run.through(stages.op_cases(True), lambda case: iter(()))
-    rows = [json.loads(line) for line in run.rows.read_text().splitlines()]
-    assert len(rows) == len(stages.op_cases(True))
-    assert all(row["why"] == "no time was left" for row in rows)
+    run = stages.Run("time_ops", tmp_path / "rows.jsonl", seconds=0.2, dry_run=True)
+    first, *others = stages.op_cases(True)
+
+    def compare(case):
+        yield {"kind": "op"}
+        time.sleep(0.3)
+        yield {"kind": "op"}
+        raise AssertionError("there was no time for this")
+
+    run.through([first, *others], compare)
+    _, _, *left = rows(run)
+    assert [row["what"] for row in left] == [
+        f"others in {first.title}",
+        *(case.title for case in others),
+    ]
+    assert all(row["why"] == "no time was left" for row in left)
+
+
+def rows(run: stages.Run) -> list[dict]:
+    return [json.loads(line) for line in run.rows.read_text().splitlines()]
 
 
 def test_a_broken_comparison_is_a_failure_and_not_the_end(tmp_path):
-    run = stages.Run(tmp_path / "rows.jsonl", seconds=60, dry_run=True)
+    run = stages.Run("time_ops", tmp_path / "rows.jsonl", seconds=60, dry_run=True)
 
     def compare(case):
         if case is cases[0]:
@@ -199,9 +215,65 @@ def test_a_broken_comparison_is_a_failure_and_not_the_end(tmp_path):
 
     cases = stages.op_cases(True)
     run.through(cases, compare)
-    rows = [json.loads(line) for line in run.rows.read_text().splitlines()]
-    assert [row["kind"] for row in rows] == ["failure"] + ["op"] * (len(cases) - 1)
-    assert "CUDA error" in rows[0]["why"]
+    first, *others = rows(run)
+    assert first["kind"] == "failure" and "CUDA error" in first["why"]
+    assert [row["kind"] for row in others] == ["op"] * (len(cases) - 1)
+
+
+def test_a_broken_context_is_left_for_a_new_process(tmp_path):
+    """The case that broke it is a failure, and the stage goes on with the next."""
+    path = tmp_path / "rows.jsonl"
+    code = (
+        "import sys; from pathlib import Path; from benchmarks import stages\n"
+        f"run = stages.Run('time_ops', Path({str(path)!r}), 60, True)\n"
+        "run._broken = lambda: 'an illegal memory access'\n"
+        "run.through(stages.op_cases(True), lambda case: iter([{'kind': 'first'}]))\n"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    cases = stages.op_cases(True)
+    assert [row["kind"] for row in found[:2]] == ["first", "failure"]
+    assert found[1]["what"] == cases[0].title and "illegal memory access" in found[1]["why"]
+    later = {(row["op"], row["direction"]) for row in found[2:] if row["kind"] == "op"}
+    assert later == {(case.call, case.direction) for case in cases[1:]}
+
+
+def test_the_stages_of_the_cuda_kernels_run_their_tests():
+    """Their ops' and those that run any backend; the others were Triton's already."""
+    paths = [word for word in gate.parity("cuda", False, 1).command if word.endswith(".py")]
+    assert all((ROOT / path).exists() for path in paths) and len(paths) == len(set(paths))
+    names = " ".join(paths)
+    assert all(f"test_{source.stem}" in names for source in ROOT.glob("csrc/*.cu"))
+    assert "test_graphs" in names and "test_backend" not in names
+    assert "tests/tim_kernels" in gate.parity("triton", False, 1).command
+    assert gate.BUILDS in (ROOT / "tests/tim_kernels/test_extension.py").read_text()
+
+
+def test_the_sanitizer_looks_at_our_kernels():
+    """By the names that Triton and nvcc give them."""
+    pattern = re.compile(gate.TRITON_KERNELS.removeprefix("regex="))
+    for path in ROOT.glob("tim_kernels/*/triton.py"):
+        kernels = re.findall(r"@kernel\ndef (\w+)", path.read_text())
+        kernels += re.findall(r"@triton.jit\ndef (_\w+_kernel)", path.read_text())
+        assert kernels and all(map(pattern.search, kernels)), path
+    planted = (ROOT / "benchmarks/planted.py").read_text()
+    assert pattern.search(re.search(r"@triton.jit\ndef (\w+)", planted).group(1))
+    substring = gate.CUDA_KERNELS.removeprefix("kernel_substring=")
+    assert substring == "3tim"  # of _ZN3tim…, in which all of csrc/ is
+    assert all("namespace tim {" in path.read_text() for path in ROOT.glob("csrc/*.cu"))
+
+
+def test_every_model_and_batch_has_its_turn():
+    cases = stages.model_cases(dry_run=False)
+    assert len({case.title for case in cases}) == len(cases)
+    for task in (models.GRAPH_TASK, models.SAMPLING[1]):
+        found = {(case.model_name, case.batch) for case in cases if case.task == task}
+        assert found == {(n, b) for n, model in MODELS.items() for b in model.batches}
+    assert {case.task for case in cases} == {
+        models.GRAPH_TASK, models.FORWARD_TASK, *models.SAMPLING, *models.TRAINING
+    }  # fmt: skip
+    assert all({models.EAGER, models.COMPILE} < set(case.only) for case in cases)
 
 
 def test_the_gate_measures_every_published_shape_and_op():
