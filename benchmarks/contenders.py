@@ -26,6 +26,11 @@ class Contender(NamedTuple):
     wrap: Callable[[Callable], Callable] = lambda function: function
     backend: str | None = None
 
+    @property
+    def is_own(self) -> bool:
+        """Ours, or eager PyTorch, on which everything is measured."""
+        return self.name in (EAGER, *OWN)
+
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Its backend, for the whole process: on a GPU backward runs in another thread."""

@@ -24,7 +24,7 @@ from . import published
 from .contenders import COMPILE, EAGER, FUSED
 from .counting import total
 from .machine import Limits, energy, exact_float32
-from .ops import WrongAnswer, excuse
+from .ops import WrongAnswer, rows
 from .results import ratios
 from .shapes import Model
 from .timing import is_cuda, measure_round, prepare, side_stream, storage_bytes, synchronise
@@ -83,6 +83,10 @@ class Contender(NamedTuple):
     backend: str | None = None
     is_tim: bool = False
 
+    @property
+    def is_own(self) -> bool:
+        return not self.name.startswith(COMPILE)
+
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         before = backend._process
@@ -91,7 +95,7 @@ class Contender(NamedTuple):
             yield
         finally:
             backend.set_backend(before)
-            if self.name.startswith(COMPILE):
+            if not self.is_own:
                 torch._dynamo.reset()
 
 
@@ -332,7 +336,7 @@ class Comparison:
                 self._truth = self._answer(eager, copy.deepcopy(problem.network), exact=True)
             plain = self._answer(eager, problem.network_for(eager))
             self._yardstick = float((plain - self._truth).norm())
-        if problem.is_training and not contender.name.startswith(COMPILE):
+        if problem.is_training and contender.is_own:
             self._check_exactly(contender, network)
         error = float((self._answer(contender, network) - self._truth).norm())
         factor = FORWARD if self.case.task.kind == "forward" else DERIVATIVE
@@ -418,18 +422,7 @@ def _forward_work(model: Model, batch: int):
 
 def compare(case: Case, device: str, limits: Limits, seconds: float = 0.5) -> Iterator[dict]:
     """A row for each contender, or in its place why there is none; as `ops.compare`."""
-    comparison = Comparison(case, device, limits)
-    for name, reason in comparison.left_out.items():
-        yield {"kind": "left out", "what": f"{name} in {case.title}", "why": reason}
-    for contender in comparison.contenders:
-        try:
-            yield comparison.row(contender, seconds)
-        except Exception as error:
-            is_own = not contender.name.startswith(COMPILE)
-            yield excuse(is_own, contender.name, case.title, error)
-        if is_cuda(device):
-            with contextlib.suppress(RuntimeError):  # a broken context is the caller's to find
-                torch.cuda.empty_cache()
+    yield from rows(Comparison(case, device, limits), case.title, seconds)
 
 
 def summary(row: dict) -> str:

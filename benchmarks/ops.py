@@ -18,12 +18,12 @@ from tim_kernels import use_backend
 
 from . import peers
 from .calls import Call, calls
-from .contenders import EAGER, OWN, Contender, contenders
+from .contenders import Contender, contenders
 from .counting import RULE, Work, count
 from .machine import Limits
 from .results import ratios
 from .shapes import Shape
-from .timing import Timing, copies, measure, sets_needed, side_stream, storage_bytes
+from .timing import Timing, copies, is_cuda, measure, sets_needed, side_stream, storage_bytes
 
 DIRECTIONS = ("forward", "backward", "forward + backward", "tangent")
 
@@ -211,14 +211,21 @@ def compare(
     case: Case, device: str, limits: Limits, seconds: float = 0.2, interpret: bool = False
 ) -> Iterator[dict]:
     """A row for each contender; in its place a failure, or why somebody else's was left out."""
-    comparison = Comparison(case, device, limits, interpret)
+    yield from rows(Comparison(case, device, limits, interpret), case.call, seconds)
+
+
+def rows(comparison, subject: str, seconds: float) -> Iterator[dict]:
+    """A comparison's rows in turn, and on `subject` who was left out of it; failures are told."""
     for name, reason in comparison.left_out.items():
-        yield {"kind": "left out", "what": f"{name} in {case.call}", "why": reason}
+        yield {"kind": "left out", "what": f"{name} in {subject}", "why": reason}
     for contender in comparison.contenders:
         try:
             yield comparison.row(contender, seconds)
         except Exception as error:
-            yield excuse(contender.name in (EAGER, *OWN), contender.name, case.title, error)
+            yield excuse(contender.is_own, contender.name, comparison.case.title, error)
+        if is_cuda(comparison.device):
+            with contextlib.suppress(RuntimeError):  # a broken context is the caller's to find
+                torch.cuda.empty_cache()
 
 
 def excuse(is_own: bool, name: str, title: str, error: Exception) -> dict:

@@ -145,12 +145,20 @@ def is_reference(op: str, *tensors: Tensor | None) -> bool:
     return is_double or choose(op, tensors[0]) == "reference"
 
 
+def _is_fast(op: str, tensor: Tensor) -> bool:
+    """Whether csrc/ has its fast kernels for such a tensor, and not only some that can do it."""
+    module = importlib.import_module(f"tim_kernels.{op}.cuda")
+    return not hasattr(module, "is_fast") or module.is_fast(tensor)
+
+
 def kernels(op: str, tensor: Tensor) -> ModuleType:
     """The module whose launchers compute `op` on a real tensor."""
     name = requested()
     device = tensor.device.type
     if name in ("auto", "reference"):  # an operator called although the reference was chosen
         name = _first(op, device) or "triton"
+        if name == "cuda" and not _is_fast(op, tensor) and not obstacle("triton", op, device):
+            name = "triton"
     if reason := obstacle(name, op, device):
         raise BackendUnavailable(f"backend {name!r} cannot run {op}: {reason}")
     return importlib.import_module(f"tim_kernels.{op}.{name}")

@@ -23,6 +23,17 @@ def test_choice_nests_and_ends():
     assert backend.requested() == "auto"
 
 
+@pytest.mark.parametrize("width, chosen", [(1152, "cuda"), (768, "cuda"), (1024, "triton")])
+def test_auto_takes_triton_where_csrc_has_only_a_slow_kernel(monkeypatch, width, chosen):
+    monkeypatch.setattr(backend, "_first", lambda *_: "cuda")
+    monkeypatch.setattr(backend, "obstacle", lambda *_: None)
+    tokens = torch.empty(2, 3, width, device="meta")
+    assert backend.kernels("ada_layer_norm", tokens).__name__.endswith(chosen)
+    assert backend.kernels("swiglu", tokens).__name__.endswith("cuda")
+    with tim_kernels.use_backend("cuda"):
+        assert backend.kernels("ada_layer_norm", tokens).__name__.endswith("cuda")
+
+
 def test_use_backend_is_the_thread_s_own():
     seen = []
     with tim_kernels.use_backend("triton"):

@@ -1,6 +1,7 @@
 """Launchers of csrc/ada_layer_norm.cu, with the arguments of triton.py's; tangents are Triton's."""
 
 import torch
+from torch import Tensor
 
 from ..extension import dense_tokens, one_dtype, rows_for, tangents_in_triton, tokens_per_block
 from ..views import samples_and_length
@@ -9,6 +10,11 @@ FORWARD_STEP = 8  # tokens that a block has at a time, at the published widths
 BACKWARD_STEP = {1152: 2, 768: 3}
 MOST = 64  # tokens a block: partial sums are then a few percent of what is read
 FORWARD_BLOCKS, BACKWARD_BLOCKS = 4, 2  # that a multiprocessor holds, in bfloat16
+
+
+def is_fast(x: Tensor) -> bool:
+    """Other widths have kernels of a row a block without 16-byte accesses; Triton's are faster."""
+    return x.shape[-1] in BACKWARD_STEP
 
 
 def _inputs(x, branch, cu, *rows):

@@ -41,7 +41,8 @@ def _heads(is_packed: bool, *tensors: Tensor | None) -> list[Tensor | None]:
     strides = {_strides(x)[:-1] for x in tensors if x is not None}
     if len(strides) == 1:
         *_, of_token, of_head = next(iter(strides))
-        if MOST * of_token + WIDEST * of_head < 2**31:
+        heads = next(x.shape[-2] for x in tensors if x is not None)
+        if MOST * of_token + heads * of_head < 2**31:
             return tensors
     return [None if x is None else x.contiguous() for x in tensors]
 
