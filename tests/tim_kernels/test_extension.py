@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -136,6 +137,27 @@ def test_it_builds_and_loads_without_a_gpu(tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert "Could not run 'tim_kernels_cuda::swiglu_forward'" in run.stdout, run.stderr
+
+
+# Of torch's, with which csrc/ was built on the headers of 2.11; later ones have more.
+NAMES_OF_2_11 = {
+    "<torch/csrc/inductor/aoti_torch/c/shim.h>", "<torch/csrc/stable/accelerator.h>",
+    "<torch/csrc/stable/library.h>", "<torch/csrc/stable/tensor.h>",
+    "<torch/headeronly/core/ScalarType.h>", "STABLE_TORCH_LIBRARY", "STABLE_TORCH_LIBRARY_IMPL",
+    "STD_TORCH_CHECK", "TORCH_BOX", "TORCH_ERROR_CODE_CHECK",
+    "aoti_torch_get_current_cuda_stream", "torch::headeronly::ScalarType", "torch::stable::Tensor",
+    "torch::stable::accelerator::DeviceGuard",
+}  # fmt: skip
+
+
+def test_the_sources_use_only_what_the_oldest_torch_has():
+    """A new name belongs in the list once a build with torch 2.11 (--no-deps is enough) has it."""
+    pattern = re.compile(
+        r"\b(?:aoti_torch_\w+|(?:STD_|STABLE_)?TORCH_[A-Z_]+)\b"
+        r"|torch::(?:stable|headeronly)(?:::\w+)+|<torch/[^>]+>"
+    )
+    for path in (ROOT / "csrc").iterdir():
+        assert set(pattern.findall(path.read_text())) <= NAMES_OF_2_11, path
 
 
 def test_setup_says_why_it_built_nothing(monkeypatch):
