@@ -185,7 +185,7 @@ def test_adversaries(name, dtype):
 
 def test_keys_that_fade_leave_no_trace():
     """Scores that grow from tile to tile by more than the exponents of float32 can hold."""
-    q, k, v, *tangents = inputs(16, 260, head_dim=8)
+    q, k, v, *tangents = inputs(16, 260, head_dim=8, heads=4, B=2)  # few rows are luck
     k = k + torch.linspace(0, 100, 260, device=DEVICE).view(1, -1, 1, 1)
     check(attention, eager, [q.abs() + 1, k, v, *tangents])
 
