@@ -20,10 +20,10 @@ from tests.eager import EagerTiM
 from tim_kernels import use_backend
 from tim_kernels.nn import condition_blocks, swiglu_mlp
 
-from . import machine, models, published
-from .models import SAMPLING, TRAINING, Contender, Task, run_once
+from . import machine, models, published, tasks
 from .provenance import commit_hash, now, save, source_hash
 from .shapes import Model
+from .tasks import SAMPLING, TRAINING, Contender, Task, run_once
 from .timing import alternate
 
 TOLERANCE = 1e-4  # relative, float32
@@ -69,8 +69,8 @@ def parts(model: Model, batch: int, network: nn.Module) -> Iterator[tuple[str, C
 
 def whole(model: Model, batch: int) -> Iterator[tuple[str, Callable, Callable]]:
     """Sampling and a training step: the published loop and loss, and those of `tim`."""
-    case = models.Case("", model, batch, SAMPLING[1])
-    problem = models.Problem(case, "cpu")
+    case = tasks.Case("", model, batch, SAMPLING[1])
+    problem = tasks.Problem(case, "cpu")
     inputs = problem.inputs()
     eager, tim = Contender("eager"), Contender("tim", models._tim, "reference", True)
     networks = [c.prepare(problem.network, model) for c in (eager, tim)]

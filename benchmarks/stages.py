@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from . import machine, models, ops
+from . import machine, models, ops, tasks
 from .calls import DIRECTIONS, calls
 from .contenders import COMPILE
 from .machine import Limits
@@ -136,10 +136,10 @@ def fill_compiler_cache(run: Run) -> None:
 
 def fill_model_cache(run: Run) -> None:
     """The same for whole models: two blocks compile to the code of all."""
-    tasks = {models.GRAPH_TASK: models.FORWARD_TASK}  # the same code
+    same = {tasks.GRAPH_TASK: tasks.FORWARD_TASK}  # the same code
     cases = [
         case._replace(
-            model=case.model._replace(depth=2), task=tasks.get(case.task, case.task),
+            model=case.model._replace(depth=2), task=same.get(case.task, case.task),
             only=(COMPILE,),
         )
         for case in model_cases(run.dry_run)
@@ -173,7 +173,7 @@ def _compile_op(job: tuple[ops.Case, str]) -> None:
         torch.cuda.empty_cache()
 
 
-def _compile_model(job: tuple[models.Case, str]) -> None:
+def _compile_model(job: tuple[tasks.Case, str]) -> None:
     case, device = job
     torch.set_num_threads(1)
     with contextlib.suppress(Exception):
@@ -214,7 +214,7 @@ def tuning(run: Run) -> None:
     run.emit({"kind": "tuning", "tuning": measure(run.device, max(10.0, run.seconds_left))})
 
 
-def model_cases(dry_run: bool) -> list[models.Case]:
+def model_cases(dry_run: bool) -> list[tasks.Case]:
     """The most telling first, each only with contenders that tell something new.
 
     A forward is the same with our sampler as without, and the launches of a forward that is no
@@ -230,28 +230,28 @@ def model_cases(dry_run: bool) -> list[models.Case]:
         for name, model in table.items()
     }
 
-    def at(task: models.Task, which: slice, only: tuple[str, ...], share: int = 1) -> list:
+    def at(task: tasks.Task, which: slice, only: tuple[str, ...], share: int = 1) -> list:
         return [
-            models.Case(name, model, batch if share == 1 else max(2, batch // share), task, only)
+            tasks.Case(name, model, batch if share == 1 else max(2, batch // share), task, only)
             for name, model in table.items()
             for batch in batches[name][which]
         ]
 
-    one_step, four_steps, eight_steps = models.SAMPLING
+    one_step, four_steps, eight_steps = tasks.SAMPLING
     middle, others = slice(1), slice(1, None)
-    dde, jvp = models.TRAINING
+    dde, jvp = tasks.TRAINING
     cases = [
-        *at(models.GRAPH_TASK, middle, (*graph, "tim")),
+        *at(tasks.GRAPH_TASK, middle, (*graph, "tim")),
         *at(dde, middle, own, 2),
         *at(four_steps, middle, own),
         *at(jvp, middle, own, 2),
-        *at(models.GRAPH_TASK, others, graph),
-        *at(models.FORWARD_TASK, middle, graph),
+        *at(tasks.GRAPH_TASK, others, graph),
+        *at(tasks.FORWARD_TASK, middle, graph),
         *at(one_step, middle, own),
         *at(eight_steps, middle, own),
         *at(four_steps, others, own),
     ]
-    return [c for c in cases if c.task != models.GRAPH_TASK] if dry_run else cases
+    return [c for c in cases if c.task != tasks.GRAPH_TASK] if dry_run else cases
 
 
 def time_models(run: Run) -> None:
@@ -267,7 +267,7 @@ def max_autotune(run: Run) -> None:
     if run.dry_run:
         run.leave_out(models.MAX_AUTOTUNE, "it needs a GPU")
         return
-    limits, middle = run.limits(), [c for c in model_cases(False) if c.task == models.GRAPH_TASK]
+    limits, middle = run.limits(), [c for c in model_cases(False) if c.task == tasks.GRAPH_TASK]
     cases = [c._replace(only=(models.MAX_AUTOTUNE,)) for c in middle[: len(MODELS)]]
     run.through(cases, lambda case: models.compare(case, run.device, limits))
 

@@ -4,28 +4,28 @@ import functools
 
 import pytest
 
-from . import models, ops
+from . import models, ops, tasks
 from .conftest import DEVICE, LEFT_OUT
 from .shapes import MODELS, SMALL_MODELS
 
-TASKS = (models.FORWARD_TASK, *models.SAMPLING, *models.TRAINING)
+TASKS = (tasks.FORWARD_TASK, *tasks.SAMPLING, *tasks.TRAINING)
 
 
 def pytest_generate_tests(metafunc):
     pairs = []
     for name, model in (SMALL_MODELS if DEVICE == "cpu" else MODELS).items():
         for batch in model.batches:
-            for task in TASKS + (models.GRAPH_TASK,) * (DEVICE == "cuda"):
+            for task in TASKS + (tasks.GRAPH_TASK,) * (DEVICE == "cuda"):
                 here, left_out = models.contenders(task, DEVICE)
                 LEFT_OUT.update(left_out)
-                case = models.Case(name, model, batch, task)
+                case = tasks.Case(name, model, batch, task)
                 pairs += [(case, contender.name) for contender in here]
     ids = [f"{case.title}: {name}".replace(", ", "-") for case, name in pairs]
     metafunc.parametrize("case, name", pairs, ids=ids)
 
 
 @functools.lru_cache(maxsize=1)
-def comparison(case: models.Case, device, limits) -> models.Comparison:
+def comparison(case: tasks.Case, device, limits) -> models.Comparison:
     return models.Comparison(case, device, limits)
 
 

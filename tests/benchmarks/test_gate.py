@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gate, models, stages
+from benchmarks import gate, models, parts, stages, tasks
 from benchmarks.gate import Stage
 from benchmarks.shapes import MODELS, PUBLISHED
 
@@ -241,25 +241,25 @@ def test_a_broken_context_is_left_for_a_new_process(tmp_path):
 
 def test_the_stages_of_the_cuda_kernels_run_their_tests():
     """Their ops' and those that run any backend; the others were Triton's already."""
-    paths = [word for word in gate.parity("cuda", False, 1).command if word.endswith(".py")]
+    paths = [word for word in parts.parity("cuda", False, 1).command if word.endswith(".py")]
     assert all((ROOT / path).exists() for path in paths) and len(paths) == len(set(paths))
     names = " ".join(paths)
     assert all(f"test_{source.stem}" in names for source in ROOT.glob("csrc/*.cu"))
     assert "test_graphs" in names and "test_backend" not in names
-    assert "tests/tim_kernels" in gate.parity("triton", False, 1).command
-    assert gate.BUILDS in (ROOT / "tests/tim_kernels/test_extension.py").read_text()
+    assert "tests/tim_kernels" in parts.parity("triton", False, 1).command
+    assert parts.BUILDS in (ROOT / "tests/tim_kernels/test_extension.py").read_text()
 
 
 def test_the_sanitizer_looks_at_our_kernels():
     """By the names that Triton and nvcc give them."""
-    pattern = re.compile(gate.TRITON_KERNELS.removeprefix("regex="))
+    pattern = re.compile(parts.TRITON_KERNELS.removeprefix("regex="))
     for path in ROOT.glob("tim_kernels/*/triton.py"):
         kernels = re.findall(r"@kernel\ndef (\w+)", path.read_text())
         kernels += re.findall(r"@triton.jit\ndef (_\w+_kernel)", path.read_text())
         assert kernels and all(map(pattern.search, kernels)), path
     planted = (ROOT / "benchmarks/planted.py").read_text()
     assert pattern.search(re.search(r"@triton.jit\ndef (\w+)", planted).group(1))
-    substring = gate.CUDA_KERNELS.removeprefix("kernel_substring=")
+    substring = parts.CUDA_KERNELS.removeprefix("kernel_substring=")
     assert substring == "3tim"  # of _ZN3tim…, in which all of csrc/ is
     assert all("namespace tim {" in path.read_text() for path in ROOT.glob("csrc/*.cu"))
 
@@ -267,11 +267,11 @@ def test_the_sanitizer_looks_at_our_kernels():
 def test_every_model_and_batch_has_its_turn():
     cases = stages.model_cases(dry_run=False)
     assert len({case.title for case in cases}) == len(cases)
-    for task in (models.GRAPH_TASK, models.SAMPLING[1]):
+    for task in (tasks.GRAPH_TASK, tasks.SAMPLING[1]):
         found = {(case.model_name, case.batch) for case in cases if case.task == task}
         assert found == {(n, b) for n, model in MODELS.items() for b in model.batches}
     assert {case.task for case in cases} == {
-        models.GRAPH_TASK, models.FORWARD_TASK, *models.SAMPLING, *models.TRAINING
+        tasks.GRAPH_TASK, tasks.FORWARD_TASK, *tasks.SAMPLING, *tasks.TRAINING
     }  # fmt: skip
     assert all({models.EAGER, models.COMPILE} < set(case.only) for case in cases)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import models, ops, peers
+from benchmarks import models, ops, peers, tasks
 from benchmarks.contenders import Contender, contenders
 from benchmarks.counting import total
 from benchmarks.machine import Limits
@@ -59,8 +59,8 @@ def test_a_wrong_answer_gets_no_time(direction):
 
 def test_a_wrong_model_gets_no_time():
     (model,) = SMALL_MODELS.values()
-    for task in (models.FORWARD_TASK, models.TRAINING[0]):
-        comparison = models.Comparison(models.Case("mnist", model, 4, task), "cpu", LIMITS)
+    for task in (tasks.FORWARD_TASK, tasks.TRAINING[0]):
+        comparison = models.Comparison(tasks.Case("mnist", model, 4, task), "cpu", LIMITS)
 
         def spoil(network, model):
             with torch.no_grad():
@@ -68,7 +68,7 @@ def test_a_wrong_model_gets_no_time():
             return network
 
         with pytest.raises(ops.WrongAnswer, match="spoilt"):
-            comparison.row(models.Contender("spoilt", spoil), seconds=0.0)
+            comparison.row(tasks.Contender("spoilt", spoil), seconds=0.0)
 
 
 def test_the_row_of_an_op():
@@ -140,10 +140,10 @@ def test_ratios_do_not_depend_on_the_order():
 
 
 def test_a_task_has_its_contenders(monkeypatch):
-    here, left_out = models.contenders(models.TRAINING[0], "cpu")
+    here, left_out = models.contenders(tasks.TRAINING[0], "cpu")
     assert [c.name for c in here] == ["eager", "accelerate, reference", "tim, reference"]
     assert "torch.compile" in left_out
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    here, left_out = models.contenders(models.SAMPLING[0], "cpu")
+    here, left_out = models.contenders(tasks.SAMPLING[0], "cpu")
     assert [c.name for c in here] == ["eager", "accelerate, reference"]
     assert left_out["tim, reference"] == "diffusers is not installed"

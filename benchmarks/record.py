@@ -1,0 +1,81 @@
+"""The gate's result as it grows: one JSON file, replaced whole, and a log beside it."""
+
+import time
+from pathlib import Path
+
+from .provenance import now, save, source_hash
+from .results import fill_ratios
+
+KINDS_OF_TEST = {"opcheck": "opcheck", "graph": "graph", "rerun": "same_every_run|reruns"}
+
+
+class Record:
+    """The result of one part, saved whole."""
+
+    def __init__(self, out: Path, part: str, commit: str, dry_run: bool):
+        self.out, self.part = out, part
+        self.stem = f"unnamed-{part}"
+        self.saved_at = 0.0
+        self.data = {
+            "format": 1,
+            "part": part,
+            "dry_run": dry_run,
+            "commit": commit,
+            "sources": source_hash(),
+            "started": now(),
+            "ended": None,
+            "finished": False,
+            "machine": {},
+            "limits": {},
+            "state_before": {},
+            "state_after": {},
+            "stages": [],
+            "rows": [],
+            "failures": [],
+            "left_out": [],
+        }
+
+    @property
+    def log(self) -> Path:
+        return self.out / f"{self.stem}.log"
+
+    def name_after(self, gpu: str) -> None:
+        """From here on the files bear the GPU's name."""
+        before = [path for path in self.out.glob(f"{self.stem}.*")]
+        date = self.data["started"][:10]
+        self.stem = f"{date}-{gpu}-{self.part}" + ("-dry" if self.data["dry_run"] else "")
+        for path in before:
+            path.replace(self.out / f"{self.stem}{path.suffix}")
+
+    def take(self, row: dict, stage: dict) -> None:
+        """Put a row of a stage where it belongs."""
+        kind = row.pop("kind")
+        if kind in ("machine", "limits", "tuning"):
+            self.data[kind] = row.get("tuning", row)
+        elif kind == "state":
+            self.data["state_after" if self.data["state_before"] else "state_before"] = row
+        elif kind == "failure":
+            self.data["failures"].append({"stage": stage["name"], **row})
+        elif kind == "left out":
+            if (entry := {"stage": stage["name"], **row}) not in self.data["left_out"]:
+                self.data["left_out"].append(entry)
+        elif kind == "test":
+            self._take_test(row, stage)
+        else:
+            self.data["rows"].append({"kind": kind, **row})
+
+    def _take_test(self, row: dict, stage: dict) -> None:
+        counts = stage.setdefault("tests", {})
+        counts[row["outcome"]] = counts.get(row["outcome"], 0) + 1
+        if row["outcome"] == "passed":
+            for kind, words in KINDS_OF_TEST.items():
+                if any(word in row["what"] for word in words.split("|")):
+                    counts[kind] = counts.get(kind, 0) + 1
+            return
+        where = "left_out" if row["outcome"] == "skipped" else "failures"
+        self.data[where].append({"stage": stage["name"], "what": row["what"], "why": row["why"]})
+
+    def save(self) -> None:
+        fill_ratios(self.data["rows"])
+        save(self.data, self.out / f"{self.stem}.json")
+        self.saved_at = time.monotonic()
