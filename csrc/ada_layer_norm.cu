@@ -7,58 +7,17 @@
 // lane busy. Forward: a row belongs to 16 lanes, 6 or 9 chunks of 8 channels each, so that sums
 // need no barrier and a warp has two rows in flight. Backward: a thread keeps the sums over tokens
 // of its 8 channels, so a row belongs to C/8 threads and a block of 288 has 3 or 2 rows at a time.
-// Any other width, or a view that is not aligned, stages one row a block in shared memory.
+// Any other width, or a view that is not aligned, takes the kernels of ada_layer_norm.cuh.
 //
 // Statistics are recomputed in backward: the row is read anyway. They are taken of the row less
 // its first mean, so that a mean far from zero loses nothing.
 #include <algorithm>
 
+#include "ada_layer_norm.cuh"
 #include "tensors.h"
 
 namespace tim {
 namespace {
-
-template <typename T, typename S>
-struct Inputs {
-  Tokens<const T> x, branch;
-  Row<S> gate, bias, shift, scale;
-  float eps;
-};
-
-template <typename T, typename S>
-struct Forward : Inputs<T, S> {
-  T *out, *y;  // contiguous, or nullptr
-};
-
-template <typename T, typename S>
-struct Backward : Inputs<T, S> {
-  Tokens<const T> dout, dy;
-  T *dx, *dbranch;
-  float* partial;  // (4, blocks, C): shift, scale, gate, bias
-};
-
-// The gate and branch + bias of W channels.
-template <int W, typename T, typename S>
-__device__ __forceinline__ void gated(
-    const Raw<W, T>& branch, const S* gate, const S* bias, int column, float (&g)[W],
-    float (&r)[W]) {
-  branch.widen(r);
-  load(gate + column, g);
-  if (bias != nullptr) {
-    float b[W];
-    load(bias + column, b);
-#pragma unroll
-    for (int i = 0; i < W; i++) r[i] += b[i];
-  }
-}
-
-template <int W, typename T, typename S>
-__device__ __forceinline__ void load_gated(
-    const T* branch, const S* gate, const S* bias, int column, float (&g)[W], float (&r)[W]) {
-  Raw<W, T> raw;
-  raw.load(branch + column);
-  gated(raw, gate, bias, column, g, r);
-}
 
 constexpr int TEAM = 16, FORWARD_THREADS = 128;
 
@@ -136,61 +95,6 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 4) forward_rows(Forward<T, S>
       for (int i = 0; i < CHUNK; i++) x[j][i] = (x[j][i] - small) * rstd * (1.f + a[i]) + b[i];
       if (is_row) store(in.y + out + column, x[j]);
     }
-  }
-}
-
-constexpr int GENERAL_THREADS = 256;  // at most: a narrow row has a thread a channel
-
-// x' of a row into shared memory, one channel a thread at a time; the caller needs no barrier, as
-// each thread works on its own channels.
-template <typename T, typename S>
-__device__ __forceinline__ void stage(
-    const Inputs<T, S>& in, const Rows& at, int64_t n, int C, float* x, T* out) {
-  const T* row = in.x.at(at.sample, at.first + n);
-  const S *gate = in.gate.at(at.sample), *bias = in.bias.at(at.sample);
-  for (int c = threadIdx.x; c < C; c += blockDim.x) {
-    x[c] = to_float(row[c]);
-    if (in.branch.data != nullptr) {
-      float g[1], r[1];
-      load_gated(in.branch.at(at.sample, at.first + n), gate, bias, c, g, r);
-      x[c] += g[0] * r[0];
-      if (out != nullptr) round_to(out[c], x[c]);
-    }
-  }
-}
-
-// x of shared memory becomes x̂; returns rstd.
-__device__ __forceinline__ float normalise(float* x, int C, float eps, float* scratch) {
-  const float per_channel = 1.f / C;
-  float sum[1] = {0.f}, rest[2] = {0.f, 0.f};
-  for (int c = threadIdx.x; c < C; c += blockDim.x) sum[0] += x[c];
-  block_sum(sum, scratch);
-  const float mean = sum[0] * per_channel;
-  for (int c = threadIdx.x; c < C; c += blockDim.x) {
-    x[c] -= mean;
-    rest[0] += x[c];
-    rest[1] += x[c] * x[c];
-  }
-  block_sum(rest, scratch);
-  const float small = rest[0] * per_channel;
-  const float rstd = rsqrtf(rest[1] * per_channel - small * small + eps);
-  for (int c = threadIdx.x; c < C; c += blockDim.x) x[c] = (x[c] - small) * rstd;
-  return rstd;
-}
-
-template <typename T, typename S>
-__global__ void __launch_bounds__(GENERAL_THREADS, 2) forward_any(
-    Forward<T, S> in, Grid grid, int C) {
-  const Rows at = grid.locate();
-  float *scratch = shared<float>(), *x = scratch + 2 * WARP;
-  const S *shift = in.shift.at(at.sample), *scale = in.scale.at(at.sample);
-  for (int64_t n = at.begin; n < at.end; n++) {
-    const int64_t out = (at.first_out + n) * C;
-    stage(in, at, n, C, x, in.out == nullptr ? nullptr : in.out + out);
-    if (in.y == nullptr) continue;
-    normalise(x, C, in.eps, scratch);
-    for (int c = threadIdx.x; c < C; c += blockDim.x)
-      round_to(in.y[out + c], x[c] * (1.f + to_float(scale[c])) + to_float(shift[c]));
   }
 }
 
@@ -323,53 +227,6 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, sizeof(T) + sizeof(S) == 4 ?
   };
   if (in.dy.data != nullptr) write(0, dshift), write(1, dscale);
   if (in.branch.data != nullptr) write(2, dgate), write(3, dbias);
-}
-
-// A thread's sums over tokens are kept in the block's own rows of `partial`: nobody else's.
-template <typename T, typename S>
-__global__ void __launch_bounds__(GENERAL_THREADS, 2) backward_any(
-    Backward<T, S> in, Grid grid, int C) {
-  const Rows at = grid.locate();
-  float *scratch = shared<float>(), *x = scratch + 2 * WARP, *d = x + C;
-  const S *gate = in.gate.at(at.sample), *bias = in.bias.at(at.sample);
-  const S* scale = in.scale.at(at.sample);
-  const float per_channel = 1.f / C;
-  float* sums[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    sums[i] = in.partial + (int64_t(i) * gridDim.x + blockIdx.x) * C;
-    for (int c = threadIdx.x; c < C; c += blockDim.x) sums[i][c] = 0.f;
-  }
-  for (int64_t n = at.begin; n < at.end; n++) {
-    const int64_t row = at.first + n, out = (at.first_out + n) * C;
-    float along[2] = {0.f, 0.f}, rstd = 0.f;
-    if (in.dy.data != nullptr) {
-      const T* dy = in.dy.at(at.sample, row);
-      stage(in, at, n, C, x, static_cast<T*>(nullptr));
-      rstd = normalise(x, C, in.eps, scratch);
-      for (int c = threadIdx.x; c < C; c += blockDim.x) {
-        const float y = to_float(dy[c]);
-        sums[0][c] += y;
-        sums[1][c] += y * x[c];
-        d[c] = y * (1.f + to_float(scale[c]));
-        along[0] += d[c];
-        along[1] += d[c] * x[c];
-      }
-      block_sum(along, scratch);
-    }
-    for (int c = threadIdx.x; c < C; c += blockDim.x) {
-      float dx = in.dout.data == nullptr ? 0.f : to_float(in.dout.at(at.sample, row)[c]);
-      if (in.dy.data != nullptr) dx += rstd * (d[c] - along[0] * per_channel - x[c] * (along[1] * per_channel));
-      round_to(in.dx[out + c], dx);
-      if (in.branch.data != nullptr) {
-        float g[1], r[1];
-        load_gated(in.branch.at(at.sample, row), gate, bias, c, g, r);
-        round_to(in.dbranch[out + c], dx * g[0]);
-        sums[2][c] += dx * r[0];
-        sums[3][c] += dx * g[0];
-      }
-    }
-  }
 }
 
 template <typename T, typename S>
