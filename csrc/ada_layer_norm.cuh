@@ -5,6 +5,7 @@
 #include "common.cuh"
 
 namespace tim {
+namespace {
 
 template <typename T, typename S>
 struct Inputs {
@@ -150,4 +151,5 @@ __global__ void __launch_bounds__(GENERAL_THREADS, 2) backward_any(
   }
 }
 
+}  // namespace
 }  // namespace tim
