@@ -67,6 +67,8 @@ def contenders(
         reason = backend.obstacle(name, call.op, device)
         if name == "triton" and reason is None and not is_cuda(device) and not interpret:
             reason = "its interpreter's time says nothing about the kernel"
+        if name == "cuda" and direction == "tangent":
+            reason = "its tangents are Triton's"
         if reason:
             left_out[name] = reason
         else:

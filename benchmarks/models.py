@@ -8,6 +8,7 @@ held against the eager network in float32, with the error of eager bfloat16 as t
 
 import copy
 import functools
+import gc
 import importlib.util
 from collections.abc import Callable, Iterator
 
@@ -79,7 +80,9 @@ def contenders(task: Task, device: str) -> tuple[list[Contender], dict[str, str]
             left_out[f"tim, {name}"] = f"{', '.join(missing)} is not installed"
         else:
             here.append(Contender(f"tim, {name}", prepare, name, True))
-    if is_cuda(device) or task.kind == "forward":  # last: compiling can take the time of all others
+    if task.derivative == "jvp":
+        left_out[COMPILE] = "under torch.func.jvp it runs a compiled function as it was"
+    elif is_cuda(device) or task.kind == "forward":  # last: compiling can take the time of the rest
         here.append(Contender(COMPILE, _compile_blocks))
     else:
         left_out[COMPILE] = "on a CPU only a forward is compiled: it takes seconds for each shape"
@@ -104,9 +107,9 @@ class Comparison:
         Raises:
             WrongAnswer: what it computes is off.
         """
-        task, problem = self.case.task, self.problem
+        task = self.case.task
         with contender.active(), side_stream(self.device):
-            network = problem.network_for(contender)
+            network = self.problem.network_for(contender)
             error = self._check(contender, network)
             run = self._runner(contender, network)
             run()
@@ -132,6 +135,17 @@ class Comparison:
             "error_vs_eager": error,
         }
         return row | (self._roofline(timing.ms) if task.kind == "forward" else {})
+
+    def check(self, contender: Contender) -> None:
+        """Run it, once its answers are seen to be right.
+
+        Raises:
+            WrongAnswer: what it computes is off.
+        """
+        with contender.active(), side_stream(self.device):
+            network = self.problem.network_for(contender)
+            self._check(contender, network)
+            self._runner(contender, network)()
 
     def synchronised(self, contender: Contender) -> Callable:
         """The task on a network of its own, to the end of its work."""
@@ -210,6 +224,7 @@ class Comparison:
         if not is_cuda(self.device):
             return None
         synchronise(self.device)
+        gc.collect()  # a method that is replaced on its instance is a cycle
         torch.cuda.reset_peak_memory_stats(self.device)
         run()
         synchronise(self.device)

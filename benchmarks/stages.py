@@ -28,7 +28,8 @@ from .shapes import MODELS, PUBLISHED, SMALL, SMALL_MODELS, Shape
 MAIN_SHAPES = ("c2i-xl, batch 64", "t2i-xl, batch 8")  # all ops; elsewhere the core ones
 CORE = ("ada_layer_norm", "gated_residual_ada_layer_norm", "qk_norm_rope of packed qkv", "swiglu")
 DRY_CALLS = ("transition_step",)
-COMPILING = 8  # processes that fill the compiler's cache together
+NEVER = 9
+COMPILING = 14  # processes that fill the compilers' caches together
 
 
 class Run:
@@ -119,14 +120,18 @@ def state(run: Run) -> None:
 
 
 def op_cases(dry_run: bool) -> list[ops.Case]:
-    """The most telling first."""
+    """The most telling first: the core ops at every shape, then all others, tangents last."""
     if dry_run:
         return [c for c in ops.cases({"small": SMALL["small, batch 2"]}) if c.call in DRY_CALLS]
-    everything = ops.cases(PUBLISHED)
-    main = [c for c in everything if c.shape_name in MAIN_SHAPES]
-    rest = [c for c in everything if c.shape_name not in MAIN_SHAPES and c.call in CORE]
-    rest = [c for c in rest if c.direction in ("forward", "backward")]
-    return [c for c in main if c.direction != "forward + backward"] + rest
+
+    def rank(case: ops.Case) -> int:
+        is_tangent, is_core = case.direction == "tangent", case.call in CORE
+        if case.shape_name in MAIN_SHAPES:
+            return 4 if is_tangent else 1 if is_core else 3
+        return 2 if is_core and not is_tangent else NEVER
+
+    cases = [c for c in ops.cases(PUBLISHED) if c.direction != "forward + backward"]
+    return [c for c in sorted(cases, key=rank) if rank(c) < NEVER]
 
 
 def fill_compiler_cache(run: Run) -> None:
@@ -135,16 +140,20 @@ def fill_compiler_cache(run: Run) -> None:
 
 
 def fill_model_cache(run: Run) -> None:
-    """The same for whole models: two blocks compile to the code of all."""
-    same = {tasks.GRAPH_TASK: tasks.FORWARD_TASK}  # the same code
+    """The same for whole models: two blocks compile to the code of all, a graph to that of a plain
+    forward, and one step of sampling to that of many."""
+    one_step = tasks.SAMPLING[0]
+    same = {tasks.GRAPH_TASK: tasks.FORWARD_TASK} | dict.fromkeys(tasks.SAMPLING, one_step)
     cases = [
         case._replace(
             model=case.model._replace(depth=2), task=same.get(case.task, case.task),
             only=(COMPILE,),
         )
         for case in model_cases(run.dry_run)
+        if COMPILE in case.only
     ]  # fmt: skip
-    _in_parallel(run, _compile_model, list(dict.fromkeys(cases)))
+    slow_first = sorted(dict.fromkeys(cases), key=lambda case: case.task.kind != "training")
+    _in_parallel(run, _compile_model, slow_first)
 
 
 def _in_parallel(run: Run, job: Callable, cases: list) -> None:
@@ -166,11 +175,11 @@ def _compile_op(job: tuple[ops.Case, str]) -> None:
     with contextlib.suppress(Exception):
         comparison = ops.Comparison(case, device, Limits(1.0, 1.0))
         for contender in comparison.contenders:
-            if contender.name == COMPILE:
+            if contender.name in (COMPILE, "triton"):
                 with contender.active():
                     comparison.thunk(contender)()
-    if device == "cuda":
-        torch.cuda.empty_cache()
+        if device == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _compile_model(job: tuple[tasks.Case, str]) -> None:
@@ -179,9 +188,9 @@ def _compile_model(job: tuple[tasks.Case, str]) -> None:
     with contextlib.suppress(Exception):
         comparison = models.Comparison(case, device, Limits(1.0, 1.0))
         for contender in comparison.contenders:
-            comparison.row(contender, seconds=0.0)
-    if device == "cuda":
-        torch.cuda.empty_cache()
+            comparison.check(contender)
+        if device == "cuda":
+            torch.cuda.empty_cache()
 
 
 def time_ops(run: Run) -> None:
@@ -202,6 +211,9 @@ def derivative(run: Run) -> None:
         return
     for row in rows(run.device, run.dry_run):
         run.emit({"kind": "derivative"} | row)
+        if run.seconds_left < 0:
+            run.leave_out("the rest of the derivative")
+            return
 
 
 def tuning(run: Run) -> None:
@@ -211,7 +223,11 @@ def tuning(run: Run) -> None:
         return
     from .tune import measure
 
-    run.emit({"kind": "tuning", "tuning": measure(run.device, max(10.0, run.seconds_left))})
+    measure(
+        run.device,
+        max(10.0, run.seconds_left),
+        note=lambda result: run.emit({"kind": "tuning", "tuning": result}),
+    )
 
 
 def model_cases(dry_run: bool) -> list[tasks.Case]:
@@ -240,16 +256,17 @@ def model_cases(dry_run: bool) -> list[tasks.Case]:
     one_step, four_steps, eight_steps = tasks.SAMPLING
     middle, others = slice(1), slice(1, None)
     dde, jvp = tasks.TRAINING
+    not_compiled = tuple(name for name in own if name != COMPILE)
     cases = [
         *at(tasks.GRAPH_TASK, middle, (*graph, "tim")),
+        *at(tasks.GRAPH_TASK, others, graph),
         *at(dde, middle, own, 2),
         *at(four_steps, middle, own),
-        *at(jvp, middle, own, 2),
-        *at(tasks.GRAPH_TASK, others, graph),
+        *at(jvp, middle, not_compiled, 2),
         *at(tasks.FORWARD_TASK, middle, graph),
         *at(one_step, middle, own),
-        *at(eight_steps, middle, own),
-        *at(four_steps, others, own),
+        *at(eight_steps, middle, not_compiled),
+        *at(four_steps, others, not_compiled),
     ]
     return [c for c in cases if c.task != tasks.GRAPH_TASK] if dry_run else cases
 

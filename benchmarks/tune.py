@@ -1,6 +1,7 @@
 """Chooses the tile and the warps of every kernel: tim_kernels/tuning.json.
 
     python -m benchmarks.tune [--op swiglu] [--write]                   times them on this GPU
+    python -m benchmarks.tune --from gate.json --write                  what the GPU gate timed
     python -m benchmarks.tune --arch 80 90 100 [--op swiglu] [--write]  compiles; no GPU needed
 
 Candidates are a small grid of tile sizes and warps, each on the calls of benchmarks.calls.
@@ -16,7 +17,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -160,7 +161,11 @@ def table(kernel: str, arch: int, readings: dict, chosen: Candidate | None) -> s
 
 
 def measure(
-    device: str | torch.device, seconds: float = 80.0, ops: Iterable[str] = (), **shape
+    device: str | torch.device,
+    seconds: float = 80.0,
+    ops: Iterable[str] = (),
+    note: Callable[[dict], None] = lambda result: None,
+    **shape,
 ) -> dict:
     """Time candidates on this device, each kernel on its heaviest call in each direction.
 
@@ -168,26 +173,28 @@ def measure(
     turn in order of their distance from the present configuration, which is always timed.
 
     Returns "source", "architecture", "chosen" (kernel: elements, num_warps) and "timings", one for
-    each kernel launched and candidate, in milliseconds. `shape` goes to `calls`.
+    each kernel launched and candidate, in milliseconds; `note` gets the same after every kernel.
+    `shape` goes to `calls`.
     """
     device = torch.device(device)
     known = list(calls(device=device, **shape))
-    names, timings, chosen = kernels(ops), [], {}
-    start = time.monotonic()
+    names, start = kernels(ops), time.monotonic()
+    result = {
+        "source": _source(f"timed on {_name(device)}, {date.today()}"),
+        "architecture": tuning.architecture(device),
+        "chosen": {},
+        "timings": [],
+    }
     for done, kernel in enumerate(names, start=1):
         own = _time_kernel(kernel, known, device, start + seconds * done / len(names))
-        chosen[kernel] = fastest(own)._asdict()
-        timings += [
+        result["chosen"][kernel] = fastest(own)._asdict()
+        result["timings"] += [
             {"kernel": kernel, "launch": launch} | candidate._asdict() | timing._asdict()
             for candidate, by_launch in own.items()
             for launch, timing in by_launch.items()
         ]
-    return {
-        "source": _source(f"timed on {_name(device)}, {date.today()}"),
-        "architecture": tuning.architecture(device),
-        "chosen": chosen,
-        "timings": timings,
-    }
+        note(result)
+    return result
 
 
 def _time_kernel(
@@ -266,6 +273,7 @@ def _text(table: dict[str, dict[str, dict]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, help="compile for")
+    parser.add_argument("--from", type=Path, dest="result", help="a JSON file that the gate wrote")
     parser.add_argument("--op", nargs="+", default=[], help="ada_layer_norm, …; all by default")
     parser.add_argument("--write", action="store_true", help="put the choice into the table")
     parser.add_argument("--table", type=Path, default=tuning.PATH, help="which one, if another")
@@ -274,7 +282,12 @@ def main() -> None:
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
-    if args.arch or not torch.cuda.is_available():
+    if args.result:
+        result = json.loads(args.result.read_text()).get("tuning")
+        if not result:
+            parser.error(f'{args.result} holds no tuning: the gate\'s part "ops" makes it')
+        source, found = result["source"], {result["architecture"]: result["chosen"]}
+    elif args.arch or not torch.cuda.is_available():
         source = f"compiled with Triton {triton.__version__}, not timed"
         found = chosen_by_model(args.arch or ARCHITECTURES, args.op, args.processes)
         found = {

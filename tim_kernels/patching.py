@@ -18,7 +18,8 @@ from . import nn as fused
 from .qk_norm_rope.reference import ORDERS
 from .time_pair_embedding.reference import CONDITIONS
 
-_ORIGINAL: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()
+# A model's own forwards, by the names of its modules: a reference to the model would keep it alive.
+_ORIGINAL: WeakKeyDictionary[nn.Module, dict[str, object]] = WeakKeyDictionary()
 PROBE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2}
 
 
@@ -69,12 +70,12 @@ def accelerate(
         if difference := _difference(model, forward):
             obstacles[""] = difference
         else:
-            _replace(model, model, forward)
+            _replace(model, "", forward)
             return Report(fused=[""])
     report = Report(left=obstacles)
     for name, module in model.named_modules():
         if _is_swiglu(module):
-            _replace(model, module, fused.swiglu_mlp)
+            _replace(model, name, fused.swiglu_mlp)
             report.fused.append(name)
     return report
 
@@ -87,14 +88,16 @@ def restore(model: nn.Module) -> None:
     """
     if model not in _ORIGINAL:
         raise ValueError("this model is not accelerated")
-    for module, own in _ORIGINAL.pop(model).items():
+    for name, own in _ORIGINAL.pop(model).items():
+        module = model.get_submodule(name)
         del module.forward
         if own is not None:
             module.forward = own
 
 
-def _replace(model: nn.Module, module: nn.Module, function) -> None:
-    _ORIGINAL.setdefault(model, {})[module] = vars(module).get("forward")
+def _replace(model: nn.Module, name: str, function) -> None:
+    module = model.get_submodule(name)
+    _ORIGINAL.setdefault(model, {})[name] = vars(module).get("forward")
     module.forward = MethodType(function, module)
 
 

@@ -1,5 +1,8 @@
 """Somebody else's model: `eager.EagerTiM` shares names and shapes with TiM, and no code."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from eager import EagerTiM, randomise
@@ -59,6 +62,15 @@ def test_same_numbers_and_back(text, backend):
         1
     ]
     assert relative_error(jvp, own_jvp) < 1e-4
+
+
+def test_an_accelerated_model_can_be_forgotten():
+    model, _ = problem(text=False)
+    assert accelerate(model).fused == [""]
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_float32_model_is_tried_without_tf32():
