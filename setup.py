@@ -7,6 +7,7 @@ installs all the same; tim_kernels/_cuda.json says what was built, or why nothin
     TIM_KERNELS_CUDA_ARCHS   "80 90 100+PTX" by default; "none" builds no extension
 """
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -106,7 +107,8 @@ class BuildExtension(build_ext):
             print(f"no CUDA extension: {reason}")
             note(folder, {"reason": reason})
         else:
-            note(folder, {"architectures": architectures(), "nvcc": nvcc_version(nvcc())})
+            built = {"architectures": architectures(), "nvcc": nvcc_version(nvcc())}
+            note(folder, built | {"sources": source_hash()})
 
     def build_extension(self, extension: Extension) -> None:
         torch, names = torch_folder(), architectures()
@@ -159,6 +161,14 @@ class Wheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         _, _, platform = super().get_tag()
         return "py3", "none", platform
+
+
+def source_hash() -> str:
+    """Of csrc/: whether a library is of these sources."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("csrc/*")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def note(folder: Path, what: dict) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 from tim_kernels import backend
 
-from . import report
+from . import proof
 from .provenance import ROOT
 from .results import FUSED, load
 
@@ -28,7 +28,7 @@ def fastest(rows: Iterable[dict]) -> dict[str, str]:
     for row in rows:
         if row["kind"] != "op" or row["contender"] not in FUSED or "ms" not in row:
             continue
-        op = report.folder(row["op"])
+        op = proof.folder(row["op"])
         if op in backend.OPS and row["direction"] in DIRECTIONS:
             case = row["op"], row["direction"], row["shape"]
             logs[op][case][row["contender"]] = math.log(row["ms"])
@@ -43,11 +43,11 @@ def fastest(rows: Iterable[dict]) -> dict[str, str]:
 def table(results: Sequence[dict]) -> dict[str, dict[str, str]]:
     """By architecture; a result that may not be told decides nothing."""
     chosen = {}
-    for gpu in report.gpus(results):
-        result = report.latest(results, "ops", gpu)
-        if result is not None and report.obstacle(result, results) is None:
+    for gpu in proof.gpus(results):
+        result = proof.latest(results, "ops", gpu)
+        if result is not None and proof.obstacle(result, results) is None:
             name = "sm_" + result["machine"]["capability"].replace(".", "")
-            chosen[name] = fastest(report.told_rows(result, results))
+            chosen[name] = fastest(proof.told_rows(result, results))
     return chosen
 
 

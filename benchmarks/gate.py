@@ -29,7 +29,8 @@ from .parts import STAGES, Stage, worker
 from .provenance import ROOT, commit_hash, now
 from .record import Record
 
-BUDGET = 520.0  # seconds of a part; nine minutes with room for the last save
+BUDGET = 510.0  # seconds of a part; nine minutes with room for the last stage and save
+LEAST = 25.0  # seconds; a stage that has less is not begun: it would only import torch
 SAVE_EVERY = 2.0
 
 
@@ -47,7 +48,7 @@ class Gate:
         self.record.name_after(_short_name(self.record.data["machine"].get("gpu")))
         for stage in stages:
             self._stage(stage)
-        self.until = max(self.until, time.monotonic() + 20)
+        self.until = max(self.until, time.monotonic() + LEAST + 5)
         self._stage(worker("state", 20, dry_run, title="state after"))
         self.record.data["finished"] = True
 
@@ -55,7 +56,7 @@ class Gate:
         entry = {"name": stage.name, "outcome": "running", "seconds": 0.0, "limit": stage.limit}
         self.record.data["stages"].append(entry)
         left = self.until - time.monotonic()
-        obstacle = stage.obstacle or (None if left > 5 else "no time was left")
+        obstacle = stage.obstacle or (None if left > LEAST else "no time was left")
         if obstacle:
             entry |= {"outcome": "left out", "why": obstacle}
             self.record.data["left_out"].append(
@@ -144,7 +145,11 @@ class Gate:
         new = new[: new.rfind(b"\n") + 1]
         self.taken += len(new)
         for line in new.splitlines():
-            self.record.take(json.loads(line), entry)
+            try:
+                row = json.loads(line)
+            except ValueError:  # half a line of a stage that was killed, and a whole one behind it
+                row = {"kind": "left out", "what": "a row", "why": f"unreadable: {line[:200]!r}"}
+            self.record.take(row, entry)
         return bool(new)
 
 
@@ -174,17 +179,21 @@ def _short_name(gpu: str | None) -> str:
     return "".join(c for c in words[0].lower() if c.isalnum())
 
 
-def install(wheels: Path, site: Path) -> None:
-    """The packages among them that this machine lacks, for the length of the run."""
+def install(wheels: Path, site: Path) -> str | None:
+    """The packages among them that this machine lacks, for the length of the run; returns what
+    went wrong."""
     missing = []
     for path in sorted(wheels.glob("*.whl")):
         try:
             importlib.metadata.version(path.name.partition("-")[0])
         except importlib.metadata.PackageNotFoundError:
             missing.append(str(path))
-    if missing:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-        subprocess.run([*pip, "--no-compile", "--target", str(site), *missing], check=True)
+    if not missing:
+        return None
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    pip += ["--no-compile", "--target", str(site), *missing]
+    done = subprocess.run(pip, capture_output=True, text=True)
+    return f"pip failed: {done.stderr[-1000:]}" if done.returncode else None
 
 
 def run_part(
@@ -195,10 +204,14 @@ def run_part(
     budget: float = BUDGET,
     stages: list[Stage] | None = None,
     site: Path | None = None,
+    missing: str | None = None,
 ) -> dict:
-    """One part, with its own stages unless others are given; returns what the file holds."""
+    """One part, with its own stages unless others are given; returns what the file holds. `missing`
+    says why there are no wheels in `site`."""
     out.mkdir(parents=True, exist_ok=True)
     record = Record(out, part, commit, dry_run)
+    if missing:
+        record.data["left_out"].append({"stage": "gate", "what": "wheels", "why": missing})
     record.save()
     with tempfile.TemporaryDirectory() as scratch:
         gate = Gate(record, budget, Path(scratch), site)
@@ -219,17 +232,21 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--commit", help="of the code, where there is no git to ask")
     parser.add_argument("--wheels", type=Path, help="a folder of wheels to use in this run")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds of a part")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     commit = args.commit or commit_hash()
     results = []
     with tempfile.TemporaryDirectory() as site:
-        if args.wheels:
-            install(args.wheels, Path(site))
+        missing = install(args.wheels, Path(site)) if args.wheels else None
         for part in STAGES if args.part == "all" else (args.part,):
             path = Path(site) if args.wheels else None
-            results.append(run_part(part, args.out, commit, args.dry_run, site=path))
+            results.append(
+                run_part(
+                    part, args.out, commit, args.dry_run, args.budget, site=path, missing=missing
+                )
+            )
     print("\n\n".join(table.of_result(result) for result in results))
     return int(any(result["failures"] for result in results))
 

@@ -20,7 +20,7 @@ from tests.tim_kernels.parity import DERIVATIVE, FLOOR, FORWARD
 from tim_kernels import accelerate, backend
 
 from .contenders import COMPILE, EAGER, FUSED
-from .counting import total
+from .counting import RULE, total
 from .machine import Limits, energy, exact_float32
 from .ops import WrongAnswer, rows
 from .results import ratios
@@ -134,7 +134,7 @@ class Comparison:
             "energy": method,
             "error_vs_eager": error,
         }
-        return row | (self._roofline(timing.ms) if task.kind == "forward" else {})
+        return row | self._roofline(timing.ms)
 
     def check(self, contender: Contender) -> None:
         """Run it, once its answers are seen to be right.
@@ -160,14 +160,21 @@ class Comparison:
         return training_step(run, network, self.device) if task.kind == "training" else run
 
     def _roofline(self, ms: float) -> dict:
-        """TFLOP/s, and the share of what the fused model's launches take at measured limits."""
-        work = total(_forward_work(self.case.model, self.case.batch), self.limits)
+        """TFLOP/s, and the share of what the fused network's launches take at measured limits."""
+        work = [
+            (times, total(_forward_work(self.case.model, batch), self.limits))
+            for times, batch in self.problem.forwards()
+        ]
+        flops, seconds = (
+            sum(n * getattr(forward, of) for n, forward in work) for of in ("flops", "seconds")
+        )
         return {
-            "tflop_per_s": work.flops / ms / 1e9,
-            "roofline_ms": 1e3 * work.seconds,
-            "share_of_limit": 1e3 * work.seconds / ms,
-            "bytes": work.bytes,
-            "flops": work.flops,
+            "tflop_per_s": flops / ms / 1e9,
+            "roofline_ms": 1e3 * seconds,
+            "share_of_limit": 1e3 * seconds / ms,
+            "bytes": sum(n * forward.bytes for n, forward in work),
+            "flops": flops,
+            "counted": f"the network's forwards, a backward as two, a tangent as one: {RULE}",
         }
 
     def _check(self, contender: Contender, network: nn.Module) -> float:

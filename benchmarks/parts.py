@@ -3,11 +3,14 @@
 import dataclasses
 import functools
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import setup as build_script
 
 from .provenance import ROOT
 
@@ -43,8 +46,10 @@ def build(dry_run: bool, is_needed: bool = True) -> Stage:
 
 
 def build_if_missing(dry_run: bool) -> list[Stage]:
-    """Of parts that find the tests' build in the same checkout, or none."""
-    return [build(dry_run, not (ROOT / "tim_kernels/_cuda.so").exists())]
+    """Of parts that may find the tests' build in the same checkout."""
+    note = ROOT / "tim_kernels/_cuda.json"
+    built = json.loads(note.read_text()).get("sources") if note.exists() else None
+    return [build(dry_run, built != build_script.source_hash())]
 
 
 def worker(name: str, limit: float, dry_run: bool, **changes) -> Stage:
@@ -55,8 +60,8 @@ def worker(name: str, limit: float, dry_run: bool, **changes) -> Stage:
 
 
 def tests_part(dry_run: bool) -> list[Stage]:
-    triton, cuda = parity("triton", dry_run, 220), parity("cuda", dry_run, 140)
-    return [build(dry_run), triton, *sanitizer(dry_run)[:3], cuda, *sanitizer(dry_run)[3:]]
+    backends = parity("triton", dry_run, 220), parity("cuda", dry_run, 140)
+    return [build(dry_run), *backends, *sanitizer(dry_run)]
 
 
 def parity(backend: str, dry_run: bool, limit: float) -> Stage:
@@ -74,7 +79,7 @@ def parity(backend: str, dry_run: bool, limit: float) -> Stage:
         command += [folder] if backend == "triton" else in_csrc
         command += ["--deselect", f"{folder}/test_extension.py::{BUILDS}"]
         if importlib.util.find_spec("xdist"):
-            command += ["-n", str(min(12, len(os.sched_getaffinity(0))))]
+            command += ["-n", str(min(16, len(os.sched_getaffinity(0))))]
     environment = ONE_THREAD | {
         "TIM_KERNELS_TEST_BACKEND": backend, "TORCHINDUCTOR_COMPILE_THREADS": "4",
     }  # fmt: skip
@@ -115,9 +120,9 @@ def sanitizer(dry_run: bool) -> list[Stage]:
 def ops_part(dry_run: bool) -> list[Stage]:
     return [
         *build_if_missing(dry_run),
-        worker("fill_compiler_cache", 100, dry_run, environment=ONE_COMPILER),
+        worker("fill_compiler_cache", 90, dry_run, environment=ONE_COMPILER),
         worker("time_ops", 240, dry_run),
-        worker("derivative", 80, dry_run),
+        worker("derivative", 100, dry_run),
         worker("tuning", 150, dry_run),
     ]
 

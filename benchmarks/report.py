@@ -3,15 +3,15 @@
     python -m benchmarks.report            # print the section
     python -m benchmarks.report --write    # put it into README.md, and plots into docs/benchmarks
 
-Only files in benchmarks/results speak. The speeds of a GPU are told only where the tests ran on
-the same GPU with the same sources, and not for an op whose tests failed there.
+Only files in benchmarks/results speak, and of a GPU's only what proof.py lets pass.
 """
 
 import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .results import COMPILE, EAGER, FUSED, fill_ratios, load
+from .proof import failed_tests, gpus, latest, obstacle, told_rows, unproven
+from .results import COMPILE, EAGER, FUSED, load
 
 ROOT = Path(__file__).parents[1]
 README, PLOTS = ROOT / "README.md", ROOT / "docs/benchmarks"
@@ -32,63 +32,6 @@ def section(results: Sequence[dict]) -> str:
     return "\n\n".join(parts)
 
 
-def gpus(results: Iterable[dict]) -> list[str]:
-    return sorted({r["machine"]["gpu"] for r in results if r["machine"].get("gpu")})
-
-
-def latest(results: Iterable[dict], part: str, gpu: str | None = None) -> dict | None:
-    own = [r for r in results if r["part"] == part and r["machine"].get("gpu") == gpu]
-    return own[-1] if own else None
-
-
-def obstacle(result: dict, results: Iterable[dict]) -> str | None:
-    """Why the speeds of a result may not be told."""
-    proofs = [
-        r
-        for r in results
-        if r["part"] == "tests"
-        and r["machine"].get("gpu") == result["machine"]["gpu"]
-        and r["sources"] == result["sources"]
-    ]
-    if not proofs:
-        return "the tests have not run on this GPU with the same sources"
-    ran = [s for s in proofs[-1]["stages"] if s["name"].startswith("tests, ") and s.get("tests")]
-    return None if ran else "the tests did not run to an end"
-
-
-def failed_tests(result: dict, results: Iterable[dict]) -> list[str]:
-    """Names of tests that failed on the result's GPU and sources."""
-    return [
-        failure["what"]
-        for r in results
-        if r["part"] == "tests"
-        and r["machine"].get("gpu") == result["machine"]["gpu"]
-        and r["sources"] == result["sources"]
-        for failure in r["failures"]
-        if failure["stage"].startswith("tests, ")
-    ]
-
-
-def told_rows(result: dict, results: Iterable[dict]) -> list[dict]:
-    """The rows of a GPU's result that may be told."""
-    failed = failed_tests(result, results)
-    rows = [row for row in result["rows"] if row["kind"] in ("op", "model")]
-    fill_ratios(rows)
-    if not failed:
-        return rows
-    return [
-        row
-        for row in rows
-        if row["kind"] == "op" and not any(f"test_{folder(row['op'])}" in what for what in failed)
-    ]
-
-
-def folder(op: str) -> str:
-    """The folder of tim_kernels whose tests prove it."""
-    name = op.partition(" ")[0].rstrip(",")
-    return "ada_layer_norm" if name.startswith("gated_residual") else name
-
-
 def _gpu_section(gpu: str, results: Sequence[dict]) -> list[str]:
     parts = [f"### {gpu}"]
     for part in ("ops", "model"):
@@ -102,8 +45,12 @@ def _gpu_section(gpu: str, results: Sequence[dict]) -> list[str]:
         rows = told_rows(result, results)
         parts.append(_where(result))
         parts.append(_op_table(rows) if part == "ops" else _model_table(rows))
+        parts += _derivative_tables(result, results)
         for path in plots_of(result):
             parts.append(f"![{path.stem}]({path.relative_to(ROOT)})")
+        for name in FUSED:
+            if reason := unproven(name, result, results):
+                parts.append(f"What {name} reached is not shown, since {reason}.")
         if failed := failed_tests(result, results):
             parts.append(f"Tests failed there, {len(failed)}; what they prove is not shown.")
     return parts
@@ -111,12 +58,17 @@ def _gpu_section(gpu: str, results: Sequence[dict]) -> list[str]:
 
 def _where(result: dict) -> str:
     machine, limits = result["machine"], result["limits"]
-    return (
+    text = (
         f"[{result['file']}](benchmarks/results/{result['file']}), commit "
         f"{result['commit'][:12]}: driver {machine['driver']}, torch {machine['torch']}, triton "
-        f"{machine['triton']}, CUDA {machine['cuda']}. Limits measured in that run: a copy "
-        f"{limits['copy_gb_per_s']:,.0f} GB/s, a GEMM {limits['gemm_tflop_per_s']:,.0f} TFLOP/s."
+        f"{machine['triton']}, CUDA {machine['cuda']}."
     )
+    if limits:
+        text += (
+            f" Limits measured in that run: a copy {limits['copy_gb_per_s']:,.0f} GB/s, a GEMM "
+            f"{limits['gemm_tflop_per_s']:,.0f} TFLOP/s."
+        )
+    return text if result.get("finished", True) else f"{text} The run was cut off."
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int) -> str:
@@ -144,17 +96,48 @@ def _op_table(rows: list[dict]) -> str:
 
 def _model_table(rows: list[dict]) -> str:
     own = [r for r in rows if r["contender"] != EAGER]
-    head = ("model", "task", "by", "batch", "ms", "images/s", "GiB", "J/image", "eager", COMPILE)
+    head = (
+        "model", "task", "by", "batch", "ms", "images/s", "of the limit", "GiB", "J/image", "eager",
+        COMPILE,
+    )  # fmt: skip
     lines = (
         (
             r["model"], r["task"], r["contender"], str(r["batch"]), f"{r['ms']:,.2f}",
-            f"{r['samples_per_s']:,.1f}", "" if r["peak_gib"] is None else f"{r['peak_gib']:.1f}",
+            f"{r['samples_per_s']:,.1f}", f"{100 * r['share_of_limit']:.0f} %",
+            "" if r["peak_gib"] is None else f"{r['peak_gib']:.1f}",
             "" if r["joules_per_image"] is None else f"{r['joules_per_image']:.2f}",
             _ratio(r["vs_eager"]), _ratio(r["vs_compile"]),
         )
         for r in own
     )  # fmt: skip
     return markdown(head, lines, 3)
+
+
+def _derivative_tables(result: dict, results: Sequence[dict]) -> list[str]:
+    """dF/dt of a network and the tangent of attention, by error, time and memory."""
+    rows = [row for row in result["rows"] if row["kind"] == "derivative"]
+    if unproven("triton", result, results):
+        rows = []
+
+    def cells(row: dict, *words: str) -> tuple[str, ...]:
+        error = f"{row['error']:.1e}" if "error" in row else ""
+        return *words, error, f"{row['ms']:,.2f}", f"{row['peak_bytes'] / 2**20:,.0f}"
+
+    network = [
+        cells(r, *(str(r[k]) for k in ("network", "depth", "derivative", "dtype", "contender")))
+        for r in rows
+        if r["what"] == "dF/dt"
+    ]
+    attention = [cells(r, r["shape"], r["contender"]) for r in rows if r["what"] == "attention"]
+    cost = ("error", "ms", "MiB")
+    return [
+        markdown(head, lines, len(head) - len(cost))
+        for head, lines in (
+            (("dF/dt of", "blocks", "by", "dtype", "contender", *cost), network),
+            (("tangent of attention, bfloat16", "contender", *cost), attention),
+        )
+        if lines
+    ]
 
 
 def _savings_section(results: Sequence[dict]) -> list[str]:

@@ -127,6 +127,16 @@ class Problem:
             network = network.bfloat16().requires_grad_(False)
         return contender.prepare(network, self.case.model)
 
+    def forwards(self) -> list[tuple[int, int]]:
+        """(how many, of what batch): the task's network evaluations, and its gradients and
+        tangents in multiples of them."""
+        task, batch = self.case.task, self.case.batch
+        if task.kind == "sampling":
+            return [(task.steps, 2 * batch)]  # with guidance
+        if task.kind == "training":
+            return [(3, batch), (2, batch - self.n_diffusion)]
+        return [(1, batch)]
+
     def picked(self, samples: int) -> list[int]:
         """The first of them has r = t, the last has not; one of a batch of one."""
         return sorted({0, self.case.batch - 1})[:samples]

@@ -47,8 +47,8 @@ def obstacle(device: str) -> str | None:
 
 @functools.cache
 def build() -> dict:
-    """What setup.py noted: {"architectures": ["80", …, "100+PTX"], "nvcc": "13.0"}, or
-    {"reason": why there is no extension}."""
+    """What setup.py noted: {"architectures": ["80", …, "100+PTX"], "nvcc": "13.0", "sources": a
+    hash of csrc/}, or {"reason": why there is no extension}."""
     if not BUILD.exists():
         return {"reason": "it was not built (python setup.py build_ext --inplace builds it)"}
     return json.loads(BUILD.read_text())

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import report
 from benchmarks.report import README, into, section
-from benchmarks.results import load
+from benchmarks.results import FUSED, load
 
 GPU = "NVIDIA H100 80GB HBM3"
 
@@ -20,7 +20,7 @@ def op_row(contender: str, ms: float, op: str = "swiglu") -> dict:
 
 def result(part: str, rows: list, **changes) -> dict:
     machine = dict(gpu=GPU, driver="580", torch="2.11", triton="3.6", cuda="13.0")
-    stages = [dict(name="tests, triton", outcome="passed", tests={"passed": 9})]
+    stages = [dict(name=f"tests, {b}", outcome="passed", tests={"passed": 9}) for b in FUSED]
     return dict(
         part=part, rows=rows, machine=machine, sources="s", commit="c" * 40, stages=stages,
         failures=[], limits=dict(copy_gb_per_s=3000.0, gemm_tflop_per_s=790.0),
@@ -30,7 +30,7 @@ def result(part: str, rows: list, **changes) -> dict:
 
 MODEL = dict(
     kind="model", model="c2i-xl", batch=64, task="forward", peak_gib=3.25, joules_per_image=0.5,
-    samples_per_s=64.0, error_vs_eager=0.9,
+    samples_per_s=64.0, error_vs_eager=0.9, share_of_limit=0.5,
 )  # fmt: skip
 OPS = result("ops", [op_row("eager", 3.0), op_row("torch.compile", 1.5), op_row("triton", 0.4)])
 MODELS = result(
@@ -57,7 +57,8 @@ def test_speeds_with_their_proof():
     assert "| swiglu | forward | c2i-xl, batch 64 | triton | 400.0 | 2,500 | 75 % |" in text
     assert "7.50 × | 3.75 × |" in text
     assert (
-        "| c2i-xl | forward | accelerate, cuda | 64 | 3.00 | 64.0 | 3.2 | 0.50 | 3.00 × |" in text
+        "| c2i-xl | forward | accelerate, cuda | 64 | 3.00 | 64.0 | 50 % | 3.2 | 0.50 | 3.00 × |"
+        in text
     )
     assert "copy 3,000 GB/s" in text and "cccccccccccc" in text
 
@@ -82,6 +83,41 @@ def test_no_speed_beside_a_failing_test():
     text = section([OPS | dict(rows=rows), MODELS, TESTS | dict(failures=[FAILURE])])
     assert "| ada_layer_norm |" in text and "| swiglu |" not in text
     assert "3.00 ×" not in text and "Tests failed there, 1" in text
+
+
+@pytest.mark.parametrize("outcome", ["left out", "timed out", "running"])
+def test_no_speed_of_a_backend_whose_tests_did_not_end(outcome):
+    """The other one's are told."""
+    rows = [*OPS["rows"], op_row("cuda", 0.3)]
+    stages = [TESTS["stages"][0], TESTS["stages"][1] | dict(outcome=outcome)]
+    text = section([OPS | dict(rows=rows), MODELS, TESTS | dict(stages=stages)])
+    assert "| triton |" in text and "| cuda |" not in text and "accelerate, cuda" not in text
+    assert "What cuda reached is not shown, since the tests of cuda did not run" in text
+
+
+def test_no_speed_where_the_sanitizer_found_something():
+    stages = [*TESTS["stages"], dict(name="racecheck, short list", outcome="failed")]
+    text = section([OPS, MODELS, TESTS | dict(stages=stages)])
+    assert "compute-sanitizer found something: racecheck" in text and "7.50" not in text
+
+
+def test_a_failing_test_of_every_op_counts_for_the_one_it_names():
+    rows = [*OPS["rows"], op_row("eager", 1.0, "ada_layer_norm"),
+            op_row("triton", 0.25, "ada_layer_norm")]  # fmt: skip
+    replay = dict(stage="tests, triton", why="…", what="test_graphs.py::test_replay[tokens-swiglu]")
+    stage = dict(stage="tests, triton", why="exit 1", what="tests, triton")
+    text = section([OPS | dict(rows=rows), TESTS | dict(failures=[replay, stage])])
+    assert "| ada_layer_norm |" in text and "| swiglu |" not in text
+    assert "Tests failed there, 1" in text
+
+
+def test_the_derivative_s_tables():
+    cost = dict(kind="derivative", error=1.5e-3, ms=12.5, peak_bytes=3 * 2**20, contender="tim")
+    network = dict(what="dF/dt", network="xl-256", depth=8, derivative="jvp", dtype="bfloat16")
+    rows = [cost | network, cost | dict(what="attention", shape="XL, 256 tokens")]
+    text = section([OPS | dict(rows=rows), TESTS])
+    assert "| xl-256 | 8 | jvp | bfloat16 | tim | 1.5e-03 | 12.50 | 3 |" in text
+    assert "| XL, 256 tokens | tim | 1.5e-03 | 12.50 | 3 |" in text
 
 
 def test_the_latest_result_counts():
