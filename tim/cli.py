@@ -57,6 +57,9 @@ def sample(
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 8,
     cfg_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
+    device: Annotated[
+        str | None, typer.Option(help="cuda, cpu, …; a GPU by default if there is one.")
+    ] = None,
 ) -> None:
     """Draw samples of the given classes from a trained network."""
     from tim.images import labelled_grid, step_label
@@ -69,13 +72,16 @@ def sample(
         y = torch.tensor([int(label) for label in labels.split(",")])
     except ValueError:
         raise typer.BadParameter(f"labels must be like 3,1,4, got {labels!r}") from None
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _errors_without_traceback():
         network, transport, _ = load_export(model)
+        network.to(device)
         size, channels = network.config.input_size, network.config.in_channels
         generator = torch.Generator().manual_seed(seed)
         z = torch.randn(len(y), channels, size, size, generator=generator)
         y_null = torch.full_like(y, network.config.num_classes)
-        x = run(network, transport, z, y, y_null, num_steps=steps, cfg_scale=cfg_scale)
+        inputs = (tensor.to(device) for tensor in (z, y, y_null))
+        x = run(network, transport, *inputs, num_steps=steps, cfg_scale=cfg_scale).cpu()
         output.parent.mkdir(parents=True, exist_ok=True)
         if output.suffix == ".png":
             labelled_grid({step_label(steps): x}, labels.split(",")).save(output)
@@ -94,3 +100,7 @@ def demo(
 
     with _errors_without_traceback():
         typer.echo(draw(output, seed=seed).resolve())
+
+
+if __name__ == "__main__":
+    app()

@@ -83,7 +83,8 @@ def sample(
             noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         coefficients = transport.step_coefficients(t_batch, r_batch, stochasticity)
         x = transition_step(x, F, coefficients, F_uncond, guidance, noise)
-        states.append(x)
+        if return_trajectory:
+            states.append(x)
     return torch.stack(states).to(z.dtype) if return_trajectory else x.to(z.dtype)
 
 

@@ -68,6 +68,11 @@ def tim(
     x is (B, channels, H, W), t and r are (B,) network times, y labels (B,) or text features
     (B, L, D). `checkpoint(function, *args)` runs each block if given. Nothing is checked here.
     """
+    if any(kind.__name__ == "FSDPModule" for kind in type(model).__mro__):
+        raise NotImplementedError(
+            "FSDP2 gives parameters new memory at every step, and blocks read each other's here: "
+            "use DistributedDataParallel"
+        )
     patch = model.x_embedder.proj.kernel_size[0]
     rope = Rope((x.shape[2] // patch, x.shape[3] // patch), rope_order)
     delta_embedder = getattr(model, "delta_embedder", None)
@@ -153,7 +158,8 @@ def cross_attention(attn: nn.Module, h: Tensor, text: Tensor, rope: Rope) -> Ten
 def swiglu_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
     """fc2(silu(fc1_g(x))·fc1_x(x)), the two projections as one GEMM."""
     gate, value = mlp.fc1_g, mlp.fc1_x
-    if type(gate) is not nn.Linear or type(value) is not nn.Linear:  # wrapped, by LoRA perhaps
+    is_wrapped = type(gate) is not nn.Linear or type(value) is not nn.Linear  # by LoRA perhaps
+    if is_wrapped or torch.compiler.is_compiling():  # where packing is a copy at every call
         return mlp.fc2(swiglu(gate(x), value(x)))
     bias = None if gate.bias is None else pack((gate.bias, value.bias))
     return mlp.fc2(swiglu(F.linear(x, pack((gate.weight, value.weight)), bias)))

@@ -26,12 +26,24 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
         can_view = not needs_gradient and _are_adjacent(tensors)
         return _span(tensors) if can_view else torch.cat(tuple(tensors))
     if not _are_adjacent(tensors):
+        if not _may_move(tensors):
+            return torch.cat(tuple(tensors))
         _move_together(tensors)
     return _Packed.apply(*tensors) if needs_gradient else _span(tensors)
 
 
 def _is_movable(tensor: Tensor) -> bool:
     return type(tensor) is nn.Parameter and type(tensor.data) is Tensor and tensor.is_contiguous()
+
+
+def _may_move(tensors: Sequence[Tensor]) -> bool:
+    """Whether nobody else counts on where they are: no flat buffer of an optimizer's, no graph
+    that is being captured; and whether they stay aligned for 16-byte accesses."""
+    if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    if any(tensor.untyped_storage().nbytes() != tensor.nbytes for tensor in tensors):
+        return False
+    return all(tensor.nbytes % 16 == 0 for tensor in tensors[:-1])
 
 
 def _are_adjacent(tensors: Sequence[Tensor]) -> bool:
@@ -43,6 +55,7 @@ def _are_adjacent(tensors: Sequence[Tensor]) -> bool:
     return True
 
 
+@torch.inference_mode(False)  # parameters outlive it
 @torch.no_grad()
 def _move_together(parameters: Sequence[Tensor]) -> None:
     together = torch.cat([parameter.detach() for parameter in parameters])

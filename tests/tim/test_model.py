@@ -1,15 +1,19 @@
 """What the model promises beyond the golden files."""
 
 import itertools
+import threading
 from functools import partial
 
 import pytest
 import torch
 from eager import EagerTiM, randomise
 from golden_files import relative_error
+from torch.autograd import forward_ad
 
 from tim.models import TiMTransformer2DModel
-from tim_kernels import CONDITIONS, grid_positions
+from tim_kernels import CONDITIONS, grid_positions, use_backend
+from tim_kernels import nn as fused
+from tim_kernels.backend import requested
 
 TINY = dict(
     input_size=8, patch_size=2, in_channels=3, hidden_size=24, encoder_depth=1, depth=2,
@@ -120,6 +124,38 @@ def test_gradient_checkpointing_changes_nothing():
         gradients.append([p.grad.clone() for p in ours.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert ours.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("is_dual", [False, True], ids=["", "forward mode"])
+def test_checkpointing_runs_again_on_the_backend_of_the_first_run(is_dual, monkeypatch):
+    """Also in the threads that backward has on a GPU, where nobody chose one."""
+    ours, _, config = pair(depth=1)
+    ours.enable_gradient_checkpointing()
+    x, t, r, y = inputs(config)
+    seen, norm = [], fused.ada_layer_norm
+
+    def watched(*args):
+        seen.append(requested())
+        return norm(*args)
+
+    monkeypatch.setattr(fused, "ada_layer_norm", watched)
+    with use_backend("reference"), forward_ad.dual_level():
+        if is_dual:
+            x = forward_ad.make_dual(x, torch.ones_like(x))
+        out = forward_ad.unpack_dual(ours(x, t, r, y)).primal
+    thread = threading.Thread(target=out.square().sum().backward)
+    thread.start()
+    thread.join()
+    assert len(seen) == 2 and set(seen) == {"reference"}
+    assert ours.x_embedder.proj.weight.grad.any()
+
+
+def test_fsdp2_is_refused():
+    ours, _, config = pair(depth=1)
+    FSDPModule = type("FSDPModule", (), {})
+    ours.__class__ = type("FSDPTiM", (FSDPModule, type(ours)), {})
+    with pytest.raises(NotImplementedError, match="FSDP2 .* use DistributedDataParallel"):
+        ours(*inputs(config))
 
 
 def test_initialisation():

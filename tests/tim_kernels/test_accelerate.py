@@ -85,6 +85,19 @@ def test_a_float32_model_is_tried_without_tf32():
     assert seen[0] == "ieee" and torch.backends.cudnn.conv.fp32_precision == before
 
 
+def test_gemms_in_tf32_are_no_difference():
+    model, _ = problem(text=False)
+    model.register_forward_hook(lambda module, args, out: 1.001 * out)  # as far off as TF32
+    assert "" in accelerate(model).left
+    restore(model)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert accelerate(model).fused == [""]
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 def test_a_block_that_is_not_tim_s_is_named_and_left():
     model, args = problem(text=False)
     model.blocks[1].attn.q_norm = nn.RMSNorm(24)

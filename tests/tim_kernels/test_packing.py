@@ -94,3 +94,33 @@ def test_forward_mode_moves_no_memory():
         _, tangent = torch.func.jvp(lambda x: x @ pack(weights).T, (x,), (torch.ones_like(x),))
         assert torch.allclose(tangent, torch.ones_like(x) @ torch.cat(weights).T)
     assert [w.data_ptr() for w in weights] == before
+
+
+def test_parameters_that_are_packed_without_autograd_can_still_be_trained():
+    stack = layers()
+    weights = [layer.weight for layer in stack]
+    with torch.inference_mode():
+        pack(weights)
+    pack(weights).square().sum().backward()
+    assert all(torch.equal(weight.grad, 2 * weight) for weight in weights)
+
+
+def test_what_lies_in_somebody_else_s_buffer_stays_there():
+    """Optimizers that keep parameters in flat buffers write there."""
+    stack = layers()
+    weights = [layer.weight for layer in stack]
+    flat = torch.cat([weight.detach().flatten() for weight in reversed(weights)])
+    for weight, part in zip(reversed(weights), flat.split(20), strict=True):
+        weight.data = part.view(5, 4)
+    before = [weight.data_ptr() for weight in weights]
+    assert torch.equal(pack(weights), torch.cat(weights))
+    flat.add_(1.0)
+    assert [weight.data_ptr() for weight in weights] == before
+    assert torch.equal(pack(weights), torch.cat(weights))
+
+
+def test_nothing_is_moved_to_where_it_would_be_misaligned():
+    biases = [nn.Linear(4, 5).bias for _ in range(2)]  # 20 bytes each
+    before = [bias.data_ptr() for bias in biases]
+    assert torch.equal(pack(biases), torch.cat(biases))
+    assert [bias.data_ptr() for bias in biases] == before

@@ -6,8 +6,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from tim_kernels import CONDITIONS
+from tim_kernels import CONDITIONS, use_backend
 from tim_kernels import nn as fused
+from tim_kernels.backend import requested
 from tim_kernels.qk_norm_rope.reference import ORDERS
 
 from ..checks import check_times
@@ -36,7 +37,6 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["ClassBlock", "TextBlock"]
 
     @register_to_config
     def __init__(
@@ -136,9 +136,15 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
         return self.gradient_checkpointing and torch.is_grad_enabled()
 
     def _checkpoint(self, function, *args):
+        backend = requested()  # on a GPU the second run is in autograd's thread
+
+        def run(*args):
+            with use_backend(backend):
+                return function(*args)
+
         if is_forward_mode():
-            return checkpoint_dual(function, *args)
-        return self._gradient_checkpointing_func(function, *args)
+            return checkpoint_dual(run, *args)
+        return self._gradient_checkpointing_func(run, *args)
 
     def _check_inputs(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, features: bool) -> None:
         channels, patch = self.config.in_channels, self.config.patch_size

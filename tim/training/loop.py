@@ -31,7 +31,8 @@ def train(cfg: DictConfig, output: str | Path) -> Path:
 
     `output` receives `checkpoints/`, `log.jsonl`, `samples/` and, at the end, the averaged
     network in `model/`, whose path is returned. All randomness comes from `training.seed`, the
-    rank and the number of images seen: a stopped and resumed run equals an unbroken one.
+    rank and the number of images seen: a stopped and resumed run equals an unbroken one (on a GPU
+    up to the order in which attention's backward adds).
 
     Raises:
         ValueError: the configuration asks for something unknown.
@@ -60,6 +61,8 @@ class Trainer:
         self.dataset = build_dataset(cfg)
         self.objective = config.build_objective(cfg)
         network = config.build_network(cfg)
+        if network.projector is not None:  # nothing to align its features with: it stays as it is
+            network.projector.requires_grad_(False)
         self.ema_network = copy.deepcopy(network).eval().requires_grad_(False)
         self.ema_network.to(self.accelerator.device)
         # The average's storage is ema_network itself, ready to be sampled from and saved.
@@ -82,7 +85,7 @@ class Trainer:
     @property
     def network(self) -> TiMTransformer2DModel:
         """The trained network without wrappers."""
-        return self.accelerator.unwrap_model(self.model)
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     @property
     def images_per_micro_step(self) -> int:
@@ -131,7 +134,12 @@ class Trainer:
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
         )
-        return DataLoader(self.dataset, batch_sampler=stream, num_workers=dataloader.num_workers)
+        return DataLoader(
+            self.dataset,
+            batch_sampler=stream,
+            num_workers=dataloader.num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
 
     def _train_step(self, batches: Iterator[list[Tensor]]) -> Tensor:
         """One optimizer step; the loss terms and the gradient norm (4,), left on the device."""
@@ -155,7 +163,7 @@ class Trainer:
     def _loss(self, x: Tensor, y: Tensor, images_seen: int) -> tuple[Tensor, Tensor]:
         """The loss of a micro-batch and its detached terms (loss, weighted, denoising)."""
         device, params = self.accelerator.device, self.cfg.model.network.params
-        x, y = x.to(device), y.to(device)
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         generator = draws.generator(
             self.run_cfg.seed, self.accelerator.process_index, images_seen, device=device
         )

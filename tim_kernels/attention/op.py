@@ -83,11 +83,14 @@ def _plain_attention(q, k, v, segments, k_segments, key_mask) -> Tensor:
     if flash is None:
         return reference.attention(q, k, v, segments, k_segments, key_mask)
     if segments is None:
-        return flash.flash_attn_func(q, k, v)
-    keys = k_segments or segments
-    return flash.flash_attn_varlen_func(
-        q, k, v, segments.cu_seqlens, keys.cu_seqlens, segments.max_length, keys.max_length
-    )
+        out = flash.flash_attn_func(q, k, v)
+    else:
+        keys = k_segments or segments
+        out = flash.flash_attn_varlen_func(
+            q, k, v, cu_seqlens_q=segments.cu_seqlens, cu_seqlens_k=keys.cu_seqlens,
+            max_seqlen_q=segments.max_length, max_seqlen_k=keys.max_length,
+        )  # fmt: skip
+    return out[0] if isinstance(out, tuple) else out  # flash-attn 4 adds the log-sum-exp
 
 
 def _has_kernel(q: Tensor) -> bool:
