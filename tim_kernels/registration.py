@@ -99,7 +99,7 @@ def differentiable(op, setup_context: Callable, backward: Callable, jvp: Callabl
 
     def call(*args):
         if not torch.compiler.is_compiling():
-            return op(*args) if _is_plain() else Dual.apply(*args)
+            return op(*args) if is_plain() else Dual.apply(*args)
         if _has_tangent([arg for arg in args if isinstance(arg, Tensor)]):
             raise NotImplementedError(NO_TANGENT.format(name))
         return op(*args)
@@ -107,7 +107,7 @@ def differentiable(op, setup_context: Callable, backward: Callable, jvp: Callabl
     return call
 
 
-def _is_plain() -> bool:
+def is_plain() -> bool:
     """Whether nothing can be differentiated here, as in sampling: an `autograd.Function` is most
     of what a call then costs on the host."""
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:

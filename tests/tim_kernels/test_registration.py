@@ -5,7 +5,7 @@ import torch
 from parity import BACKEND, DEVICE
 from torch.autograd import forward_ad
 
-from tim_kernels import ada_layer_norm, use_backend
+from tim_kernels import ada_layer_norm, registration, use_backend
 from tim_kernels.ada_layer_norm import op
 
 
@@ -37,6 +37,21 @@ def test_eager_tangents():
     torch.testing.assert_close(actual, expected)
     assert bool(actual.any())
     assert dual(norm) is not None
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_tangents_do_not_need_gradients(off):
+    """Where there are neither, an operator is called as it is; a tangent alone prevents that."""
+    expected, tangent = norm(X), dual(norm)
+    with off():
+        assert registration.is_plain()
+        plain = norm(X.clone().requires_grad_() if off is torch.no_grad else X)
+        assert torch.equal(plain, expected) and not plain.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(dual(norm), tangent)
+        torch.testing.assert_close(torch.func.jvp(norm, (X,), (ONE,))[1], tangent)
+        gradient = torch.func.grad(lambda x: norm(x).square().sum())(X)
+    assert gradient.any() and not registration.is_plain()
 
 
 def test_the_bare_operator_refuses():

@@ -5,7 +5,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backend
-from ..registration import define, differentiable, remember_backend, remembered_backend
+from ..registration import (
+    define,
+    differentiable,
+    is_plain,
+    remember_backend,
+    remembered_backend,
+)
 from ..segments import Segments
 from . import reference
 from .arguments import arguments
@@ -278,7 +284,7 @@ def qkv_norm_rope(
     )  # fmt: skip
     if backend.is_reference(NAME, qkv):
         return *_reference(q, k, *checked), v
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_plain():
         return *_call(q, k, *checked), v
     return tuple(_Packed.apply(qkv, *checked))
 
