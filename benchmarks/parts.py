@@ -10,8 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import setup as build_script
-
 from .provenance import ROOT
 
 BUILDS = "test_it_builds_and_loads_without_a_gpu"  # as the first stage did
@@ -47,6 +45,8 @@ def build(dry_run: bool, is_needed: bool = True) -> Stage:
 
 def build_if_missing(dry_run: bool) -> list[Stage]:
     """Of parts that may find the tests' build in the same checkout."""
+    import setup as build_script  # needs setuptools, which only a build does
+
     note = ROOT / "tim_kernels/_cuda.json"
     built = json.loads(note.read_text()).get("sources") if note.exists() else None
     return [build(dry_run, built != build_script.source_hash())]

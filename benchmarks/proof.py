@@ -1,7 +1,7 @@
 """Which of a GPU's measurements may be told.
 
 Only those of a backend whose tests ran to their end on the same GPU with the same sources, where
-compute-sanitizer found nothing; and not of an op whose tests failed there.
+compute-sanitizer, if it ran, found nothing; and not of an op whose tests failed there.
 """
 
 from collections.abc import Iterable
@@ -34,7 +34,7 @@ def unproven(backend: str, result: dict, results: Iterable[dict]) -> str | None:
     stages = {stage["name"]: stage for stage in proof["stages"]}
     found = [n for n, s in stages.items() if n.startswith(SANITIZERS) and s["outcome"] == "failed"]
     if found:
-        return f"compute-sanitizer found something: {', '.join(found)}"
+        return f"compute-sanitizer did not pass: {', '.join(found)}"
     stage = stages.get(f"tests, {backend}", {})
     has_ended = stage.get("outcome") in ("passed", "failed") and stage.get("tests")
     return None if has_ended else f"the tests of {backend} did not run to their end"

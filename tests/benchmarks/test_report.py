@@ -95,10 +95,10 @@ def test_no_speed_of_a_backend_whose_tests_did_not_end(outcome):
     assert "What cuda reached is not shown, since the tests of cuda did not run" in text
 
 
-def test_no_speed_where_the_sanitizer_found_something():
+def test_no_speed_where_the_sanitizer_did_not_pass():
     stages = [*TESTS["stages"], dict(name="racecheck, short list", outcome="failed")]
     text = section([OPS, MODELS, TESTS | dict(stages=stages)])
-    assert "compute-sanitizer found something: racecheck" in text and "7.50" not in text
+    assert "compute-sanitizer did not pass: racecheck" in text and "7.50" not in text
 
 
 def test_a_failing_test_of_every_op_counts_for_the_one_it_names():
