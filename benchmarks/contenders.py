@@ -31,17 +31,22 @@ class Contender(NamedTuple):
         """Ours, or eager PyTorch, on which everything is measured."""
         return self.name in (EAGER, *OWN)
 
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        """Its backend, for the whole process: on a GPU backward runs in another thread."""
-        before = backend._process
-        backend.set_backend(self.backend or before)
-        try:
-            yield
-        finally:
-            backend.set_backend(before)
-            if self.name == COMPILE:
-                torch._dynamo.reset()
+    def active(self) -> contextlib.AbstractContextManager:
+        return running_on(self.backend, is_compiled=self.name == COMPILE)
+
+
+@contextlib.contextmanager
+def running_on(name: str | None, is_compiled: bool) -> Iterator[None]:
+    """A backend, for the whole process: on a GPU backward runs in another thread. What
+    torch.compile made is forgotten afterwards."""
+    before = backend._process
+    backend.set_backend(name or before)
+    try:
+        yield
+    finally:
+        backend.set_backend(before)
+        if is_compiled:
+            torch._dynamo.reset()
 
 
 def compiled(function: Callable) -> Callable:

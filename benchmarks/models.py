@@ -136,7 +136,7 @@ class Comparison:
         }
         return row | self._roofline(timing.ms)
 
-    def check(self, contender: Contender) -> None:
+    def try_once(self, contender: Contender) -> None:
         """Run it, once its answers are seen to be right.
 
         Raises:

@@ -104,6 +104,11 @@ class Comparison:
             "error_vs_eager": parity,
         }
 
+    def try_once(self, contender: Contender) -> None:
+        """Run its part; nothing is checked."""
+        with contender.active():
+            self.thunk(contender)()
+
     @property
     def roofline_ms(self) -> float:
         """At the limits measured on this device, with the fused op's launches."""

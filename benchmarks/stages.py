@@ -137,7 +137,7 @@ def op_cases(dry_run: bool) -> list[ops.Case]:
 
 def fill_compiler_cache(run: Run) -> None:
     """Compile what the next stage will time, in parallel; timed is nothing here."""
-    _in_parallel(run, _compile_op, op_cases(run.dry_run))
+    _in_parallel(run, ops.Comparison, op_cases(run.dry_run))
 
 
 def fill_model_cache(run: Run) -> None:
@@ -154,13 +154,13 @@ def fill_model_cache(run: Run) -> None:
         if COMPILE in case.only
     ]  # fmt: skip
     slow_first = sorted(dict.fromkeys(cases), key=lambda case: case.task.kind != "training")
-    _in_parallel(run, _compile_model, slow_first)
+    _in_parallel(run, models.Comparison, slow_first)
 
 
-def _in_parallel(run: Run, job: Callable, cases: list) -> None:
+def _in_parallel(run: Run, make: Callable, cases: list) -> None:
     context = multiprocessing.get_context("spawn")
     with context.Pool(2 if run.dry_run else COMPILING) as pool:
-        done = pool.imap_unordered(job, [(case, run.device) for case in cases], chunksize=1)
+        done = pool.imap_unordered(_compile, [(make, case, run.device) for case in cases])
         for _ in cases:
             try:
                 done.next(timeout=max(0.1, run.seconds_left))
@@ -169,27 +169,15 @@ def _in_parallel(run: Run, job: Callable, cases: list) -> None:
                 return
 
 
-def _compile_op(job: tuple[ops.Case, str]) -> None:
+def _compile(job: tuple) -> None:
     """Failures are not told: the next stage meets them again."""
-    case, device = job
+    make, case, device = job
     torch.set_num_threads(1)
     with contextlib.suppress(Exception):
-        comparison = ops.Comparison(case, device, Limits(1.0, 1.0))
+        comparison = make(case, device, Limits(1.0, 1.0))
         for contender in comparison.contenders:
             if contender.name in (COMPILE, "triton"):
-                with contender.active():
-                    comparison.thunk(contender)()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _compile_model(job: tuple[tasks.Case, str]) -> None:
-    case, device = job
-    torch.set_num_threads(1)
-    with contextlib.suppress(Exception):
-        comparison = models.Comparison(case, device, Limits(1.0, 1.0))
-        for contender in comparison.contenders:
-            comparison.check(contender)
+                comparison.try_once(contender)
         if device == "cuda":
             torch.cuda.empty_cache()
 

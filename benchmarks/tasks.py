@@ -4,17 +4,16 @@ with noise for weights and the inputs on which it is done; and whose loop and lo
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tests.eager import EagerTiM
-from tim_kernels import backend
 
 from . import published
-from .contenders import COMPILE
+from .contenders import COMPILE, running_on
 from .shapes import Model
 from .timing import is_cuda
 
@@ -72,16 +71,8 @@ class Contender(NamedTuple):
     def is_own(self) -> bool:
         return not self.name.startswith(COMPILE)
 
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        before = backend._process
-        backend.set_backend(self.backend or before)
-        try:
-            yield
-        finally:
-            backend.set_backend(before)
-            if not self.is_own:
-                torch._dynamo.reset()
+    def active(self) -> contextlib.AbstractContextManager:
+        return running_on(self.backend, is_compiled=not self.is_own)
 
 
 @torch.no_grad()
