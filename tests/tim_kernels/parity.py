@@ -4,6 +4,9 @@ The error of the fused op is bounded by the error that eager PyTorch of the same
 against the float64 reference: ‖fused − f64‖ ≤ FACTOR·‖eager − f64‖ + 1e-6·‖f64‖. One rounding at
 the output can not be worse than several, 1.25 is for the noise of small shapes; derivatives pass
 through more eager roundings of their own, which differ in order, hence 2.
+
+Errors over a handful of numbers that nearly cancel say nothing: eager's may be small by luck. So
+derivatives are taken in as many directions as make NUMBERS of them.
 """
 
 import os
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from tim_kernels.backend import use_backend
 
-FORWARD, DERIVATIVE, FLOOR = 1.25, 2.0, 1e-6
+FORWARD, DERIVATIVE, FLOOR, NUMBERS = 1.25, 2.0, 1e-6, 16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKEND = os.environ.get("TIM_KERNELS_TEST_BACKEND", "triton")
 EMULATED = "TIM_KERNELS_EMULATION" in os.environ  # csrc/ on a CPU; its tangents are Triton's
@@ -36,41 +39,62 @@ def _tuple(outputs) -> tuple[Tensor, ...]:
 
 
 def run(
-    function: Callable, inputs: Sequence[Tensor], dtype=None, with_tangents: bool = True
+    function: Callable,
+    inputs: Sequence[Tensor],
+    dtype=None,
+    with_tangents: bool = True,
+    numbers: int = 1,
 ) -> dict[str, list[Tensor]]:
     """Outputs, gradients and tangents of `function` at `inputs`, cast to `dtype` if given.
 
     Cotangents and tangents are fixed noise, rounded to the inputs' own dtypes first so that every
-    contender is asked the same question.
+    contender is asked the same question. There are as many of them as give each gradient, and each
+    tangent, `numbers` numbers or more; a leading dimension tells them apart.
     """
     cast = (lambda x: x.to(dtype)) if dtype else (lambda x: x)
     leaves = [cast(x.detach()).requires_grad_() for x in inputs]
+    primals = tuple(leaf.detach() for leaf in leaves)
     outputs = _tuple(function(*leaves))
-    cotangents = [
-        cast(noise(*out.shape, seed=100 + i, device=out.device).to(inputs[0].dtype))
-        for i, out in enumerate(outputs)
-    ]
-    cotangents = [c.to(o.dtype) for c, o in zip(cotangents, outputs, strict=True)]
-    gradients = torch.autograd.grad(outputs, leaves, cotangents)
-    result = {"outputs": [out.detach() for out in outputs], "gradients": list(gradients)}
+    result = {"outputs": [out.detach() for out in outputs]}
+    gradients = []
+    for seed in _seeds(100, inputs, numbers):
+        along = _noise_like(outputs, seed, [inputs[0].dtype] * len(outputs))
+        cotangents = [cast(c).to(out.dtype) for c, out in zip(along, outputs, strict=True)]
+        gradients.append(torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True))
+    result["gradients"] = _stack(gradients)
     if not with_tangents:
         return result
-    tangents = [
-        cast(noise(*x.shape, seed=200 + i, device=x.device).to(x.dtype))
-        for i, x in enumerate(inputs)
+    tangents = []
+    for seed in _seeds(200, outputs, numbers):
+        along = _noise_like(inputs, seed, [x.dtype for x in inputs])
+        tangents.append(_tuple(torch.func.jvp(function, primals, tuple(map(cast, along)))[1]))
+    return result | {"tangents": _stack(tangents)}
+
+
+def _noise_like(tensors: Sequence[Tensor], seed: int, dtypes: Sequence) -> list[Tensor]:
+    return [
+        noise(*x.shape, seed=seed + i, dtype=dtype, device=x.device)
+        for i, (x, dtype) in enumerate(zip(tensors, dtypes, strict=True))
     ]
-    primals = tuple(leaf.detach() for leaf in leaves)
-    _, out_tangents = torch.func.jvp(function, primals, tuple(tangents))
-    return result | {"tangents": list(_tuple(out_tangents))}
+
+
+def _seeds(first: int, tensors: Sequence[Tensor], numbers: int) -> range:
+    """One for each direction, so many that the smallest tensor yields `numbers` numbers of all."""
+    directions = -(-numbers // max(1, min(x.numel() for x in tensors)))
+    return range(first, first + 1000 * max(1, directions), 1000)
+
+
+def _stack(directions: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [torch.stack(tensors) for tensors in zip(*directions, strict=True)]
 
 
 def assert_parity(fused: Callable, eager: Callable, inputs: Sequence[Tensor]) -> None:
     """Hold `fused` to its float64 reference, with the error of `eager` as the yardstick."""
     with use_backend("reference"):
-        oracle = run(fused, inputs, torch.float64, not EMULATED)
-        plain = run(eager, inputs, None, not EMULATED)
+        oracle = run(fused, inputs, torch.float64, not EMULATED, NUMBERS)
+        plain = run(eager, inputs, None, not EMULATED, NUMBERS)
     with use_backend(BACKEND):
-        ours = run(fused, inputs, None, not EMULATED)
+        ours = run(fused, inputs, None, not EMULATED, NUMBERS)
     for kind, expected in oracle.items():
         factor = FORWARD if kind == "outputs" else DERIVATIVE
         for i, truth in enumerate(expected):
@@ -97,11 +121,15 @@ def assert_adjoint(function: Callable, inputs: Sequence[Tensor]) -> None:
         result = run(function, inputs)
     cotangents = [noise(*o.shape, seed=100 + i) for i, o in enumerate(result["outputs"])]
     tangents = [noise(*x.shape, seed=200 + i) for i, x in enumerate(inputs)]
-    forward = [(t.cpu().double(), c) for t, c in zip(result["tangents"], cotangents, strict=True)]
-    reverse = [(g.cpu().double(), t) for g, t in zip(result["gradients"], tangents, strict=True)]
+    forward = _in_float64(result["tangents"], cotangents)
+    reverse = _in_float64(result["gradients"], tangents)
     left, right = (sum(float((a * b).sum()) for a, b in pairs) for pairs in (forward, reverse))
     scale = sum(float(a.norm() * b.norm()) for a, b in forward + reverse)
     assert abs(left - right) <= 1e-6 * scale
+
+
+def _in_float64(derivatives, weights) -> list[tuple[Tensor, Tensor]]:
+    return [(d[0].cpu().double(), w) for d, w in zip(derivatives, weights, strict=True)]
 
 
 def assert_gradcheck(function: Callable, inputs: Sequence[Tensor]) -> None:

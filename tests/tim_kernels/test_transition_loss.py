@@ -38,7 +38,10 @@ def problem(form, shape=(3, 4, 5, 8), trailing=2, dtype=torch.float32, latents=N
     networks, is_enhanced = FORMS[form]
     B, *inner = shape
     rest = dict(x=draw(1, *shape), z=draw(2, *shape))
-    rest["coefficients"] = tuple(draw(3 + i, B, dtype=torch.float32) for i in range(5))
+    a = [draw(3 + i, B, dtype=torch.float32) for i in range(5)]
+    if networks == 2:
+        a[2] *= 2 * EPSILON  # what the difference is divided by: no sample outweighs the others
+    rest["coefficients"] = tuple(a)
     if networks:
         rest["dF"] = draw(8, networks * trailing, *inner, dtype=dtype)
     if networks == 2:
