@@ -66,7 +66,8 @@ class Trainer:
         self.ema_network = copy.deepcopy(network).eval().requires_grad_(False)
         self.ema_network.to(self.accelerator.device)
         # The average's storage is ema_network itself, ready to be sampled from and saved.
-        self.ema = EMAModel([], decay=cfg.model.ema_decay if cfg.model.use_ema else 0.0)
+        decay = cfg.model.ema_decay if cfg.model.use_ema else 0.0
+        self.ema = EMAModel([], decay=decay, foreach=True)  # a few launches, not one a parameter
         self.ema.shadow_params = list(self.ema_network.parameters())
         optimizer = config.build_optimizer(cfg, network.parameters())
         if run.scale_lr:
