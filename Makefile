@@ -28,7 +28,8 @@ bench: $(VENV)/.bench ## count, read the compiled kernels, time what runs here, 
 	$(BIN)/python -m benchmarks.report --write
 
 # On a bare GPU machine: system Python with torch, triton and pytest, no download, no environment.
-# PART=tests, ops or model runs one of the three; OUT is the folder for the results.
+# PART=tests, ops or model runs one of the three, PART=short some of each in nine minutes; OUT is the
+# folder for the results.
 gpu: ## build, prove and measure on this machine's GPU: make gpu PART=all OUT=benchmarks/results
 	$(PYTHON) -m benchmarks.gate --part $(or $(PART),all) --out $(or $(OUT),build/gate) \
 		$(if $(COMMIT),--commit $(COMMIT)) $(if $(WHEELS),--wheels $(WHEELS))

@@ -47,7 +47,7 @@ def table(results: Sequence[dict]) -> dict[str, dict[str, str]]:
         result = proof.latest(results, "ops", gpu)
         if result is not None and proof.obstacle(result, results) is None:
             name = "sm_" + result["machine"]["capability"].replace(".", "")
-            chosen[name] = fastest(proof.told_rows(result, results))
+            chosen[name] = fastest(proof.told_rows(result, results, "op"))
     return chosen
 
 

@@ -1,10 +1,11 @@
 """The GPU gate: builds, proves and measures everything on the GPU at hand, into one JSON file.
 
-    python -m benchmarks.gate --part tests|ops|model|all --out DIR [--commit HASH] [--dry-run]
+    python -m benchmarks.gate --part tests|ops|model|all|short --out DIR [--commit HASH] [--dry-run]
 
 It needs Python with torch, triton and pytest, and downloads nothing; what is missing is left out
 and named. Each part ends within nine minutes: its stages run one after the other in processes of
-their own, each with a limit, and what runs over is killed. Nothing stops at a failure. The file is
+their own, each with a limit, and what runs over is killed. "all" runs the three one after the
+other; "short" is one part with the most telling of each. Nothing stops at a failure. The file is
 replaced whole after every few rows, so that a run cut off anywhere leaves one that can be read.
 
 DIR receives <date>-<gpu>-<part>.json and the same .log. --dry-run walks the same path on a CPU,
@@ -25,7 +26,7 @@ import time
 from pathlib import Path
 
 from . import table
-from .parts import STAGES, Stage, worker
+from .parts import FULL, STAGES, Stage, worker
 from .provenance import ROOT, commit_hash, now
 from .record import Record
 
@@ -240,7 +241,7 @@ def main() -> int:
     results = []
     with tempfile.TemporaryDirectory() as site:
         missing = install(args.wheels, Path(site)) if args.wheels else None
-        for part in STAGES if args.part == "all" else (args.part,):
+        for part in FULL if args.part == "all" else (args.part,):
             path = Path(site) if args.wheels else None
             results.append(
                 run_part(

@@ -1,4 +1,4 @@
-"""The stages of the gate's three parts: what each runs, in which order, and for how long."""
+"""The stages of the gate's parts: what each runs, in which order, and for how long."""
 
 import dataclasses
 import functools
@@ -52,16 +52,19 @@ def build_if_missing(dry_run: bool) -> list[Stage]:
     return [build(dry_run, built != build_script.source_hash())]
 
 
-def worker(name: str, limit: float, dry_run: bool, **changes) -> Stage:
+def worker(name: str, limit: float, dry_run: bool, brief: bool = False, **changes) -> Stage:
     """A stage of benchmarks.stages."""
     command = [sys.executable, "-m", "benchmarks.stages", name]
-    command += ["--dry-run"] if dry_run else []
+    command += ["--dry-run"] * dry_run + ["--brief"] * brief
     return Stage(changes.pop("title", name.replace("_", " ")), command, limit, **changes)
 
 
 def tests_part(dry_run: bool) -> list[Stage]:
-    backends = parity("triton", dry_run, 220), parity("cuda", dry_run, 140)
-    return [build(dry_run), *backends, *sanitizer(dry_run)]
+    return [*built_and_tested(dry_run), *sanitizer(dry_run)]
+
+
+def built_and_tested(dry_run: bool) -> list[Stage]:
+    return [build(dry_run), parity("triton", dry_run, 220), parity("cuda", dry_run, 140)]
 
 
 def parity(backend: str, dry_run: bool, limit: float) -> Stage:
@@ -88,8 +91,9 @@ def parity(backend: str, dry_run: bool, limit: float) -> Stage:
 
 
 def sanitizer(dry_run: bool) -> list[Stage]:
-    """The short list alone, and under compute-sanitizer; a planted error shows that it looks. It
-    looks at our kernels, not at cuBLAS's, and not at calls of the driver's that torch probes."""
+    """The short list alone, under memcheck and under racecheck; a planted error shows that the tool
+    looks. It looks at our kernels, not at cuBLAS's, and not at calls of the driver's that torch
+    probes."""
     tool = _compute_sanitizer()
     obstacle = "a dry run has no CUDA" if dry_run else None
     if tool is None:
@@ -136,7 +140,24 @@ def model_part(dry_run: bool) -> list[Stage]:
     ]
 
 
-STAGES = {"tests": tests_part, "ops": ops_part, "model": model_part}
+def short_part(dry_run: bool) -> list[Stage]:
+    """Some of each of the three, for a GPU that is there for minutes: all tests, the core ops, a
+    forward and a training step of each model, memcheck; what time is left goes to tuning."""
+    ahead = {"brief": True, "environment": ONE_COMPILER}
+    _, *memcheck, _ = sanitizer(dry_run)
+    return [
+        *built_and_tested(dry_run),
+        worker("fill_compiler_cache", 45, dry_run, **ahead),
+        worker("time_ops", 60, dry_run, brief=True),
+        worker("fill_model_cache", 45, dry_run, **ahead),
+        worker("time_models", 90, dry_run, brief=True),
+        *memcheck,
+        worker("tuning", 120, dry_run),
+    ]
+
+
+FULL = {"tests": tests_part, "ops": ops_part, "model": model_part}
+STAGES = FULL | {"short": short_part}
 
 
 def _compute_sanitizer() -> Path | None:

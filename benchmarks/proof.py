@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from .results import FUSED, fill_ratios
 
 SANITIZERS = "memcheck, ", "racecheck, "
+IN_SHORT = "tests", "ops", "model"  # of what the gate's part "short" has some
 
 
 def gpus(results: Iterable[dict]) -> list[str]:
@@ -16,8 +17,12 @@ def gpus(results: Iterable[dict]) -> list[str]:
 
 
 def latest(results: Iterable[dict], part: str, gpu: str | None = None) -> dict | None:
-    own = [r for r in results if r["part"] == part and r["machine"].get("gpu") == gpu]
+    own = [r for r in results if _has(r, part) and r["machine"].get("gpu") == gpu]
     return own[-1] if own else None
+
+
+def _has(result: dict, part: str) -> bool:
+    return result["part"] == part or (result["part"] == "short" and part in IN_SHORT)
 
 
 def obstacle(result: dict, results: Iterable[dict]) -> str | None:
@@ -53,13 +58,12 @@ def failed_tests(result: dict, results: Iterable[dict]) -> list[str]:
 def _proof(result: dict, results: Iterable[dict]) -> dict | None:
     """The last tests on that GPU with these sources."""
     gpu, sources = result["machine"]["gpu"], result["sources"]
-    own = [r for r in results if r["sources"] == sources and r["part"] == "tests"]
-    return latest(own, "tests", gpu)
+    return latest([r for r in results if r["sources"] == sources], "tests", gpu)
 
 
-def told_rows(result: dict, results: Iterable[dict]) -> list[dict]:
-    """The rows of ops or models in a GPU's result that may be told."""
-    rows = [row for row in result["rows"] if row["kind"] in ("op", "model")]
+def told_rows(result: dict, results: Iterable[dict], kind: str) -> list[dict]:
+    """The rows of a kind, "op" or "model", in a GPU's result that may be told."""
+    rows = [row for row in result["rows"] if row["kind"] == kind]
     fill_ratios(rows)
     hidden = [backend for backend in FUSED if unproven(backend, result, results)]
     failed = failed_tests(result, results)
@@ -67,7 +71,7 @@ def told_rows(result: dict, results: Iterable[dict]) -> list[dict]:
     def is_told(row: dict) -> bool:
         if row["contender"].rpartition(", ")[2] in hidden:
             return False
-        if row["kind"] == "model":
+        if kind == "model":
             return not failed
         names = folder(row["op"]), row["op"].partition(" ")[0].rstrip(",")
         return not any(name in what for what in failed for name in names)

@@ -18,8 +18,10 @@ README, PLOTS = ROOT / "README.md", ROOT / "docs/benchmarks"
 BEGIN, END = "<!-- benchmarks: begin, made by `make bench` -->", "<!-- benchmarks: end -->"
 NOTHING = (
     "Nothing has been measured on a GPU yet, so no speed of a kernel is stated here. `make gpu` "
-    "measures it, in three parts of less than nine minutes, into one file each."
+    "measures it, in three parts of less than nine minutes, into one file each; `make gpu "
+    "PART=short` has the most telling of all three in one."
 )
+KINDS = {"ops": "op", "model": "model"}  # of rows, by the part of the gate that has them
 TABLE_SHAPES = ("c2i-xl, batch 64", "t2i-xl, batch 8")
 
 
@@ -34,7 +36,7 @@ def section(results: Sequence[dict]) -> str:
 
 def _gpu_section(gpu: str, results: Sequence[dict]) -> list[str]:
     parts = [f"### {gpu}"]
-    for part in ("ops", "model"):
+    for part, kind in KINDS.items():
         result = latest(results, part, gpu)
         if result is None:
             parts.append(f"{part}: not measured yet.")
@@ -42,11 +44,12 @@ def _gpu_section(gpu: str, results: Sequence[dict]) -> list[str]:
         if reason := obstacle(result, results):
             parts.append(f"{part}: measured, but not told, since {reason}.")
             continue
-        rows = told_rows(result, results)
+        rows = told_rows(result, results, kind)
         parts.append(_where(result))
-        parts.append(_op_table(rows) if part == "ops" else _model_table(rows))
-        parts += _derivative_tables(result, results)
-        for path in plots_of(result):
+        parts.append(_op_table(rows) if kind == "op" else _model_table(rows))
+        if part == "ops":
+            parts += _derivative_tables(result, results)
+        for path in plots_of(result, kind):
             parts.append(f"![{path.stem}]({path.relative_to(ROOT)})")
         for name in FUSED:
             if reason := unproven(name, result, results):
@@ -162,19 +165,19 @@ def _savings_section(results: Sequence[dict]) -> list[str]:
     ]
 
 
-def plots_of(result: dict) -> list[Path]:
-    """Where the plots of a GPU's result lie once `write_plots` has made them."""
+def plots_of(result: dict, kind: str) -> list[Path]:
+    """Where the plots of a GPU's rows of a kind lie once `write_plots` has made them."""
     stem = Path(result["file"]).stem
-    names = ("against", "limit") if result["part"] == "ops" else ("models",)
+    names = ("against", "limit") if kind == "op" else ("models",)
     return [PLOTS / f"{stem}-{name}.png" for name in names]
 
 
-def write_plots(result: dict, results: Sequence[dict]) -> None:
+def write_plots(result: dict, results: Sequence[dict], kind: str) -> None:
     """Bar charts: ops against eager and compile, their share of the limit; models."""
-    rows = told_rows(result, results)
+    rows = told_rows(result, results, kind)
     PLOTS.mkdir(parents=True, exist_ok=True)
-    paths = plots_of(result)
-    if result["part"] == "ops":
+    paths = plots_of(result, kind)
+    if kind == "op":
         rows = [r for r in rows if r["shape"] == TABLE_SHAPES[0]]
 
         def label(row):
@@ -239,10 +242,10 @@ def main() -> None:
         print(text)
         return
     for gpu in gpus(results):
-        for part in ("ops", "model"):
+        for part, kind in KINDS.items():
             result = latest(results, part, gpu)
             if result is not None and obstacle(result, results) is None:
-                write_plots(result, results)
+                write_plots(result, results, kind)
     README.write_text(into(README.read_text(), text))
 
 

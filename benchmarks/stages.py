@@ -1,6 +1,6 @@
 """What a stage of the gate does, in a process of its own: a broken one poisons no other.
 
-    python -m benchmarks.stages NAME --rows FILE [--seconds 100] [--dry-run]
+    python -m benchmarks.stages NAME --rows FILE [--seconds 100] [--dry-run] [--brief]
 
 Each result is one line of JSON, written and flushed when it is there. What there was no time for
 is named.
@@ -34,10 +34,15 @@ COMPILING = 14  # processes that fill the compilers' caches together
 
 
 class Run:
-    """Where a stage runs, how long it may, and where its rows go. Cases before `skip` are done."""
+    """Where a stage runs, how long it may, and where its rows go. Cases before `skip` are done;
+    a `brief` one has only those that tell most."""
 
-    def __init__(self, name: str, rows: Path, seconds: float, dry_run: bool, skip: int = 0):
+    def __init__(
+        self, name: str, rows: Path, seconds: float, dry_run: bool, skip: int = 0,
+        brief: bool = False,
+    ):  # fmt: skip
         self.name, self.rows, self.dry_run, self.skip = name, rows, dry_run, skip
+        self.brief = brief
         self.deadline = time.monotonic() + seconds
         self.device = "cpu" if dry_run else "cuda"
 
@@ -96,7 +101,8 @@ class Run:
         """This stage, in a new process in place of this one, from that case on."""
         command = [sys.executable, "-m", "benchmarks.stages", self.name, "--rows", str(self.rows)]
         command += ["--seconds", f"{self.seconds_left:.0f}", "--skip", str(skip)]
-        os.execv(sys.executable, command + ["--dry-run"] * self.dry_run)
+        command += ["--dry-run"] * self.dry_run + ["--brief"] * self.brief
+        os.execv(sys.executable, command)
 
 
 def describe(run: Run) -> None:
@@ -120,8 +126,9 @@ def state(run: Run) -> None:
     run.emit({"kind": "state"} | machine.state())
 
 
-def op_cases(dry_run: bool) -> list[ops.Case]:
-    """The most telling first: the core ops at every shape, then all others, tangents last."""
+def op_cases(dry_run: bool, brief: bool = False) -> list[ops.Case]:
+    """The most telling first: the core ops at every shape, then all others, tangents last; if
+    `brief`, the core ops at the main shapes alone."""
     if dry_run:
         return [c for c in ops.cases({"small": SMALL["small, batch 2"]}) if c.call in DRY_CALLS]
 
@@ -132,12 +139,12 @@ def op_cases(dry_run: bool) -> list[ops.Case]:
         return 2 if is_core and not is_tangent else NEVER
 
     cases = [c for c in ops.cases(PUBLISHED) if c.direction != "forward + backward"]
-    return [c for c in sorted(cases, key=rank) if rank(c) < NEVER]
+    return [c for c in sorted(cases, key=rank) if rank(c) < (2 if brief else NEVER)]
 
 
 def fill_compiler_cache(run: Run) -> None:
     """Compile what the next stage will time, in parallel; timed is nothing here."""
-    _in_parallel(run, ops.Comparison, op_cases(run.dry_run))
+    _in_parallel(run, ops.Comparison, op_cases(run.dry_run, run.brief))
 
 
 def fill_model_cache(run: Run) -> None:
@@ -150,7 +157,7 @@ def fill_model_cache(run: Run) -> None:
             model=case.model._replace(depth=2), task=same.get(case.task, case.task),
             only=(COMPILE,),
         )
-        for case in model_cases(run.dry_run)
+        for case in model_cases(run.dry_run, run.brief)
         if COMPILE in case.only
     ]  # fmt: skip
     slow_first = sorted(dict.fromkeys(cases), key=lambda case: case.task.kind != "training")
@@ -183,11 +190,12 @@ def _compile(job: tuple) -> None:
 
 
 def time_ops(run: Run) -> None:
-    run.leave_out("forward + backward; tangents and rarer ops but at two shapes", BY_PLAN)
+    left = "all but the core ops at two shapes" if run.brief else "tangents and rarer ops elsewhere"
+    run.leave_out(f"forward + backward; {left}", BY_PLAN)
     limits = run.limits()
     seconds = 0.02 if run.dry_run else 0.1
     run.through(
-        op_cases(run.dry_run),
+        op_cases(run.dry_run, run.brief),
         lambda case: ops.compare(case, run.device, limits, seconds, interpret=run.dry_run),
     )
 
@@ -220,8 +228,9 @@ def tuning(run: Run) -> None:
     )
 
 
-def model_cases(dry_run: bool) -> list[tasks.Case]:
-    """The most telling first, each only with contenders that tell something new.
+def model_cases(dry_run: bool, brief: bool = False) -> list[tasks.Case]:
+    """The most telling first, each only with contenders that tell something new; if `brief`, a
+    forward and a training step of each model.
 
     A forward is the same with our sampler as without, and the launches of a forward that is no
     graph say little beyond the middle batch. Training is at half of that: the eager step with its
@@ -258,16 +267,22 @@ def model_cases(dry_run: bool) -> list[tasks.Case]:
         *at(eight_steps, middle, not_compiled),
         *at(four_steps, others, not_compiled),
     ]
+    if brief:
+        cases = [*at(tasks.GRAPH_TASK, middle, (*graph, "tim")), *at(dde, middle, not_compiled, 2)]
     return [c for c in cases if c.task != tasks.GRAPH_TASK] if dry_run else cases
 
 
 def time_models(run: Run) -> None:
-    run.leave_out("1 and 8 steps, training and plain forwards but at one batch", BY_PLAN)
-    run.leave_out("torch.compile in 8 steps, and in 4 but at one batch", BY_PLAN)
+    if run.brief:
+        run.leave_out("all but a forward and a training step at one batch", BY_PLAN)
+    else:
+        run.leave_out("1 and 8 steps, training and plain forwards but at one batch", BY_PLAN)
+        run.leave_out("torch.compile in 8 steps, and in 4 but at one batch", BY_PLAN)
     limits = run.limits()
     seconds = 0.02 if run.dry_run else 0.5
     run.through(
-        model_cases(run.dry_run), lambda case: models.compare(case, run.device, limits, seconds)
+        model_cases(run.dry_run, run.brief),
+        lambda case: models.compare(case, run.device, limits, seconds),
     )
 
 
@@ -326,13 +341,14 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--skip", type=int, default=0, help="cases that are done")
+    parser.add_argument("--brief", action="store_true", help="only the cases that tell most")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     if args.dry_run:
         from tests.tim_kernels.rounding import round_bfloat16_like_hardware
 
         round_bfloat16_like_hardware()
-    STAGES[args.name](Run(args.name, args.rows, args.seconds, args.dry_run, args.skip))
+    STAGES[args.name](Run(args.name, args.rows, args.seconds, args.dry_run, args.skip, args.brief))
 
 
 if __name__ == "__main__":

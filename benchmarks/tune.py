@@ -285,7 +285,9 @@ def main() -> None:
     if args.result:
         result = json.loads(args.result.read_text()).get("tuning")
         if not result:
-            parser.error(f'{args.result} holds no tuning: the gate\'s part "ops" makes it')
+            parser.error(
+                f'{args.result} holds no tuning: the gate\'s parts "ops" and "short" make it'
+            )
         source, found = result["source"], {result["architecture"]: result["chosen"]}
     elif args.arch or not torch.cuda.is_available():
         source = f"compiled with Triton {triton.__version__}, not timed"

@@ -188,6 +188,27 @@ def test_dry_run_of_the_tests(dry):
     assert result["machine"]["torch"] and result["machine"]["cores"] >= 1
 
 
+def test_dry_run_of_the_short_part(tmp_path):
+    """Some of everything in one file."""
+    result = gate.run_part("short", tmp_path, "abc", dry_run=True)
+    found = outcomes(result)
+    ran = {"tests, triton", "fill compiler cache", "time ops", "fill model cache", "time models"}
+    assert all(found[name] == "passed" for name in ran) and not result["failures"]
+    assert {name.partition(",")[0] for name in found} >= {"build", "memcheck", "tuning"}
+    assert {"op", "model"} <= {row["kind"] for row in result["rows"]} and result["finished"]
+
+
+def test_the_short_part_asks_for_the_core_alone():
+    brief, full = stages.op_cases(False, brief=True), stages.op_cases(False)
+    assert {case.call for case in brief} == set(stages.CORE) and brief == full[: len(brief)]
+    assert {case.shape_name for case in brief} == set(stages.MAIN_SHAPES)
+    models_asked = {(c.model_name, c.task) for c in stages.model_cases(False, brief=True)}
+    both = tasks.GRAPH_TASK, tasks.TRAINING[0]
+    assert models_asked == {(name, task) for name in MODELS for task in both}
+    briefly = [s.name for s in parts.short_part(False) if "--brief" in s.command]
+    assert briefly == ["fill compiler cache", "time ops", "fill model cache", "time models"]
+
+
 def test_the_file_names_no_machine(dry):
     _, result = dry
     text = json.dumps(result)

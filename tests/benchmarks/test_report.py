@@ -111,6 +111,15 @@ def test_a_failing_test_of_every_op_counts_for_the_one_it_names():
     assert "Tests failed there, 1" in text
 
 
+def test_the_short_part_is_its_own_proof_and_has_ops_and_models():
+    short = result("short", [*OPS["rows"], *MODELS["rows"]])
+    text = section([short])
+    assert text.count("7.50 × | 3.75 × |") == 1 and text.count("| 3.00 × |") == 1
+    assert "-short-against.png" in text and "-short-models.png" in text
+    assert "not told" in section([short | dict(stages=[])])
+    assert "What the algorithm alone saves" not in text
+
+
 def test_the_derivative_s_tables():
     cost = dict(kind="derivative", error=1.5e-3, ms=12.5, peak_bytes=3 * 2**20, contender="tim")
     network = dict(what="dF/dt", network="xl-256", depth=8, derivative="jvp", dtype="bfloat16")
@@ -129,8 +138,8 @@ def test_the_latest_result_counts():
 
 def test_plots(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "PLOTS", tmp_path)
-    report.write_plots(OPS, [OPS, TESTS])
-    report.write_plots(MODELS, [MODELS, TESTS])
+    report.write_plots(OPS, [OPS, TESTS], "op")
+    report.write_plots(MODELS, [MODELS, TESTS], "model")
     made = {path.name for path in tmp_path.iterdir()}
     assert made == {
         "2026-11-23-h100-ops-against.png",
