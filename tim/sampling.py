@@ -1,5 +1,7 @@
 """Any-step sampling (arXiv 2509.04394, section 3.4)."""
 
+from collections.abc import Callable
+
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ def sample(
     generator: torch.Generator | list[torch.Generator] | None = None,
     return_trajectory: bool = False,
     progress: bool = False,
+    on_step: Callable[[int, float, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Carry noise z at T_max to data at T_min in `num_steps` network evaluations.
 
@@ -40,7 +43,8 @@ def sample(
     free guidance (arXiv 2207.12598) acts where cfg_low·T_max < t < cfg_high·T_max, if
     cfg_scale > 1. "transition" asks the network for F(x, t, r), "ddiffusion" for F(x, t, t).
     `stochasticity_ratio` > 0 adds noise between the first and the last step (OT_FM only), drawn
-    from `generator`. The state is kept in float64, the network runs in its own dtype.
+    from `generator`. The state is kept in float64, the network runs in its own dtype. After each
+    step `on_step` is given its index, the time reached and the state; what it returns goes on.
     Returns the data (B, C, H, W) in z's dtype, or with `return_trajectory` all
     (num_steps + 1, B, C, H, W) states. Raises ValueError for inputs that do not fit.
     """
@@ -68,7 +72,8 @@ def sample(
     x = z.to(torch.float64)
     guidance = x.new_full((batch,), cfg_scale)
     states = [x]
-    for t, r in tqdm(list(zip(times[:-1], times[1:], strict=True)), disable=not progress):
+    pairs = list(zip(times[:-1], times[1:], strict=True))
+    for step, (t, r) in enumerate(tqdm(pairs, disable=not progress)):
         t_batch, r_batch = x.new_full((batch,), t), x.new_full((batch,), r)
         target = r_batch if sample_type == "transition" else t_batch
         now, then = (_network_time(transport, time, dtype) for time in (t_batch, target))
@@ -83,6 +88,8 @@ def sample(
             noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         coefficients = transport.step_coefficients(t_batch, r_batch, stochasticity)
         x = transition_step(x, F, coefficients, F_uncond, guidance, noise)
+        if on_step is not None:
+            x = on_step(step, r, x).to(torch.float64)
         if return_trajectory:
             states.append(x)
     return torch.stack(states).to(z.dtype) if return_trajectory else x.to(z.dtype)

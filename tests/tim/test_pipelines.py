@@ -1,0 +1,292 @@
+"""The diffusers pipelines, on small networks of the real kinds with random weights."""
+
+import json
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from tim.models import TiMTransformer2DModel
+from tim.pipelines import TiMClassPipeline, TiMTextPipeline
+from tim.sampling import sample
+from tim.transports import make
+
+SMALL = dict(
+    input_size=4, in_channels=4, hidden_size=32, encoder_depth=1, depth=2, num_heads=2, z_dim=None
+)
+CLASS = SMALL | dict(patch_size=2, num_classes=10)
+TEXT = SMALL | dict(patch_size=1, cap_feat_dim=24)
+PROMPTS = ["a red cat", "a dog"]
+WORDS = ["<pad>", "<unk>", "a", "red", "cat", "dog"]
+
+
+def network(params: dict) -> TiMTransformer2DModel:
+    """Not zero at the layers that start as zero."""
+    torch.manual_seed(0)
+    model = TiMTransformer2DModel(**params).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def sd_vae() -> diffusers.AutoencoderKL:
+    torch.manual_seed(1)
+    return diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), norm_num_groups=4, scaling_factor=0.5,
+    ).eval()  # fmt: skip
+
+
+def dc_ae() -> diffusers.AutoencoderDC:
+    torch.manual_seed(1)
+    sides = dict(block_out_channels=(8, 8, 8), layers_per_block=(1,) * 3, qkv_multiscales=((),) * 3)
+    both = {f"{side}_{name}": of for side in ("encoder", "decoder") for name, of in sides.items()}
+    return diffusers.AutoencoderDC(
+        latent_channels=4, attention_head_dim=4, scaling_factor=0.4, **both
+    ).eval()
+
+
+def gemma() -> transformers.Gemma3TextModel:
+    torch.manual_seed(2)
+    return transformers.Gemma3TextModel(
+        transformers.Gemma3TextConfig(
+            vocab_size=len(WORDS), hidden_size=24, intermediate_size=32, num_hidden_layers=3,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=12, pad_token_id=0,
+        )
+    ).eval()  # fmt: skip
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Pads on the left, as Gemma's does unless told otherwise."""
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", padding_side="left"
+    )
+
+
+def class_pipeline(**options) -> TiMClassPipeline:
+    return quiet(TiMClassPipeline(network(CLASS), sd_vae(), **options))
+
+
+def text_pipeline(**options) -> TiMTextPipeline:
+    options = dict(max_seq_length=8) | options
+    return quiet(TiMTextPipeline(network(TEXT), dc_ae(), gemma(), tokenizer(), **options))
+
+
+def quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+def test_classes_are_sampled_and_decoded():
+    pipeline = class_pipeline()
+    options = dict(num_inference_steps=3, guidance_scale=2.0, generator=seeded())
+    images = pipeline([1, 7], output_type="pt", **options).images
+    z, y = torch.randn(2, 4, 4, 4, generator=seeded()), torch.tensor([1, 7])
+    x = sample(
+        pipeline.transformer,
+        make("OT_FM"),
+        z,
+        y,
+        torch.full_like(y, 10),
+        num_steps=3,
+        cfg_scale=2.0,
+    )
+    with torch.no_grad():
+        expected = pipeline.vae.decode(x / 0.5).sample
+    assert images.shape == (2, 3, 8, 8)
+    torch.testing.assert_close(images, (expected / 2 + 0.5).clamp(0, 1))
+    latents = pipeline([1, 7], output_type="latent", latents=z, return_dict=False, **options)[0]
+    assert torch.equal(latents, x)
+
+
+def test_any_size_and_picture():
+    pipeline = class_pipeline()
+    (image,) = pipeline(3, height=12, width=20, num_inference_steps=1, guidance_scale=1).images
+    assert image.size == (20, 12) and image.mode == "RGB"
+    (array,) = pipeline(3, num_inference_steps=1, output_type="np").images
+    assert isinstance(array, np.ndarray) and array.shape == (8, 8, 3)
+
+
+def test_prompts_are_read_as_the_released_network_was_trained():
+    """Padded on the right and cut to the longest, padding attended to; nothing is the empty
+    prompt, cut alike."""
+    pipeline = text_pipeline()
+    ids = torch.zeros(3, 8, dtype=torch.long)
+    ids[0, :3], ids[1, :2] = torch.tensor([2, 3, 4]), torch.tensor([2, 5])
+    encoder = pipeline.text_encoder
+    with torch.no_grad():
+        encoded = encoder(ids, attention_mask=(ids != 0).long(), output_hidden_states=True)
+    y, y_null = pipeline.encode_prompt(PROMPTS)
+    assert y.shape == y_null.shape == (2, 3, 24)
+    torch.testing.assert_close(y, encoded.last_hidden_state[:2, :3])
+    torch.testing.assert_close(y_null, encoded.last_hidden_state[2:, :3].expand(2, -1, -1))
+    twice, _ = pipeline.encode_prompt(PROMPTS, num_images_per_prompt=2)
+    assert torch.equal(twice, y.repeat_interleave(2, dim=0))
+    earlier, _ = text_pipeline(use_last_hidden_state=False).encode_prompt(PROMPTS)
+    torch.testing.assert_close(earlier, encoded.hidden_states[-2][:2, :3])
+    cut, _ = text_pipeline(max_seq_length=2).encode_prompt(PROMPTS[0])
+    assert cut.shape == (1, 2, 24)
+    _, other_null = pipeline.encode_prompt(PROMPTS, negative_prompt="a dog")
+    assert not torch.equal(other_null, y_null)
+
+
+def test_prompts_are_sampled_and_decoded():
+    pipeline = text_pipeline(transport="TrigFlow", transport_params=dict(T_max=1.5))
+    images = pipeline(
+        PROMPTS, height=16, width=32, num_inference_steps=2, guidance_scale=3.0,
+        num_images_per_prompt=2, generator=seeded(), output_type="pt",
+    ).images  # fmt: skip
+    y, y_null = pipeline.encode_prompt(PROMPTS, 2)
+    z = torch.randn(4, 4, 4, 8, generator=seeded())
+    x = sample(
+        pipeline.transformer, make("TrigFlow", T_max=1.5), z, y, y_null, num_steps=2, cfg_scale=3.0
+    )
+    with torch.no_grad():
+        expected = pipeline.vae.decode(x / 0.4).sample
+    assert images.shape == (4, 3, 16, 32)
+    torch.testing.assert_close(images, (expected / 2 + 0.5).clamp(0, 1))
+
+
+def drawn(pipeline) -> torch.Tensor:
+    what = PROMPTS if isinstance(pipeline, TiMTextPipeline) else [1, 7]
+    options = dict(num_inference_steps=2, generator=seeded(), output_type="pt")
+    return quiet(pipeline)(what, **options).images
+
+
+@pytest.mark.parametrize("make_pipeline", [class_pipeline, text_pipeline])
+def test_saved_and_loaded(make_pipeline, tmp_path):
+    """The module paths in model_index.json are part of what users keep."""
+    pipeline = make_pipeline(transport="VE_SDE", transport_params=dict(sigma_max=50.0))
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["transformer"] == ["tim.models.transformer", "TiMTransformer2DModel"]
+    assert index["transport"] == "VE_SDE" and index["transport_params"] == {"sigma_max": 50.0}
+    again = type(pipeline).from_pretrained(tmp_path)
+    assert torch.equal(drawn(again), drawn(pipeline))
+    assert again.config.get("max_seq_length") == pipeline.config.get("max_seq_length")
+
+
+def published_config(tmp_path, params: dict, target: str, **model) -> str:
+    path = tmp_path / "config.yaml"
+    transport = dict(target="tim.schedulers.transports.EDM", params=dict(sigma_d=0.5))
+    network = dict(target=target, params=params)
+    path.write_text(yaml.safe_dump(dict(model=dict(transport=transport, network=network) | model)))
+    return str(path)
+
+
+def test_from_released_files(tmp_path):
+    """A weight file and a published configuration whose folders are local here."""
+    save_file(network(CLASS).state_dict(), tmp_path / "class.safetensors")
+    sd_vae().save_pretrained(tmp_path / "vae")
+    path = published_config(
+        tmp_path, CLASS, "tim.models.c2i.tim_model.TiM", vae_dir=str(tmp_path / "vae")
+    )
+    made = TiMClassPipeline.from_checkpoint(
+        tmp_path / "class.safetensors", path, dtype=torch.float32
+    )
+    same = class_pipeline(transport="EDM", transport_params=dict(sigma_d=0.5))
+    assert torch.equal(drawn(made), drawn(same))
+    half = TiMClassPipeline.from_checkpoint(tmp_path / "class.safetensors", path)
+    assert half.transformer.dtype == torch.bfloat16 and half.vae.dtype == torch.float32
+    assert drawn(half).isfinite().all()
+
+
+def test_from_released_text_files(tmp_path):
+    torch.save(network(TEXT).state_dict(), tmp_path / "text.bin")
+    dc_ae().save_pretrained(tmp_path / "vae")
+    gemma().save_pretrained(tmp_path / "gemma")
+    tokenizer().save_pretrained(tmp_path / "gemma")
+    path = published_config(
+        tmp_path, TEXT, "tim.models.t2i.tim_model.TiM", vae_dir=str(tmp_path / "vae"),
+        text_encoder_dir=str(tmp_path / "gemma"), max_seq_length=8, use_last_hidden_state=True,
+    )  # fmt: skip
+    made = TiMTextPipeline.from_checkpoint(tmp_path / "text.bin", path, dtype=torch.float32)
+    same = text_pipeline(transport="EDM", transport_params=dict(sigma_d=0.5))
+    assert torch.equal(drawn(made), drawn(same))
+    given = TiMTextPipeline.from_checkpoint(
+        tmp_path / "text.bin", path, vae=dc_ae(), text_encoder=gemma(), tokenizer=tokenizer()
+    )
+    assert given.text_encoder.dtype == torch.float32 and drawn(given).isfinite().all()
+
+
+def test_each_step_is_told_and_may_be_changed():
+    pipeline, told = class_pipeline(), []
+
+    def on_step_end(pipe, step, time, kwargs):
+        told.append((pipe is pipeline, step, time, kwargs["latents"].dtype))
+        return {"latents": torch.zeros_like(kwargs["latents"])} if step == 2 else None
+
+    (latents,) = pipeline(
+        [1], num_inference_steps=3, output_type="latent", callback_on_step_end=on_step_end,
+        return_dict=False,
+    )  # fmt: skip
+    assert [step for _, step, *_ in told] == [0, 1, 2] and all(same for same, *_ in told)
+    assert [time for *_, time, _ in told] == pytest.approx([2 / 3, 1 / 3, 0])
+    assert told[0][-1] == torch.float64 and not latents.any()
+
+
+def test_a_list_of_generators_gives_each_picture_its_own_noise():
+    pipeline = class_pipeline()
+    options = dict(num_inference_steps=1, output_type="latent")
+    pair = pipeline([1, 7], generator=[seeded(), seeded()], **options).images
+    alone = pipeline([7], generator=seeded(), **options).images
+    torch.testing.assert_close(pair[1:], alone)
+
+
+def test_components_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="conditioned on text: use TiMTextPipeline"):
+        TiMClassPipeline(network(TEXT), sd_vae())
+    with pytest.raises(ValueError, match="conditioned on classes: use TiMClassPipeline"):
+        TiMTextPipeline(network(CLASS), dc_ae(), gemma(), tokenizer())
+    with pytest.raises(ValueError, match="reads text features of 16, the encoder has 24"):
+        TiMTextPipeline(network(TEXT | dict(cap_feat_dim=16)), dc_ae(), gemma(), tokenizer())
+    with pytest.raises(ValueError, match="4 latent channels, the network 3"):
+        TiMClassPipeline(network(CLASS | dict(in_channels=3)), sd_vae())
+    with pytest.raises(ValueError, match="no transport 'flow'"):
+        TiMClassPipeline(network(CLASS), sd_vae(), "flow")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(height=10), "multiples of 4, got 10×8"),
+        (dict(width=0), "multiples of 4, got 8×0"),
+        (dict(latents=torch.zeros(1, 4, 4, 6)), r"latents must be \(1, 4, 4, 4\)"),
+        (dict(latents=torch.full((1, 4, 4, 4), torch.nan)), "must be finite"),
+        (dict(num_inference_steps=0), "num_steps must be at least 1"),
+        (dict(output_type="jpeg"), "output_type must be pil, np, pt or latent, got 'jpeg'"),
+        (dict(sample_type="diffusion"), "sample_type"),
+        (dict(class_labels=11), "class labels must lie in 0 … 10, got 11"),
+        (dict(class_labels=[0.5]), "integer class label"),
+        (dict(class_labels=[]), "integer class label"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        class_pipeline()(**dict(class_labels=1) | options)
+
+
+def test_guidance_needs_a_label_of_no_class():
+    pipeline = quiet(TiMClassPipeline(network(CLASS | dict(class_dropout_prob=0.0)), sd_vae()))
+    with pytest.raises(ValueError, match="trained with class_dropout_prob = 0"):
+        pipeline(1)
+    assert len(pipeline(1, guidance_scale=1.0, num_inference_steps=1).images) == 1
+
+
+def test_prompts_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="got 0 and 1"):
+        text_pipeline()([])
+    with pytest.raises(ValueError, match="got 1 and 0"):
+        text_pipeline()("a cat", num_images_per_prompt=0)
