@@ -52,7 +52,7 @@ def test_train_refuses_a_misspelt_override(tmp_path):
 
 def test_sample_writes_what_the_seed_and_labels_say(exported, tmp_path):
     def sampled(*options):
-        path = tmp_path / "samples.safetensors"
+        path = tmp_path / f"samples{options}.safetensors"  # what is read may be mapped: keep it
         result = tim("sample", exported, "--labels", "3,1", "--output", path, *options)
         assert result.exit_code == 0, result.output
         return load_file(path)
