@@ -1,7 +1,9 @@
 """The diffusers pipelines, on small networks of the real kinds with random weights."""
 
 import json
+import math
 
+import accelerate
 import diffusers
 import numpy as np
 import pytest
@@ -138,8 +140,28 @@ def test_prompts_are_read_as_the_released_network_was_trained():
     torch.testing.assert_close(earlier, encoded.hidden_states[-2][:2, :3])
     cut, _ = text_pipeline(max_seq_length=2).encode_prompt(PROMPTS[0])
     assert cut.shape == (1, 2, 24)
-    _, other_null = pipeline.encode_prompt(PROMPTS, negative_prompt="a dog")
-    assert not torch.equal(other_null, y_null)
+    assert pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)[1] is None
+
+
+def test_negative_prompts():
+    """One for all or one each; the longest of all prompts sets the length."""
+    pipeline, long = text_pipeline(), "a red cat a dog"
+    y, y_null = pipeline.encode_prompt(PROMPTS, 2, negative_prompt=long)
+    assert y.shape == y_null.shape == (4, 5, 24)
+    torch.testing.assert_close(y_null, pipeline.encode_prompt(long)[0].expand(4, -1, -1))
+    _, each = pipeline.encode_prompt(PROMPTS, 2, negative_prompt=[long, "a dog"])
+    dog = pipeline._text_features(["a dog"])[0][:, :5]
+    torch.testing.assert_close(each, torch.cat([y_null[:1], dog]).repeat_interleave(2, dim=0))
+
+
+def test_an_encoder_with_a_language_head():
+    """As AutoModelForCausalLM gives it."""
+    pipeline, bare = text_pipeline(), gemma()
+    causal = transformers.Gemma3ForCausalLM(bare.config).eval()
+    causal.model.load_state_dict(bare.state_dict())
+    other = TiMTextPipeline(pipeline.transformer, dc_ae(), causal, tokenizer(), max_seq_length=8)
+    for a, b in zip(other.encode_prompt(PROMPTS), pipeline.encode_prompt(PROMPTS), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_prompts_are_sampled_and_decoded():
@@ -149,7 +171,7 @@ def test_prompts_are_sampled_and_decoded():
         num_images_per_prompt=2, generator=seeded(), output_type="pt",
     ).images  # fmt: skip
     y, y_null = pipeline.encode_prompt(PROMPTS, 2)
-    z = torch.randn(4, 4, 4, 8, generator=seeded())
+    z = torch.randn(4, 4, 4, 8, generator=seeded()) * math.sin(1.5)
     x = sample(
         pipeline.transformer, make("TrigFlow", T_max=1.5), z, y, y_null, num_steps=2, cfg_scale=3.0
     )
@@ -157,6 +179,63 @@ def test_prompts_are_sampled_and_decoded():
         expected = pipeline.vae.decode(x / 0.4).sample
     assert images.shape == (4, 3, 16, 32)
     torch.testing.assert_close(images, (expected / 2 + 0.5).clamp(0, 1))
+
+
+def test_the_sampler_s_options_reach_it():
+    pipeline = class_pipeline()
+    z, y = torch.randn(2, 4, 4, 4, generator=seeded()), torch.tensor([1, 7])
+    options = dict(
+        num_inference_steps=4, latents=z, output_type="latent", guidance_scale=3.0,
+        guidance_interval=(0.3, 0.8), stochasticity_ratio=0.5, sample_type="ddiffusion",
+    )  # fmt: skip
+    ours = pipeline(y, generator=seeded(), **options).images
+    expected = sample(
+        pipeline.transformer, make("OT_FM"), z, y, torch.full_like(y, 10), num_steps=4,
+        cfg_scale=3.0, cfg_low=0.3, cfg_high=0.8, stochasticity_ratio=0.5,
+        sample_type="ddiffusion", generator=seeded(),
+    )  # fmt: skip
+    assert torch.equal(ours, expected)
+
+
+def test_the_state_at_t_max_has_its_noise_s_scale():
+    """100 for VE_SDE, whose data part keeps its own; 1, all but exactly, for the others."""
+    pipeline = class_pipeline(transport="VE_SDE")
+    z = torch.randn(1, 4, 4, 4, generator=seeded())
+    options = dict(num_inference_steps=1, guidance_scale=1.0, output_type="latent")
+    ours = pipeline(1, latents=z, **options).images
+    y = torch.tensor([1])
+    expected = sample(pipeline.transformer, make("VE_SDE"), 100 * z, y, num_steps=1)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_a_half_precision_autoencoder():
+    pipeline = class_pipeline()
+    pipeline.vae.to(torch.bfloat16)
+    images = drawn(pipeline)
+    assert images.dtype == torch.float32
+    torch.testing.assert_close(images, drawn(class_pipeline()), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("make_pipeline", [class_pipeline, text_pipeline])
+def test_offloaded_as_a_whole(make_pipeline):
+    """By accelerate's hooks, which the CPU can stand in for a GPU under."""
+    pipeline, hooks = make_pipeline(), []
+    for name in pipeline.model_cpu_offload_seq.split("->"):
+        model, hook = accelerate.cpu_offload_with_hook(getattr(pipeline, name), "cpu")
+        hooks.append(hook)
+        assert getattr(pipeline, name) is model
+    pipeline._all_hooks = hooks
+    assert torch.equal(drawn(pipeline), drawn(make_pipeline()))
+    assert set(pipeline.model_cpu_offload_seq.split("->")) == {
+        name for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)
+    }
+
+
+def test_the_network_is_not_offloaded_in_pieces():
+    """Its layers' hooks would never run: pictures of NaN, or weights without data."""
+    assert "transformer" in TiMClassPipeline._exclude_from_cpu_offload
+    with pytest.raises(ValueError, match="does not support group offloading"):
+        network(CLASS).enable_group_offload(torch.device("cpu"))
 
 
 def drawn(pipeline) -> torch.Tensor:
@@ -175,14 +254,16 @@ def test_saved_and_loaded(make_pipeline, tmp_path):
     assert index["transport"] == "VE_SDE" and index["transport_params"] == {"sigma_max": 50.0}
     again = type(pipeline).from_pretrained(tmp_path)
     assert torch.equal(drawn(again), drawn(pipeline))
-    assert again.config.get("max_seq_length") == pipeline.config.get("max_seq_length")
+    for name in ("transport_params", "max_seq_length", "use_last_hidden_state"):
+        assert again.config.get(name) == pipeline.config.get(name)
 
 
 def published_config(tmp_path, params: dict, target: str, **model) -> str:
     path = tmp_path / "config.yaml"
-    transport = dict(target="tim.schedulers.transports.EDM", params=dict(sigma_d=0.5))
+    transport = dict(target="tim.schedulers.transports.EDM", params=dict(T_max="${model.T_max}"))
     network = dict(target=target, params=params)
-    path.write_text(yaml.safe_dump(dict(model=dict(transport=transport, network=network) | model)))
+    sections = dict(transport=transport, network=network, T_max=70.0) | model
+    path.write_text(yaml.safe_dump(dict(model=sections)))
     return str(path)
 
 
@@ -196,8 +277,9 @@ def test_from_released_files(tmp_path):
     made = TiMClassPipeline.from_checkpoint(
         tmp_path / "class.safetensors", path, dtype=torch.float32
     )
-    same = class_pipeline(transport="EDM", transport_params=dict(sigma_d=0.5))
+    same = class_pipeline(transport="EDM", transport_params=dict(T_max=70.0))
     assert torch.equal(drawn(made), drawn(same))
+    assert made.config.transport_params == {"T_max": 70.0}
     half = TiMClassPipeline.from_checkpoint(tmp_path / "class.safetensors", path)
     assert half.transformer.dtype == torch.bfloat16 and half.vae.dtype == torch.float32
     assert drawn(half).isfinite().all()
@@ -210,11 +292,15 @@ def test_from_released_text_files(tmp_path):
     tokenizer().save_pretrained(tmp_path / "gemma")
     path = published_config(
         tmp_path, TEXT, "tim.models.t2i.tim_model.TiM", vae_dir=str(tmp_path / "vae"),
-        text_encoder_dir=str(tmp_path / "gemma"), max_seq_length=8, use_last_hidden_state=True,
+        text_encoder_dir=str(tmp_path / "gemma"), max_seq_length=8, use_last_hidden_state=False,
     )  # fmt: skip
     made = TiMTextPipeline.from_checkpoint(tmp_path / "text.bin", path, dtype=torch.float32)
-    same = text_pipeline(transport="EDM", transport_params=dict(sigma_d=0.5))
+    same = text_pipeline(
+        transport="EDM", transport_params=dict(T_max=70.0), use_last_hidden_state=False
+    )
     assert torch.equal(drawn(made), drawn(same))
+    half = TiMTextPipeline.from_checkpoint(tmp_path / "text.bin", path, dtype=torch.float16)
+    assert half.transformer.dtype == torch.float16 and half.text_encoder.dtype == torch.bfloat16
     given = TiMTextPipeline.from_checkpoint(
         tmp_path / "text.bin", path, vae=dc_ae(), text_encoder=gemma(), tokenizer=tokenizer()
     )
@@ -226,7 +312,8 @@ def test_each_step_is_told_and_may_be_changed():
 
     def on_step_end(pipe, step, time, kwargs):
         told.append((pipe is pipeline, step, time, kwargs["latents"].dtype))
-        return {"latents": torch.zeros_like(kwargs["latents"])} if step == 2 else None
+        zeros = torch.zeros_like(kwargs["latents"], dtype=torch.float32)
+        return {"latents": zeros} if step == 1 else None
 
     (latents,) = pipeline(
         [1], num_inference_steps=3, output_type="latent", callback_on_step_end=on_step_end,
@@ -234,7 +321,18 @@ def test_each_step_is_told_and_may_be_changed():
     )  # fmt: skip
     assert [step for _, step, *_ in told] == [0, 1, 2] and all(same for same, *_ in told)
     assert [time for *_, time, _ in told] == pytest.approx([2 / 3, 1 / 3, 0])
-    assert told[0][-1] == torch.float64 and not latents.any()
+    assert {dtype for *_, dtype in told} == {torch.float64}
+    last = sample(
+        pipeline.transformer, make("OT_FM"), torch.zeros(1, 4, 4, 4), torch.tensor([1]),
+        torch.tensor([10]), num_steps=1, T_max=1 / 3, cfg_scale=1.5, cfg_high=2.0,
+    )  # fmt: skip
+    torch.testing.assert_close(latents, last)
+
+
+@pytest.mark.parametrize("returned", [torch.zeros(1), {"latents": torch.zeros(1, 4, 4)}, 3])
+def test_a_callback_that_returns_something_else(returned):
+    with pytest.raises(ValueError, match=r"must return nothing or \{'latents': …\} of shape"):
+        class_pipeline()(1, num_inference_steps=1, callback_on_step_end=lambda *_: returned)
 
 
 def test_a_list_of_generators_gives_each_picture_its_own_noise():
@@ -256,6 +354,16 @@ def test_components_that_do_not_fit_are_refused():
         TiMClassPipeline(network(CLASS | dict(in_channels=3)), sd_vae())
     with pytest.raises(ValueError, match="no transport 'flow'"):
         TiMClassPipeline(network(CLASS), sd_vae(), "flow")
+    with pytest.raises(ValueError, match="max_seq_length must be at least 1"):
+        text_pipeline(max_seq_length=0)
+
+
+def test_folders_that_no_configuration_names(tmp_path):
+    path = published_config(tmp_path, TEXT, "tim.models.t2i.tim_model.TiM", text_encoder_dir=None)
+    with pytest.raises(ValueError, match="no model.vae_dir, got None: give vae"):
+        TiMTextPipeline.from_checkpoint("nowhere.bin", path)
+    with pytest.raises(ValueError, match="no model.text_encoder_dir, got None: give text_encoder"):
+        TiMTextPipeline.from_checkpoint("nowhere.bin", path, vae=dc_ae())
 
 
 @pytest.mark.parametrize(
@@ -263,14 +371,22 @@ def test_components_that_do_not_fit_are_refused():
     [
         (dict(height=10), "multiples of 4, got 10×8"),
         (dict(width=0), "multiples of 4, got 8×0"),
-        (dict(latents=torch.zeros(1, 4, 4, 6)), r"latents must be \(1, 4, 4, 4\)"),
+        (dict(height=8.0), "multiples of 4, got 8.0×8"),
+        (dict(latents=torch.zeros(1, 4, 4, 6)), r"latents must be floating-point \(1, 4, 4, 4\)"),
+        (dict(latents=torch.zeros(1, 4, 4, 4, dtype=torch.int)), "floating-point"),
+        (dict(generator=[seeded(), seeded()]), "1 generators are needed, one a picture; got 2"),
+        (dict(guidance_interval=(0.0,)), "guidance_interval must be"),
+        (dict(guidance_interval=(0.5, 0.1)), "guidance_interval must be"),
         (dict(latents=torch.full((1, 4, 4, 4), torch.nan)), "must be finite"),
-        (dict(num_inference_steps=0), "num_steps must be at least 1"),
+        (dict(num_inference_steps=0), "num_inference_steps must be 1 or more, got 0"),
+        (dict(num_inference_steps=2.5), "num_inference_steps must be 1 or more, got 2.5"),
         (dict(output_type="jpeg"), "output_type must be pil, np, pt or latent, got 'jpeg'"),
         (dict(sample_type="diffusion"), "sample_type"),
         (dict(class_labels=11), "class labels must lie in 0 … 10, got 11"),
-        (dict(class_labels=[0.5]), "integer class label"),
-        (dict(class_labels=[]), "integer class label"),
+        (dict(class_labels=[0.5]), "one or more integers"),
+        (dict(class_labels=[]), "one or more integers"),
+        (dict(class_labels=torch.tensor([True])), "one or more integers"),
+        (dict(class_labels="cat"), "must be integers, got 'cat'"),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -285,8 +401,29 @@ def test_guidance_needs_a_label_of_no_class():
     assert len(pipeline(1, guidance_scale=1.0, num_inference_steps=1).images) == 1
 
 
-def test_prompts_that_are_none_are_refused():
-    with pytest.raises(ValueError, match="got 0 and 1"):
-        text_pipeline()([])
-    with pytest.raises(ValueError, match="got 1 and 0"):
-        text_pipeline()("a cat", num_images_per_prompt=0)
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(prompt=[]), r"prompt must be a text or several, got \[\]"),
+        (dict(prompt=None), "prompt must be a text or several, got None"),
+        (dict(prompt=[["a", "cat"]]), "prompt must be a text or several"),
+        (
+            dict(negative_prompt=["a"] * 3),
+            "negative_prompt must be one or 2, as prompts are; got 3",
+        ),
+        (dict(negative_prompt=5), "negative_prompt must be a text or several"),
+        (dict(num_images_per_prompt=0), "num_images_per_prompt must be 1 or more, got 0"),
+        (dict(height=3), "multiples of 4, got 3×16"),
+    ],
+)
+def test_bad_prompts_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        text_pipeline()(**dict(prompt=PROMPTS) | options)
+
+
+def test_features_that_are_not_finite_are_refused():
+    """Gemma 3 in float16 does that, and would draw black pictures."""
+    pipeline = text_pipeline()
+    torch.nn.init.constant_(pipeline.text_encoder.norm.weight, float("inf"))
+    with pytest.raises(ValueError, match="the text features in torch.float32 must be finite"):
+        pipeline(PROMPTS)

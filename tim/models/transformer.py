@@ -37,6 +37,7 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    _supports_group_offloading = False  # blocks read their layers' weights, and each other's
 
     @register_to_config
     def __init__(

@@ -1,0 +1,138 @@
+"""What a pipeline does but for its conditioning: noise, sampling, decoding."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from tim import config
+from tim.sampling import sample
+from tim.transports import TRANSPORTS, make
+
+StepCallback = Callable[[DiffusionPipeline, int, float, dict[str, Tensor]], dict[str, Tensor]]
+
+
+class TiMPipeline(DiffusionPipeline):
+    """What both pipelines share; components are `transformer`, `vae` and those of the text.
+
+    The network reads its layers' weights itself, so it is offloaded as a whole or not at all.
+    """
+
+    _exclude_from_cpu_offload = ["transformer"]  # of the sequential kind, layer by layer
+
+    def _set_up(self, transport: str, transport_params: Mapping[str, Any] | None) -> None:
+        params = dict(transport_params or {})
+        self._transport = make(transport, **params)
+        self.register_to_config(transport=transport, transport_params=params)
+        vae = self.vae.config
+        blocks = vae.get("encoder_block_out_channels") or vae["block_out_channels"]
+        self.vae_scale_factor = 2 ** (len(blocks) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        if vae["latent_channels"] != self.transformer.config.in_channels:
+            raise ValueError(
+                f"the autoencoder has {vae['latent_channels']} latent channels, "
+                f"the network {self.transformer.config.in_channels}"
+            )
+
+    def _generate(
+        self, y: Tensor, y_null: Tensor | None, height: int | None, width: int | None,
+        num_inference_steps: int, guidance_scale: float, guidance_interval: tuple[float, float],
+        stochasticity_ratio: float, sample_type: str,
+        generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None,
+        output_type: str, return_dict: bool, callback_on_step_end: StepCallback | None,
+    ) -> ImagePipelineOutput | tuple:  # fmt: skip
+        z = self._initial_state(len(y), *self._size(height, width), generator, latents)
+        low, high = guidance_interval
+        with self.progress_bar(total=num_inference_steps) as bar:
+
+            def on_step(step: int, time: float, state: Tensor) -> Tensor:
+                bar.update()
+                if callback_on_step_end is None:
+                    return state
+                return _latents_of(
+                    callback_on_step_end(self, step, time, {"latents": state}), state
+                )
+
+            x = sample(
+                self.transformer, self._transport, z, y, y_null, num_steps=num_inference_steps,
+                cfg_scale=guidance_scale, cfg_low=low, cfg_high=high,
+                stochasticity_ratio=stochasticity_ratio, sample_type=sample_type,
+                generator=generator, on_step=on_step,
+            )  # fmt: skip
+        images = x if output_type == "latent" else self._decode(x, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_options(self, height, width, num_inference_steps, guidance_interval, output_type):
+        """What can be refused before anything is computed; the sampler refuses the rest."""
+        self._size(height, width)
+        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be 1 or more, got {num_inference_steps!r}")
+        if len(guidance_interval) != 2 or not guidance_interval[0] <= guidance_interval[1]:
+            raise ValueError(f"guidance_interval must be (low, high), got {guidance_interval}")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type must be pil, np, pt or latent, got {output_type!r}")
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        network, factor = self.transformer.config, self.vae_scale_factor
+        size = tuple(network.input_size * factor if n is None else n for n in (height, width))
+        unit = factor * network.patch_size
+        if any(not isinstance(n, int) or n < 1 or n % unit for n in size):
+            raise ValueError(
+                f"height and width must be multiples of {unit}, got {size[0]}×{size[1]}"
+            )
+        return size
+
+    def _initial_state(self, batch: int, height: int, width: int, generator, latents) -> Tensor:
+        """The noise at T_max: σ times that which is drawn or given."""
+        factor = self.vae_scale_factor
+        shape = (batch, self.transformer.config.in_channels, height // factor, width // factor)
+        if isinstance(generator, (list, tuple)) and len(generator) != batch:
+            raise ValueError(f"{batch} generators are needed, one a picture; got {len(generator)}")
+        if latents is None:
+            latents = randn_tensor(shape, generator, self._execution_device, torch.float32)
+        elif tuple(latents.shape) != shape or not latents.is_floating_point():
+            raise ValueError(
+                f"latents must be floating-point {shape}, got {latents.dtype} "
+                f"{tuple(latents.shape)}"
+            )
+        time = torch.tensor([self._transport.T_max], dtype=torch.float64)
+        sigma = float(self._transport.interpolant(time)[1])
+        return latents.to(self._execution_device) * sigma
+
+    def _decode(self, x: Tensor, output_type: str):
+        images = self.vae.decode(x.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+        return self.image_processor.postprocess(images.float(), output_type)
+
+
+def _latents_of(returned: Mapping[str, Tensor] | None, state: Tensor) -> Tensor:
+    """What a callback made of the state."""
+    if returned is None:
+        return state
+    latents = returned.get("latents", state) if isinstance(returned, Mapping) else None
+    if not isinstance(latents, Tensor) or latents.shape != state.shape:
+        raise ValueError(
+            "callback_on_step_end must return nothing or {'latents': …} of shape "
+            f"{tuple(state.shape)}, got {type(returned).__name__}"
+        )
+    return latents
+
+
+def transport_of(cfg: DictConfig) -> tuple[str, dict[str, Any]]:
+    """The published name of a configuration's transport, and its parameters."""
+    cls = type(config.build_transport(cfg))
+    name = next(name for name, known in TRANSPORTS.items() if known is cls)
+    params = cfg.model.transport.get("params") or OmegaConf.create()
+    return name, OmegaConf.to_container(params, resolve=True)
+
+
+def folder_of(cfg: DictConfig, name: str, argument: str) -> str:
+    folder = cfg.model.get(name)
+    if not folder:
+        raise ValueError(f"the configuration has no model.{name}, got {folder!r}: give {argument}")
+    return folder

@@ -1,0 +1,133 @@
+"""From class labels to pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from torch import Tensor
+
+from tim import checkpoints, config
+from tim.models import TiMTransformer2DModel
+
+from .base import StepCallback, TiMPipeline, folder_of, transport_of
+
+
+class TiMClassPipeline(TiMPipeline):
+    """Pictures of ImageNet classes, or whichever a class-conditioned network was trained on.
+
+    Components: `transformer`, a `TiMTransformer2DModel` without `cap_feat_dim`; `vae`, an
+    `AutoencoderKL` or `AutoencoderDC`. `transport` is a published name such as "OT_FM".
+
+    Raises:
+        ValueError: components that do not fit each other.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+
+    def __init__(
+        self,
+        transformer: TiMTransformer2DModel,
+        vae: diffusers.AutoencoderKL | diffusers.AutoencoderDC,
+        transport: str = "OT_FM",
+        transport_params: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        if transformer.config.cap_feat_dim is not None:
+            raise ValueError("this network is conditioned on text: use TiMTextPipeline")
+        self.register_modules(transformer=transformer, vae=vae)
+        self._set_up(transport, transport_params)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        preset_or_config: str | Path,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        vae: diffusers.ModelMixin | None = None,
+    ) -> "TiMClassPipeline":
+        """From a released weight file, such as ("c2i_model_256.safetensors", "xl-256").
+
+        `dtype` is the network's. The autoencoder is `model.vae_dir` of the configuration, in
+        float32 as published, unless given.
+
+        Raises:
+            ValueError: see `tim.checkpoints.load`; or the configuration names no `vae_dir`.
+            OSError: `vae_dir` is neither a folder nor to be had from the hub.
+        """
+        cfg = config.load(preset_or_config)
+        vae_dir = None if vae else folder_of(cfg, "vae_dir", "vae")
+        transformer = checkpoints.load(path, cfg, dtype=dtype)
+        return cls(
+            transformer, vae or diffusers.AutoModel.from_pretrained(vae_dir), *transport_of(cfg)
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | Sequence[int] | Tensor,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 8,
+        guidance_scale: float = 1.5,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        stochasticity_ratio: float = 0.0,
+        sample_type: str = "transition",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Draw a picture of each class.
+
+        Args:
+            class_labels: one label or several, B in all.
+            height, width: of the pictures, pixels; the network's training size by default.
+            num_inference_steps: network evaluations, two each where guidance acts.
+            guidance_scale: classifier-free guidance (arXiv 2207.12598); 1 is none.
+            guidance_interval: guidance acts where low·T_max < t < high·T_max; as published, not on
+                the first step of a `high` of 1.
+            stochasticity_ratio, sample_type: see `tim.sampling.sample`.
+            generator: of the initial noise and of a stochastic sampler's; or one a picture.
+            latents: the initial noise itself, of variance 1, (B, in_channels, height/f, width/f),
+                where the autoencoder shrinks by f.
+            output_type: "pil", "np", "pt", or "latent" for what the autoencoder would decode.
+            return_dict: an `ImagePipelineOutput`, else a tuple of the pictures.
+            callback_on_step_end: called as (pipeline, step, time reached, {"latents": state}) after
+                each step; the latents that it returns, if any, go on.
+
+        Raises:
+            ValueError: labels, sizes or options that do not fit.
+        """
+        self._check_options(height, width, num_inference_steps, guidance_interval, output_type)
+        y, y_null = _labels(class_labels), None
+        if guidance_scale > 1:
+            if not self.transformer.config.class_dropout_prob > 0:
+                raise ValueError(
+                    f"guidance (guidance_scale = {guidance_scale}) needs a network with the label "
+                    "of no class: it was trained with class_dropout_prob = 0"
+                )
+            y_null = torch.full_like(y, self.transformer.config.num_classes)
+        self.transformer.y_embedder.check(y, len(y))  # on the CPU, where it reads them
+        y, y_null = (None if v is None else v.to(self._execution_device) for v in (y, y_null))
+        return self._generate(
+            y, y_null, height, width, num_inference_steps, guidance_scale, guidance_interval,
+            stochasticity_ratio, sample_type, generator, latents, output_type, return_dict,
+            callback_on_step_end,
+        )  # fmt: skip
+
+
+def _labels(class_labels: int | Sequence[int] | Tensor) -> Tensor:
+    """As int64 (B,) on the CPU."""
+    try:
+        y = torch.as_tensor(class_labels, device="cpu").reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"class_labels must be integers, got {class_labels!r}") from error
+    is_integer = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+    if not y.numel() or not is_integer:
+        raise ValueError(f"class_labels must be one or more integers, got {class_labels!r}")
+    return y.long()
