@@ -1,94 +1,33 @@
-"""The diffusers pipelines, on small networks of the real kinds with random weights."""
+"""The diffusers pipelines draw what the network, the sampler and the autoencoder make."""
 
 import json
 import math
 
 import accelerate
-import diffusers
 import numpy as np
 import pytest
 import torch
 import transformers
-import yaml
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from small_pipelines import (
+    CLASS,
+    PROMPTS,
+    TEXT,
+    class_pipeline,
+    dc_ae,
+    drawn,
+    gemma,
+    network,
+    published_config,
+    sd_vae,
+    seeded,
+    text_pipeline,
+    tokenizer,
+)
 
-from tim.models import TiMTransformer2DModel
 from tim.pipelines import TiMClassPipeline, TiMTextPipeline
 from tim.sampling import sample
 from tim.transports import make
-
-SMALL = dict(
-    input_size=4, in_channels=4, hidden_size=32, encoder_depth=1, depth=2, num_heads=2, z_dim=None
-)
-CLASS = SMALL | dict(patch_size=2, num_classes=10)
-TEXT = SMALL | dict(patch_size=1, cap_feat_dim=24)
-PROMPTS = ["a red cat", "a dog"]
-WORDS = ["<pad>", "<unk>", "a", "red", "cat", "dog"]
-
-
-def network(params: dict) -> TiMTransformer2DModel:
-    """Not zero at the layers that start as zero."""
-    torch.manual_seed(0)
-    model = TiMTransformer2DModel(**params).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
-
-
-def sd_vae() -> diffusers.AutoencoderKL:
-    torch.manual_seed(1)
-    return diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8), norm_num_groups=4, scaling_factor=0.5,
-    ).eval()  # fmt: skip
-
-
-def dc_ae() -> diffusers.AutoencoderDC:
-    torch.manual_seed(1)
-    sides = dict(block_out_channels=(8, 8, 8), layers_per_block=(1,) * 3, qkv_multiscales=((),) * 3)
-    both = {f"{side}_{name}": of for side in ("encoder", "decoder") for name, of in sides.items()}
-    return diffusers.AutoencoderDC(
-        latent_channels=4, attention_head_dim=4, scaling_factor=0.4, **both
-    ).eval()
-
-
-def gemma() -> transformers.Gemma3TextModel:
-    torch.manual_seed(2)
-    return transformers.Gemma3TextModel(
-        transformers.Gemma3TextConfig(
-            vocab_size=len(WORDS), hidden_size=24, intermediate_size=32, num_hidden_layers=3,
-            num_attention_heads=2, num_key_value_heads=1, head_dim=12, pad_token_id=0,
-        )
-    ).eval()  # fmt: skip
-
-
-def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Pads on the left, as Gemma's does unless told otherwise."""
-    vocabulary = {word: i for i, word in enumerate(WORDS)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", padding_side="left"
-    )
-
-
-def class_pipeline(**options) -> TiMClassPipeline:
-    return quiet(TiMClassPipeline(network(CLASS), sd_vae(), **options))
-
-
-def text_pipeline(**options) -> TiMTextPipeline:
-    options = dict(max_seq_length=8) | options
-    return quiet(TiMTextPipeline(network(TEXT), dc_ae(), gemma(), tokenizer(), **options))
-
-
-def quiet(pipeline):
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(3)
 
 
 def test_classes_are_sampled_and_decoded():
@@ -238,12 +177,6 @@ def test_the_network_is_not_offloaded_in_pieces():
         network(CLASS).enable_group_offload(torch.device("cpu"))
 
 
-def drawn(pipeline) -> torch.Tensor:
-    what = PROMPTS if isinstance(pipeline, TiMTextPipeline) else [1, 7]
-    options = dict(num_inference_steps=2, generator=seeded(), output_type="pt")
-    return quiet(pipeline)(what, **options).images
-
-
 @pytest.mark.parametrize("make_pipeline", [class_pipeline, text_pipeline])
 def test_saved_and_loaded(make_pipeline, tmp_path):
     """The module paths in model_index.json are part of what users keep."""
@@ -256,15 +189,6 @@ def test_saved_and_loaded(make_pipeline, tmp_path):
     assert torch.equal(drawn(again), drawn(pipeline))
     for name in ("transport_params", "max_seq_length", "use_last_hidden_state"):
         assert again.config.get(name) == pipeline.config.get(name)
-
-
-def published_config(tmp_path, params: dict, target: str, **model) -> str:
-    path = tmp_path / "config.yaml"
-    transport = dict(target="tim.schedulers.transports.EDM", params=dict(T_max="${model.T_max}"))
-    network = dict(target=target, params=params)
-    sections = dict(transport=transport, network=network, T_max=70.0) | model
-    path.write_text(yaml.safe_dump(dict(model=sections)))
-    return str(path)
 
 
 def test_from_released_files(tmp_path):
@@ -329,101 +253,9 @@ def test_each_step_is_told_and_may_be_changed():
     torch.testing.assert_close(latents, last)
 
 
-@pytest.mark.parametrize("returned", [torch.zeros(1), {"latents": torch.zeros(1, 4, 4)}, 3])
-def test_a_callback_that_returns_something_else(returned):
-    with pytest.raises(ValueError, match=r"must return nothing or \{'latents': …\} of shape"):
-        class_pipeline()(1, num_inference_steps=1, callback_on_step_end=lambda *_: returned)
-
-
 def test_a_list_of_generators_gives_each_picture_its_own_noise():
     pipeline = class_pipeline()
     options = dict(num_inference_steps=1, output_type="latent")
     pair = pipeline([1, 7], generator=[seeded(), seeded()], **options).images
     alone = pipeline([7], generator=seeded(), **options).images
     torch.testing.assert_close(pair[1:], alone)
-
-
-def test_components_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="conditioned on text: use TiMTextPipeline"):
-        TiMClassPipeline(network(TEXT), sd_vae())
-    with pytest.raises(ValueError, match="conditioned on classes: use TiMClassPipeline"):
-        TiMTextPipeline(network(CLASS), dc_ae(), gemma(), tokenizer())
-    with pytest.raises(ValueError, match="reads text features of 16, the encoder has 24"):
-        TiMTextPipeline(network(TEXT | dict(cap_feat_dim=16)), dc_ae(), gemma(), tokenizer())
-    with pytest.raises(ValueError, match="4 latent channels, the network 3"):
-        TiMClassPipeline(network(CLASS | dict(in_channels=3)), sd_vae())
-    with pytest.raises(ValueError, match="no transport 'flow'"):
-        TiMClassPipeline(network(CLASS), sd_vae(), "flow")
-    with pytest.raises(ValueError, match="max_seq_length must be at least 1"):
-        text_pipeline(max_seq_length=0)
-
-
-def test_folders_that_no_configuration_names(tmp_path):
-    path = published_config(tmp_path, TEXT, "tim.models.t2i.tim_model.TiM", text_encoder_dir=None)
-    with pytest.raises(ValueError, match="no model.vae_dir, got None: give vae"):
-        TiMTextPipeline.from_checkpoint("nowhere.bin", path)
-    with pytest.raises(ValueError, match="no model.text_encoder_dir, got None: give text_encoder"):
-        TiMTextPipeline.from_checkpoint("nowhere.bin", path, vae=dc_ae())
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (dict(height=10), "multiples of 4, got 10×8"),
-        (dict(width=0), "multiples of 4, got 8×0"),
-        (dict(height=8.0), "multiples of 4, got 8.0×8"),
-        (dict(latents=torch.zeros(1, 4, 4, 6)), r"latents must be floating-point \(1, 4, 4, 4\)"),
-        (dict(latents=torch.zeros(1, 4, 4, 4, dtype=torch.int)), "floating-point"),
-        (dict(generator=[seeded(), seeded()]), "1 generators are needed, one a picture; got 2"),
-        (dict(guidance_interval=(0.0,)), "guidance_interval must be"),
-        (dict(guidance_interval=(0.5, 0.1)), "guidance_interval must be"),
-        (dict(latents=torch.full((1, 4, 4, 4), torch.nan)), "must be finite"),
-        (dict(num_inference_steps=0), "num_inference_steps must be 1 or more, got 0"),
-        (dict(num_inference_steps=2.5), "num_inference_steps must be 1 or more, got 2.5"),
-        (dict(output_type="jpeg"), "output_type must be pil, np, pt or latent, got 'jpeg'"),
-        (dict(sample_type="diffusion"), "sample_type"),
-        (dict(class_labels=11), "class labels must lie in 0 … 10, got 11"),
-        (dict(class_labels=[0.5]), "one or more integers"),
-        (dict(class_labels=[]), "one or more integers"),
-        (dict(class_labels=torch.tensor([True])), "one or more integers"),
-        (dict(class_labels="cat"), "must be integers, got 'cat'"),
-    ],
-)
-def test_bad_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        class_pipeline()(**dict(class_labels=1) | options)
-
-
-def test_guidance_needs_a_label_of_no_class():
-    pipeline = quiet(TiMClassPipeline(network(CLASS | dict(class_dropout_prob=0.0)), sd_vae()))
-    with pytest.raises(ValueError, match="trained with class_dropout_prob = 0"):
-        pipeline(1)
-    assert len(pipeline(1, guidance_scale=1.0, num_inference_steps=1).images) == 1
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (dict(prompt=[]), r"prompt must be a text or several, got \[\]"),
-        (dict(prompt=None), "prompt must be a text or several, got None"),
-        (dict(prompt=[["a", "cat"]]), "prompt must be a text or several"),
-        (
-            dict(negative_prompt=["a"] * 3),
-            "negative_prompt must be one or 2, as prompts are; got 3",
-        ),
-        (dict(negative_prompt=5), "negative_prompt must be a text or several"),
-        (dict(num_images_per_prompt=0), "num_images_per_prompt must be 1 or more, got 0"),
-        (dict(height=3), "multiples of 4, got 3×16"),
-    ],
-)
-def test_bad_prompts_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        text_pipeline()(**dict(prompt=PROMPTS) | options)
-
-
-def test_features_that_are_not_finite_are_refused():
-    """Gemma 3 in float16 does that, and would draw black pictures."""
-    pipeline = text_pipeline()
-    torch.nn.init.constant_(pipeline.text_encoder.norm.weight, float("inf"))
-    with pytest.raises(ValueError, match="the text features in torch.float32 must be finite"):
-        pipeline(PROMPTS)
