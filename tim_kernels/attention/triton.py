@@ -194,8 +194,10 @@ def pieces(head_dim: int) -> tuple[int, int]:
 
 def _tile(q: Tensor, lanes: int) -> dict[str, int]:
     """Queries (rows), keys (columns) and channels (chunk, 0 for all) of a tile, and its warps."""
-    kind = "attention.jvp.float32" if q.dtype == torch.float32 else "attention.jvp"
-    name = f"{kind}.{next(n for n in (96, 128, 256) if lanes <= n)}"
+    is_float32 = q.dtype == torch.float32
+    kind = "attention.jvp.float32" if is_float32 else "attention.jvp"
+    sizes = (80, 96, 128, 256) if is_float32 else (96, 128, 256)
+    name = f"{kind}.{next(n for n in sizes if lanes <= n)}"
     return TABLE[section(name, architecture(q.device))][name]
 
 
