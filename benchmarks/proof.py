@@ -1,7 +1,8 @@
 """Which of a GPU's measurements may be told.
 
 Only those of a backend whose tests ran to their end on the same GPU with the same sources, where
-compute-sanitizer, if it ran, found nothing; and not of an op whose tests failed there.
+compute-sanitizer, if it ran, found nothing; and not of an op whose tests failed there. What is told
+of cuda rests on the tests of both, as its tangents and attention are Triton's.
 """
 
 from collections.abc import Iterable
@@ -9,7 +10,9 @@ from collections.abc import Iterable
 from .results import FUSED, fill_ratios
 
 SANITIZERS = "memcheck, ", "racecheck, "
-IN_SHORT = "tests", "ops", "model"  # of what the gate's part "short" has some
+FOUND = 99  # compute-sanitizer's exit status where it found something
+KINDS = {"ops": "op", "model": "model"}  # of rows, by the part of the gate that has them
+RESTS_ON = {"triton": ("triton",), "cuda": FUSED}
 
 
 def gpus(results: Iterable[dict]) -> list[str]:
@@ -22,7 +25,12 @@ def latest(results: Iterable[dict], part: str, gpu: str | None = None) -> dict |
 
 
 def _has(result: dict, part: str) -> bool:
-    return result["part"] == part or (result["part"] == "short" and part in IN_SHORT)
+    """Of "short", what it came to."""
+    if result["part"] != "short":
+        return result["part"] == part
+    if part == "tests":
+        return any(stage.get("tests") for stage in result["stages"])
+    return any(row["kind"] == KINDS.get(part) for row in result["rows"])
 
 
 def obstacle(result: dict, results: Iterable[dict]) -> str | None:
@@ -33,32 +41,48 @@ def obstacle(result: dict, results: Iterable[dict]) -> str | None:
 
 def unproven(backend: str, result: dict, results: Iterable[dict]) -> str | None:
     """Why a backend's speeds in a result may not be told."""
-    proof = _proof(result, results)
-    if proof is None:
+    proofs = _proofs(result, results)
+    if not proofs:
         return "the tests have not run on this GPU with the same sources"
-    stages = {stage["name"]: stage for stage in proof["stages"]}
-    found = [n for n, s in stages.items() if n.startswith(SANITIZERS) and s["outcome"] == "failed"]
+    stages = [stage for proof in proofs for stage in proof["stages"]]
+    found = [s["name"] for s in stages if s["name"].startswith(SANITIZERS) and _has_found(s)]
     if found:
         return f"compute-sanitizer did not pass: {', '.join(found)}"
-    stage = stages.get(f"tests, {backend}", {})
-    has_ended = stage.get("outcome") in ("passed", "failed") and stage.get("tests")
-    return None if has_ended else f"the tests of {backend} did not run to their end"
+    if any(_ran_to_its_end(proof, backend) for proof in proofs):
+        return None
+    return f"the tests of {backend} did not run to their end"
 
 
-def failed_tests(result: dict, results: Iterable[dict]) -> list[str]:
-    """Names of tests that failed on the result's GPU and sources."""
-    proof = _proof(result, results) or {"failures": []}
-    return [
-        failure["what"]
-        for failure in proof["failures"]
-        if failure["stage"].startswith("tests, ") and failure["what"] != failure["stage"]
-    ]
+def _has_found(stage: dict) -> bool:
+    """A finding, and not a tool that does not work on this machine."""
+    return stage["outcome"] == "failed" and stage.get("returncode") == FOUND
 
 
-def _proof(result: dict, results: Iterable[dict]) -> dict | None:
-    """The last tests on that GPU with these sources."""
+def failed_tests(
+    result: dict, results: Iterable[dict], backends: Iterable[str] = FUSED
+) -> list[str]:
+    """Names of the tests of these backends that failed on the result's GPU and sources, each in
+    the last run that came to its end."""
+    failed = []
+    for backend in backends:
+        ended = [p for p in _proofs(result, results) if _ran_to_its_end(p, backend)]
+        stage = f"tests, {backend}"
+        for failure in ended[-1]["failures"] if ended else ():
+            if failure["stage"] == stage != failure["what"]:
+                failed.append(failure["what"])
+    return failed
+
+
+def _proofs(result: dict, results: Iterable[dict]) -> list[dict]:
+    """All tests on that GPU with these sources, oldest first."""
     gpu, sources = result["machine"]["gpu"], result["sources"]
-    return latest([r for r in results if r["sources"] == sources], "tests", gpu)
+    own = (r for r in results if r["sources"] == sources and r["machine"].get("gpu") == gpu)
+    return [r for r in own if _has(r, "tests")]
+
+
+def _ran_to_its_end(proof: dict, backend: str) -> bool:
+    stages = [stage for stage in proof["stages"] if stage["name"] == f"tests, {backend}"]
+    return any(s["outcome"] in ("passed", "failed") and s.get("tests") for s in stages)
 
 
 def told_rows(result: dict, results: Iterable[dict], kind: str) -> list[dict]:
@@ -66,15 +90,20 @@ def told_rows(result: dict, results: Iterable[dict], kind: str) -> list[dict]:
     rows = [row for row in result["rows"] if row["kind"] == kind]
     fill_ratios(rows)
     hidden = [backend for backend in FUSED if unproven(backend, result, results)]
-    failed = failed_tests(result, results)
+    failed = {b: failed_tests(result, results, RESTS_ON[b]) for b in FUSED}
 
-    def is_told(row: dict) -> bool:
-        if row["contender"].rpartition(", ")[2] in hidden:
+    def is_proven(row: dict, backend: str) -> bool:
+        if backend in hidden:
             return False
         if kind == "model":
-            return not failed
+            return not failed[backend]
         names = folder(row["op"]), row["op"].partition(" ")[0].rstrip(",")
-        return not any(name in what for what in failed for name in names)
+        return not any(name in what for what in failed[backend] for name in names)
+
+    def is_told(row: dict) -> bool:
+        """Others are told beside one of ours."""
+        own = row["contender"].rpartition(", ")[2]
+        return any(is_proven(row, b) for b in ((own,) if own in FUSED else FUSED))
 
     return [row for row in rows if is_told(row)]
 

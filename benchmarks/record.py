@@ -1,5 +1,6 @@
 """The gate's result as it grows: one JSON file, replaced whole, and a log beside it."""
 
+import itertools
 import time
 from pathlib import Path
 
@@ -43,9 +44,14 @@ class Record:
         """From here on the files bear the GPU's name."""
         before = [path for path in self.out.glob(f"{self.stem}.*")]
         date = self.data["started"][:10]
-        self.stem = f"{date}-{gpu}-{self.part}" + ("-dry" if self.data["dry_run"] else "")
+        stem = f"{date}-{gpu}-{self.part}" + ("-dry" if self.data["dry_run"] else "")
+        again = (f"{stem}-{n}" for n in itertools.count(2))  # an earlier run's file stays
+        self.stem = next(s for s in (stem, *itertools.islice(again, 99)) if self._is_free(s))
         for path in before:
             path.replace(self.out / f"{self.stem}{path.suffix}")
+
+    def _is_free(self, stem: str) -> bool:
+        return not (self.out / f"{stem}.json").exists()
 
     def take(self, row: dict, stage: dict) -> None:
         """Put a row of a stage where it belongs."""

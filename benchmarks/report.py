@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .proof import failed_tests, gpus, latest, obstacle, told_rows, unproven
+from .proof import KINDS, failed_tests, gpus, latest, obstacle, told_rows, unproven
 from .results import COMPILE, EAGER, FUSED, load
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +21,6 @@ NOTHING = (
     "measures it, in three parts of less than nine minutes, into one file each; `make gpu "
     "PART=short` has the most telling of all three in one."
 )
-KINDS = {"ops": "op", "model": "model"}  # of rows, by the part of the gate that has them
 TABLE_SHAPES = ("c2i-xl, batch 64", "t2i-xl, batch 8")
 
 

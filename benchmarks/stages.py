@@ -1,6 +1,6 @@
 """What a stage of the gate does, in a process of its own: a broken one poisons no other.
 
-    python -m benchmarks.stages NAME --rows FILE [--seconds 100] [--dry-run] [--brief]
+    python -m benchmarks.stages NAME --rows FILE [--until TIME] [--dry-run] [--brief]
 
 Each result is one line of JSON, written and flushed when it is there. What there was no time for
 is named.
@@ -100,7 +100,7 @@ class Run:
     def _start_again(self, skip: int) -> None:
         """This stage, in a new process in place of this one, from that case on."""
         command = [sys.executable, "-m", "benchmarks.stages", self.name, "--rows", str(self.rows)]
-        command += ["--seconds", f"{self.seconds_left:.0f}", "--skip", str(skip)]
+        command += ["--until", f"{self.deadline:.0f}", "--skip", str(skip)]
         command += ["--dry-run"] * self.dry_run + ["--brief"] * self.brief
         os.execv(sys.executable, command)
 
@@ -166,7 +166,7 @@ def fill_model_cache(run: Run) -> None:
 
 def _in_parallel(run: Run, make: Callable, cases: list) -> None:
     context = multiprocessing.get_context("spawn")
-    with context.Pool(2 if run.dry_run else COMPILING) as pool:
+    with context.Pool(2 if run.dry_run else min(COMPILING, max(1, len(cases)))) as pool:
         done = pool.imap_unordered(_compile, [(make, case, run.device) for case in cases])
         for _ in cases:
             try:
@@ -267,8 +267,12 @@ def model_cases(dry_run: bool, brief: bool = False) -> list[tasks.Case]:
         *at(eight_steps, middle, not_compiled),
         *at(four_steps, others, not_compiled),
     ]
-    if brief:
-        cases = [*at(tasks.GRAPH_TASK, middle, (*graph, "tim")), *at(dde, middle, not_compiled, 2)]
+    if brief:  # compiled last, as it takes longest
+        cases = [
+            *at(tasks.GRAPH_TASK, middle, tuple(n for n in (*graph, "tim") if n != COMPILE)),
+            *at(dde, middle, not_compiled, 2),
+            *at(tasks.GRAPH_TASK, middle, (models.EAGER, COMPILE)),
+        ]
     return [c for c in cases if c.task != tasks.GRAPH_TASK] if dry_run else cases
 
 
@@ -339,7 +343,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("name", choices=STAGES)
     parser.add_argument("--rows", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--until", type=float, help="when to end, by the clock time.monotonic")
     parser.add_argument("--skip", type=int, default=0, help="cases that are done")
     parser.add_argument("--brief", action="store_true", help="only the cases that tell most")
     parser.add_argument("--dry-run", action="store_true")
@@ -348,7 +352,8 @@ def main() -> None:
         from tests.tim_kernels.rounding import round_bfloat16_like_hardware
 
         round_bfloat16_like_hardware()
-    STAGES[args.name](Run(args.name, args.rows, args.seconds, args.dry_run, args.skip, args.brief))
+    seconds = 600.0 if args.until is None else args.until - time.monotonic()
+    STAGES[args.name](Run(args.name, args.rows, seconds, args.dry_run, args.skip, args.brief))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ WARPS = 1, 2, 4, 8
 A_THREAD = 4, 64  # elements
 RESOLUTION = 0.02  # of the static model: less is no reason to prefer one
 NOISE = 0.01  # of a timing, likewise
+LEAST_TRIED = 4  # candidates, the present one among them, for a timing to choose
 
 
 def candidates(kernel: str) -> list[Candidate]:
@@ -187,7 +188,8 @@ def measure(
     }
     for done, kernel in enumerate(names, start=1):
         own = _time_kernel(kernel, known, device, start + seconds * done / len(names))
-        result["chosen"][kernel] = fastest(own)._asdict()
+        if len(own) >= LEAST_TRIED:  # else nothing was compared
+            result["chosen"][kernel] = fastest(own)._asdict()
         result["timings"] += [
             {"kernel": kernel, "launch": launch} | candidate._asdict() | timing._asdict()
             for candidate, by_launch in own.items()

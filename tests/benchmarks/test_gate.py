@@ -108,6 +108,24 @@ def test_a_library_of_other_sources_is_built_again(monkeypatch, tmp_path):
     assert obstacle() == "it is built already"
 
 
+@pytest.mark.parametrize("code, outcome", [("pass", "passed"), ("raise SystemExit(1)", "left out")])
+def test_a_stage_whose_need_failed_is_left_out(light, tmp_path, code, outcome):
+    planned = [python("build", code), python("tests", "pass", needs="build")]
+    result = gate.run_part("ops", tmp_path, "abc", dry_run=False, stages=planned)
+    assert outcomes(result)["tests"] == outcome
+    whys = {entry["what"]: entry["why"] for entry in result["left_out"]}
+    assert whys == ({} if outcome == "passed" else {"tests": "build failed"})
+    assert parts.parity("cuda", False, 1).needs == parts.build(True).name
+
+
+def test_a_second_run_leaves_the_first_one_s_file(light, tmp_path):
+    for _ in range(3):
+        gate.run_part("ops", tmp_path, "abc", dry_run=False, stages=[])
+    names = {path.name.partition("-h100-")[2] for path in tmp_path.iterdir()}
+    stems = "ops", "ops-2", "ops-3"
+    assert names == {f"{stem}.{kind}" for stem in stems for kind in ("json", "log")}
+
+
 def test_a_part_that_is_out_of_time_says_what_it_left(light, tmp_path):
     planned = [python("slow", "import time; time.sleep(60)"), python("late", "pass")]
     result = gate.run_part("ops", tmp_path, "abc", dry_run=False, budget=8, stages=planned)
@@ -300,7 +318,9 @@ def test_the_stages_of_the_cuda_kernels_run_their_tests():
     names = " ".join(paths)
     assert all(f"test_{source.stem}" in names for source in ROOT.glob("csrc/*.cu"))
     assert "test_graphs" in names and "test_backend" not in names
-    assert "tests/tim_kernels" in parts.parity("triton", False, 1).command
+    of_triton = parts.parity("triton", False, 1).command
+    assert "tests/tim_kernels" in of_triton and parts.NO_GPU in of_triton
+    assert (ROOT / parts.NO_GPU).exists() and parts.NO_GPU not in paths[:-1]
     assert parts.BUILDS in (ROOT / "tests/tim_kernels/test_extension.py").read_text()
 
 

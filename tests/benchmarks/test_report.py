@@ -96,9 +96,33 @@ def test_no_speed_of_a_backend_whose_tests_did_not_end(outcome):
 
 
 def test_no_speed_where_the_sanitizer_did_not_pass():
-    stages = [*TESTS["stages"], dict(name="racecheck, short list", outcome="failed")]
-    text = section([OPS, MODELS, TESTS | dict(stages=stages)])
+    stages = [*TESTS["stages"], dict(name="racecheck, short list", outcome="failed", returncode=99)]
+    results = [OPS, MODELS, TESTS | dict(stages=stages)]
+    text = section(results)
     assert "compute-sanitizer did not pass: racecheck" in text and "7.50" not in text
+    assert "7.50" not in section([*results, TESTS])  # a later run that found nothing hides nothing
+
+
+def test_a_sanitizer_that_does_not_work_there_has_found_nothing():
+    stages = [
+        *TESTS["stages"],
+        dict(name="memcheck, planted error", outcome="failed", returncode=1),
+    ]
+    assert "7.50 ×" in section([OPS, MODELS, TESTS | dict(stages=stages)])
+
+
+def test_a_failure_of_cuda_s_tests_hides_cuda_alone():
+    rows = [*OPS["rows"], op_row("cuda", 0.3)]
+    models = [*MODELS["rows"], MODEL | dict(contender="accelerate, triton", ms=2.0)]
+    failed = TESTS | dict(failures=[FAILURE | dict(stage="tests, cuda")])
+    text = section([OPS | dict(rows=rows), MODELS | dict(rows=models), failed])
+    assert "| triton |" in text and "| cuda |" not in text
+    assert "accelerate, triton" in text and "accelerate, cuda" not in text
+
+
+def test_tests_that_were_cut_off_later_take_no_proof_away():
+    cut = TESTS | dict(stages=[TESTS["stages"][0] | dict(outcome="timed out")], failures=[FAILURE])
+    assert "7.50 ×" in section([OPS, TESTS, cut])
 
 
 def test_a_failing_test_of_every_op_counts_for_the_one_it_names():
@@ -118,6 +142,8 @@ def test_the_short_part_is_its_own_proof_and_has_ops_and_models():
     assert "-short-against.png" in text and "-short-models.png" in text
     assert "not told" in section([short | dict(stages=[])])
     assert "What the algorithm alone saves" not in text
+    without_ops = result("short", MODELS["rows"], file="2026-11-24-h100-short.json")
+    assert "7.50 × | 3.75 × |" in section([OPS, TESTS, without_ops])
 
 
 def test_the_derivative_s_tables():
