@@ -46,7 +46,7 @@ class Record:
         date = self.data["started"][:10]
         stem = f"{date}-{gpu}-{self.part}" + ("-dry" if self.data["dry_run"] else "")
         again = (f"{stem}-{n}" for n in itertools.count(2))  # an earlier run's file stays
-        self.stem = next(s for s in (stem, *itertools.islice(again, 99)) if self._is_free(s))
+        self.stem = next(filter(self._is_free, itertools.chain([stem], again)))
         for path in before:
             path.replace(self.out / f"{self.stem}{path.suffix}")
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from benchmarks import report
+from benchmarks import parts, proof, report
 from benchmarks.report import README, into, section
 from benchmarks.results import FUSED, load
 
@@ -95,8 +95,20 @@ def test_no_speed_of_a_backend_whose_tests_did_not_end(outcome):
     assert "What cuda reached is not shown, since the tests of cuda did not run" in text
 
 
-def test_no_speed_where_the_sanitizer_did_not_pass():
-    stages = [*TESTS["stages"], dict(name="racecheck, short list", outcome="failed", returncode=99)]
+@pytest.mark.parametrize(
+    "finding",
+    [
+        dict(returncode=99, why="RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)"),
+        dict(
+            returncode=1, why="CUDA error: unspecified launch failure\n=== ERROR SUMMARY: 3 errors"
+        ),
+        dict(returncode=99, why="exit 99"),
+    ],
+)
+def test_no_speed_where_the_sanitizer_did_not_pass(finding):
+    """A program whose kernel memcheck stopped ends with an exit status of its own."""
+    failed = dict(name="racecheck, short list", outcome="failed") | finding
+    stages = [*TESTS["stages"], failed]
     results = [OPS, MODELS, TESTS | dict(stages=stages)]
     text = section(results)
     assert "compute-sanitizer did not pass: racecheck" in text and "7.50" not in text
@@ -104,11 +116,17 @@ def test_no_speed_where_the_sanitizer_did_not_pass():
 
 
 def test_a_sanitizer_that_does_not_work_there_has_found_nothing():
-    stages = [
-        *TESTS["stages"],
-        dict(name="memcheck, planted error", outcome="failed", returncode=1),
-    ]
+    """Nor is a planted error a finding, however the tool words it."""
+    refused = dict(name="memcheck, short list", outcome="failed", returncode=1, why="not supported")
+    planted = dict(
+        name="memcheck, planted error", outcome="failed", returncode=99, why="other words"
+    )
+    stages = [*TESTS["stages"], refused, planted]
     assert "7.50 ×" in section([OPS, MODELS, TESTS | dict(stages=stages)])
+
+
+def test_the_sanitizer_s_stages_are_those_of_the_gate():
+    assert {stage.name for stage in parts.sanitizer(False)} >= set(proof.SANITIZERS)
 
 
 def test_a_failure_of_cuda_s_tests_hides_cuda_alone():
