@@ -172,7 +172,7 @@ def source_hash() -> str:
 
 
 def note(folder: Path, what: dict) -> None:
-    """Say beside the package what was built; `tim_kernels.extension` reads it."""
+    """Say beside the package what was built; `tim_kernels.dispatch.extension` reads it."""
     (folder / "_cuda.json").write_text(json.dumps(what) + "\n")
     if "reason" in what:
         (folder / "_cuda.so").unlink(missing_ok=True)  # of an earlier build

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from tim_kernels import backend
+from tim_kernels.dispatch import backend
 
 from . import peers
 from .calls import Call

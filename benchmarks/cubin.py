@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, KernelInterface
 
-from tim_kernels import backend
+from tim_kernels.dispatch import backend
 
 ARCHITECTURES = (80, 90, 100)
 TYPES = {

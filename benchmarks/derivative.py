@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from tests.eager import EagerTiM, attend, randomise
-from tests.tim_kernels.parity import DERIVATIVE, FLOOR
+from tests.kernels.parity import DERIVATIVE, FLOOR
 from tim_kernels import attention, use_backend
 
 from .machine import exact_float32

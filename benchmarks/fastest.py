@@ -3,7 +3,7 @@
     python -m benchmarks.fastest [--write]
 
 On each GPU's latest measurement, the backend whose time over all shapes, forward and backward, has
-the smaller geometric mean. --write stores it in tim_kernels/fastest.json by architecture.
+the smaller geometric mean. --write stores it in tim_kernels/dispatch/fastest.json by architecture.
 """
 
 import argparse
@@ -12,13 +12,13 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from tim_kernels import backend
+from tim_kernels.dispatch import backend
 
 from . import proof
 from .provenance import ROOT
 from .results import FUSED, load
 
-TABLE = ROOT / "tim_kernels" / "fastest.json"
+TABLE = ROOT / "tim_kernels/dispatch/fastest.json"
 DIRECTIONS = "forward", "backward"
 
 
@@ -53,7 +53,9 @@ def table(results: Sequence[dict]) -> dict[str, dict[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--write", action="store_true", help="into tim_kernels/fastest.json")
+    parser.add_argument(
+        "--write", action="store_true", help="into tim_kernels/dispatch/fastest.json"
+    )
     args = parser.parse_args()
     text = json.dumps(table(load()), indent=2, sort_keys=True) + "\n"
     print(text, end="")

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.eager import EagerTiM
-from tests.tim_kernels.parity import DERIVATIVE, FLOOR, FORWARD
-from tim_kernels import accelerate, backend
+from tests.kernels.parity import DERIVATIVE, FLOOR, FORWARD
+from tim_kernels import accelerate
+from tim_kernels.dispatch import backend
 
 from .contenders import COMPILE, EAGER, FUSED
 from .counting import RULE, total

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tests.tim_kernels.parity import DERIVATIVE, FLOOR, FORWARD
+from tests.kernels.parity import DERIVATIVE, FLOOR, FORWARD
 from tim_kernels import use_backend
 
 from . import peers

@@ -13,7 +13,7 @@ from pathlib import Path
 from .provenance import ROOT
 
 BUILDS = "test_it_builds_and_loads_without_a_gpu"  # as the first stage did
-NO_GPU = "tests/tim_kernels/test_attention_compile.py"  # what Triton compiles anywhere
+NO_GPU = "tests/kernels/test_attention_compile.py"  # what Triton compiles anywhere
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # of each of many processes
 ONE_COMPILER = ONE_THREAD | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 TRITON_KERNELS, CUDA_KERNELS = "regex=^_[a-z_]+_kernel", "kernel_substring=3tim"  # mangled
@@ -73,9 +73,9 @@ def parity(backend: str, dry_run: bool, limit: float) -> Stage:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.pytest_rows"]
     command += ["-p", "no:cacheprovider", "--tb=short", "--continue-on-collection-errors"]
     if dry_run:
-        command += ["tests/tim_kernels/test_swiglu.py", "-k", "test_any_leading_shape and packed"]
+        command += ["tests/kernels/test_swiglu.py", "-k", "test_any_leading_shape and packed"]
     else:
-        folder, names = "tests/tim_kernels", [path.stem for path in ROOT.glob("csrc/*.cu")]
+        folder, names = "tests/kernels", [path.stem for path in ROOT.glob("csrc/*.cu")]
         names += ["accelerate", "extension", "golden", "graphs", "model_compile"]
         found = [path for name in names for path in ROOT.glob(f"{folder}/test_{name}*.py")]
         in_csrc = sorted(str(path.relative_to(ROOT)) for path in found)

@@ -33,7 +33,7 @@ def commit_hash() -> str:
 def source_hash() -> str:
     """Of everything that is measured: tells whether two results are of the same code."""
     digest = hashlib.sha256()
-    patterns = "tim_kernels/**/*.py", "tim_kernels/tuning.json", "tim/**/*.py", "csrc/*"
+    patterns = "tim_kernels/**/*.py", "tim_kernels/launch/tuning.json", "tim/**/*.py", "csrc/*"
     for pattern in patterns:
         for path in sorted(ROOT.glob(pattern)):
             digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())

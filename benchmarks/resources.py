@@ -20,7 +20,8 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what users get; Triton
 import torch
 import triton
 
-from tim_kernels import tuning, use_backend
+from tim_kernels import use_backend
+from tim_kernels.launch import tuning
 
 from . import extension
 from .calls import DIRECTIONS, calls

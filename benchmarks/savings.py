@@ -18,7 +18,7 @@ from torch import nn
 
 from tests.eager import EagerTiM
 from tim_kernels import use_backend
-from tim_kernels.nn import condition_blocks, swiglu_mlp
+from tim_kernels.network.forward import condition_blocks, swiglu_mlp
 
 from . import machine, models, published, tasks
 from .provenance import commit_hash, now, save, source_hash

@@ -302,7 +302,7 @@ def max_autotune(run: Run) -> None:
 
 def short_list(run: Run) -> None:
     """Every op once in every direction, small and oddly sized: what the sanitizer looks at."""
-    from tim_kernels import backend
+    from tim_kernels.dispatch import backend
 
     shapes = [
         Shape(2, (2, 3), (4, 4, 6), 144),
@@ -349,7 +349,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     if args.dry_run:
-        from tests.tim_kernels.rounding import round_bfloat16_like_hardware
+        from tests.kernels.rounding import round_bfloat16_like_hardware
 
         round_bfloat16_like_hardware()
     seconds = 600.0 if args.until is None else args.until - time.monotonic()

@@ -1,4 +1,4 @@
-"""Chooses the tile and the warps of every kernel: tim_kernels/tuning.json.
+"""Chooses the tile and the warps of every kernel: tim_kernels/launch/tuning.json.
 
     python -m benchmarks.tune [--op swiglu] [--write]                   times them on this GPU
     python -m benchmarks.tune --from gate.json --write                  what the GPU gate timed
@@ -27,7 +27,8 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what users get; Triton
 import torch
 import triton
 
-from tim_kernels import tuning, use_backend
+from tim_kernels import use_backend
+from tim_kernels.launch import tuning
 
 from .calls import DIRECTIONS, Call, calls
 from .cubin import ARCHITECTURES, Launch, in_processes, record_launches, through_launchers

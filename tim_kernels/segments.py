@@ -3,7 +3,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dtypes import check_floating
+from .checks import check_floating
 
 
 class Segments(NamedTuple):

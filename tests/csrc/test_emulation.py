@@ -9,7 +9,7 @@ import pytest
 from emulated import ROOT, compile_op, run_tests
 
 OPS = sorted(path.stem for path in (ROOT / "csrc").glob("*.cu"))
-TESTS = Path("tests/tim_kernels")
+TESTS = Path("tests/kernels")
 
 
 @pytest.mark.parametrize("op", OPS)

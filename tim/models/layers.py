@@ -1,10 +1,10 @@
 """The modules of TiM: weights under the published names. What is computed with them stands in
-`tim_kernels.nn`, which runs the whole network on the fused ops."""
+`tim_kernels.network.forward`, which runs the whole network on the fused ops."""
 
 import torch
 from torch import Tensor, nn
 
-from tim_kernels import nn as fused
+from tim_kernels.network import forward as fused
 
 
 class SwiGLU(nn.Module):

@@ -7,8 +7,8 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from tim_kernels import CONDITIONS, use_backend
-from tim_kernels import nn as fused
-from tim_kernels.backend import requested
+from tim_kernels.dispatch.backend import requested
+from tim_kernels.network import forward as fused
 from tim_kernels.qk_norm_rope.reference import ORDERS
 
 from ..checks import check_times

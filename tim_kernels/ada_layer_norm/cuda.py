@@ -3,8 +3,14 @@
 import torch
 from torch import Tensor
 
-from ..extension import dense_tokens, one_dtype, rows_for, tangents_in_triton, tokens_per_block
-from ..views import samples_and_length
+from ..dispatch.extension import (
+    dense_tokens,
+    one_dtype,
+    rows_for,
+    tangents_in_triton,
+    tokens_per_block,
+)
+from ..launch.views import samples_and_length
 
 FORWARD_STEP = 8  # tokens that a block has at a time, at the published widths
 BACKWARD_STEP = {1152: 2, 768: 3}

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .. import backend
-from ..registration import define, differentiable
+from ..dispatch import backend
+from ..dispatch.operators import define, differentiable
 from ..segments import Segments, check_row, check_same_device, check_tokens
 from . import reference
 

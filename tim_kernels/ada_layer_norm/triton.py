@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import Plan, kernel
-from ..rows import (
+from ..launch.grid import Plan, kernel
+from ..launch.rows import (
     load_row,
     load_rows,
     locate,
@@ -31,8 +31,8 @@ from ..rows import (
     sum_rows,
     tile_rows,
 )
-from ..tuning import tuned
-from ..views import row_view, token_view
+from ..launch.tuning import tuned
+from ..launch.views import row_view, token_view
 
 
 @kernel

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from .. import backend
-from ..dtypes import check_floating
-from ..registration import NO_TANGENT, define
+from ..checks import check_floating
+from ..dispatch import backend
+from ..dispatch.operators import NO_TANGENT, define
 from ..segments import Segments, check_tokens
 from . import reference
 

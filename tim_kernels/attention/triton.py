@@ -25,11 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import backend
-from ..launch import Plan, kernel
-from ..rows import locate
-from ..tuning import TABLE, architecture, section
-from ..views import head_view
+from ..dispatch import backend
+from ..launch.grid import Plan, kernel
+from ..launch.rows import locate
+from ..launch.tuning import TABLE, architecture, section
+from ..launch.views import head_view
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 

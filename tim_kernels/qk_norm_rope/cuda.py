@@ -5,8 +5,8 @@ import functools
 import torch
 from torch import Tensor
 
-from ..extension import one_dtype, tangents_in_triton, tokens_per_block
-from ..views import head_view, row_view, samples_and_length
+from ..dispatch.extension import one_dtype, tangents_in_triton, tokens_per_block
+from ..launch.views import head_view, row_view, samples_and_length
 from .frequencies import frequencies
 
 THREADS, TOKENS, CHUNK = 288, 2, 8  # as in csrc/heads.cuh and common.cuh

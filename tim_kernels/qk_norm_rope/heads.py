@@ -9,7 +9,7 @@ the token exists.
 import triton
 import triton.language as tl
 
-from ..rows import load_row, normalise, normalise_linear, store_row, store_rows
+from ..launch.rows import load_row, normalise, normalise_linear, store_row, store_rows
 from .rotation import axial_turn, rotate
 
 

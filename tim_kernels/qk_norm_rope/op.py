@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import backend
-from ..registration import (
+from ..dispatch import backend
+from ..dispatch.operators import (
     define,
     differentiable,
     is_plain,

@@ -2,7 +2,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dtypes import accumulation_dtype
+from ..checks import accumulation_dtype
 from ..segments import Segments, rows_per_token
 
 ORDERS = ("upstream", "grid")

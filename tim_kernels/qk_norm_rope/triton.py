@@ -25,10 +25,10 @@ import functools
 import torch
 import triton.language as tl
 
-from ..launch import Plan, kernel
-from ..rows import locate, pieces
-from ..tuning import tuned
-from ..views import RowView, head_view, row_view
+from ..launch.grid import Plan, kernel
+from ..launch.rows import locate, pieces
+from ..launch.tuning import tuned
+from ..launch.views import RowView, head_view, row_view
 from .frequencies import frequencies
 from .heads import backward_heads, forward_heads, jvp_heads, locate_tokens
 from .rotation import axial_turn

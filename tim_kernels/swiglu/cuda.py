@@ -2,8 +2,8 @@
 
 import torch
 
-from ..extension import one_dtype, tangents_in_triton
-from ..views import rows_of
+from ..dispatch.extension import one_dtype, tangents_in_triton
+from ..launch.views import rows_of
 
 
 def _rows(gate, value):

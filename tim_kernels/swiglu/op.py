@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from .. import backend
-from ..dtypes import check_floating
-from ..registration import define, differentiable
+from ..checks import check_floating
+from ..dispatch import backend
+from ..dispatch.operators import define, differentiable
 from . import reference
 
 NAME = "swiglu"

@@ -1,7 +1,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dtypes import accumulation_dtype
+from ..checks import accumulation_dtype
 
 
 def swiglu(gate: Tensor, value: Tensor | None = None) -> Tensor:

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import kernel
-from ..tuning import tuned
-from ..views import rows_of
+from ..launch.grid import kernel
+from ..launch.tuning import tuned
+from ..launch.views import rows_of
 
 
 @triton.jit

@@ -3,7 +3,7 @@ Triton's."""
 
 import torch
 
-from ..extension import one_dtype, tangents_in_triton
+from ..dispatch.extension import one_dtype, tangents_in_triton
 from .slots import slot_codes
 
 DIM = 256  # of a sinusoid

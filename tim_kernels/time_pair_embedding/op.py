@@ -11,9 +11,9 @@ bytes worth saving, so they have none.
 import torch
 from torch import Tensor
 
-from .. import backend
-from ..dtypes import check_floating
-from ..registration import define, differentiable
+from ..checks import check_floating
+from ..dispatch import backend
+from ..dispatch.operators import define, differentiable
 from . import reference
 from .reference import CONDITIONS, TimeMLP
 

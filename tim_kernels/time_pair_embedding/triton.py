@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import kernel
+from ..launch.grid import kernel
 from .slots import slot_codes
 
 HALF = tl.constexpr(128)  # frequencies, of which each of 4 warps has 32

@@ -1,8 +1,8 @@
 import torch
 from torch import Tensor
 
+from ..checks import accumulation_dtype
 from ..coefficients import cast, weighted_sum
-from ..dtypes import accumulation_dtype
 
 
 def transition_inputs(

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import kernel
-from ..samples import SamplePlan, load, locate, scaled, store
-from ..views import sample_view, vector
+from ..launch.grid import kernel
+from ..launch.latents import SamplePlan, load, locate, scaled, store
+from ..launch.views import sample_view, vector
 
 
 @triton.jit

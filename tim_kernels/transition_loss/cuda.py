@@ -3,7 +3,13 @@ Triton's."""
 
 import torch
 
-from ..extension import dense_samples, one_dtype, tangents_in_triton, tokens_per_block, vectors
+from ..dispatch.extension import (
+    dense_samples,
+    one_dtype,
+    tangents_in_triton,
+    tokens_per_block,
+    vectors,
+)
 
 STEP = 4096  # elements that a block has at a time, if teams have the channels
 TEAMS = 4, 8, 16, 32  # channels

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from .. import backend
 from ..coefficients import check_latents, check_like, check_vector
-from ..registration import define, differentiable
+from ..dispatch import backend
+from ..dispatch.operators import define, differentiable
 from . import reference
 
 NAME = "transition_loss"

@@ -1,8 +1,8 @@
 import torch
 from torch import Tensor
 
+from ..checks import accumulation_dtype
 from ..coefficients import cast, per_sample, weighted_sum
-from ..dtypes import accumulation_dtype
 
 EPS = 1e-8  # the least norm in the cosine, as in torch.nn.functional.cosine_similarity
 

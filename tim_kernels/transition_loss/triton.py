@@ -15,9 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import kernel
-from ..samples import SamplePlan, load, scaled
-from ..views import sample_view, vector
+from ..launch.grid import kernel
+from ..launch.latents import SamplePlan, load, scaled
+from ..launch.views import sample_view, vector
 from .reference import EPS
 
 

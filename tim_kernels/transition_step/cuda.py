@@ -3,7 +3,13 @@ Triton's."""
 
 import torch
 
-from ..extension import blocks_per_sample, dense_samples, one_dtype, tangents_in_triton, vectors
+from ..dispatch.extension import (
+    blocks_per_sample,
+    dense_samples,
+    one_dtype,
+    tangents_in_triton,
+    vectors,
+)
 
 
 def _inputs(x, f_cond, f_uncond, noise, *coefficients):

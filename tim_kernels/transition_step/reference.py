@@ -1,7 +1,7 @@
 from torch import Tensor
 
+from ..checks import accumulation_dtype
 from ..coefficients import cast, per_sample, weighted_sum
-from ..dtypes import accumulation_dtype
 
 
 def transition_step(

@@ -1,0 +1,257 @@
+"""The table of configurations, how it is looked up, and how its entries are chosen."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import tune
+from benchmarks.calls import DIRECTIONS, calls
+from benchmarks.cubin import ARCHITECTURES, record_launches, through_launchers
+from benchmarks.estimate import CHIPS, LATENCY, Reading, limits, slowdown
+from benchmarks.sass import executed
+from benchmarks.timing import Timing
+from benchmarks.tune import Candidate, choose, fastest
+from tim_kernels import use_backend
+from tim_kernels.launch import tuning
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def asked(monkeypatch) -> set[str]:
+    """The kernels whose configuration the launchers of all calls ask for."""
+    names, section = set(), tuning.section
+    monkeypatch.setattr(
+        tuning, "section", lambda kernel, arch: names.add(kernel) or section(kernel, arch)
+    )
+    for call in calls(width=144, batch=2, grid=(2, 2)):
+        for direction in DIRECTIONS:
+            with use_backend("triton"), record_launches(), through_launchers():
+                call.run(direction)
+    return names
+
+
+def test_every_kernel_has_an_entry_for_every_architecture(monkeypatch):
+    names = asked(monkeypatch)
+    assert names <= tuning.TABLE["default"].keys()
+    assert {name for name in names if not name.startswith("attention")} == set(tune.kernels())
+    for arch in ARCHITECTURES:
+        for name in tune.kernels():
+            entry = tuning.TABLE[f"sm_{arch}"][name]
+            assert Candidate(entry["elements"], entry["num_warps"]) in {
+                *tune.candidates(name),
+                tune.usual(name),
+            }
+            assert entry["source"].startswith(("timed on ", "compiled with ")), name
+
+
+def results(call) -> list[torch.Tensor]:
+    """Outputs, gradients and tangents, in float64."""
+    leaves = [tensor.detach().requires_grad_() for tensor in call.tensors]
+    outputs = call.function(*leaves, *call.constants)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    gradients = torch.autograd.grad(outputs, leaves, [o.detach().cos() for o in outputs])
+    directions = tuple(tensor.sin() for tensor in call.tensors)
+    _, tangents = torch.func.jvp(
+        lambda *x: call.function(*x, *call.constants), call.tensors, directions
+    )
+    tangents = [tangents] if isinstance(tangents, torch.Tensor) else list(tangents)
+    return [x.detach().double() for x in (*outputs, *gradients, *tangents)]
+
+
+def test_configurations_change_no_answer():
+    shape = dict(width=144, head_dim=72, batch=2, grid=(2, 5), latent=(4, 5, 5))
+    tuned = {kernel.partition(".")[0] for kernel in tune.kernels()}
+    for call in calls(dtype=torch.float32, device=DEVICE, **shape):
+        if call.op not in tuned:
+            continue
+        with use_backend("triton"):
+            expected = results(call)
+            for arch in ARCHITECTURES:
+                with tuning.as_architecture(arch):
+                    ours = results(call)
+                for a, b in zip(ours, expected, strict=True):
+                    assert (a - b).norm() <= 1e-5 * b.norm(), (call.name, arch)
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """A kernel with an entry for sm_80 and one for sm_100."""
+    sections = {"default": 1, "sm_80": 2, "sm_90": None, "sm_100": 3}
+    table = {
+        name: {"made.up": dict(elements=n, num_warps=n, source=f"guess {n}")} if n else {}
+        for name, n in sections.items()
+    }
+    monkeypatch.setattr(tuning, "TABLE", table)
+    tuning.section.cache_clear()
+    yield "made.up"
+    tuning.section.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "arch, expected",
+    [(None, 1), (75, 1), (80, 2), (86, 2), (89, 2), (90, 2), (100, 3), (103, 3), (120, 3)],
+)
+def test_an_unknown_architecture_takes_the_nearest_lower_one(made_up, arch, expected):
+    with tuning.as_architecture(arch):
+        assert tuning.tuned(made_up, CPU) == (expected, expected)
+
+
+def test_source_says_whose_entry_it_is(made_up):
+    assert tuning.source(made_up, CPU) == "guess 1"
+    with tuning.as_architecture(80):
+        assert tuning.source(made_up, CPU) == "guess 2"
+    with tuning.as_architecture(89):
+        assert tuning.source(made_up, CPU) == "guess 2 (sm_80 for sm_89)"
+
+
+def test_tools_leave_nothing_behind(made_up):
+    with pytest.raises(KeyError), tuning.as_architecture(100), tuning.trying(made_up, 64, 8):
+        assert tuning.tuned(made_up, CPU) == (64, 8)
+        raise KeyError
+    assert tuning.tuned(made_up, CPU) == (1, 1)
+
+
+H100 = CHIPS[90]
+# A hundred programs a multiprocessor, of which it holds ten; memory, issue and latency alike
+READING = Reading(
+    bytes=5 * 10**7, programs=13200, warps=4, resident=10, registers=64, spills=0,
+    instructions=400, barriers=0, rounds=2, wide=4,
+)  # fmt: skip
+
+
+def test_limits_by_hand():
+    memory, issue, latency = limits(READING, H100)
+    assert memory == pytest.approx(5e7 / 3.35e12)
+    assert issue == pytest.approx(100 * 4 * 400 / 4 / 1.7e9)
+    assert latency == pytest.approx(10 * (2 * LATENCY + 800 / 1.7e9))
+    assert (
+        max(memory, issue, latency) < slowdown([READING], H100) * memory < memory + issue + latency
+    )
+
+
+USUAL, OTHER = Candidate(1024, 4), Candidate(2048, 4)
+
+
+@pytest.mark.parametrize(
+    "other, is_chosen",
+    [
+        (dict(), False),  # as fast: what is there stays
+        (dict(instructions=399), False),  # less than the model can tell
+        (dict(resident=40, instructions=200), True),
+        (dict(resident=40, instructions=200, spills=8), False),
+        (dict(resident=40, instructions=200, wide=0), False),
+        (dict(resident=5), False),  # too few bytes in flight
+        (dict(rounds=1, barriers=2), True),  # as many in fewer rounds
+    ],
+)
+def test_choice_by_the_model(other, is_chosen):
+    readings = {USUAL: [READING, READING], OTHER: [READING, READING._replace(**other)]}
+    assert choose(readings, USUAL, H100) == (OTHER if is_chosen else USUAL)
+
+
+def test_of_equals_the_one_with_fewest_registers():
+    slow = READING._replace(rounds=20)
+    third = Candidate(512, 2)
+    readings = {USUAL: [slow], OTHER: [READING], third: [READING._replace(registers=32)]}
+    assert choose(readings, USUAL, H100) == third
+
+
+def test_nothing_is_chosen_if_everything_spills():
+    assert choose({USUAL: [READING._replace(spills=8)]}, USUAL, H100) is None
+
+
+SASS = """
+.text._forward_kernel:
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0010*/              @!P0 LDG.E.128 R8, desc[UR4][R2.64+0x10] ;
+        /*0020*/                   FADD R12, R5, R9 ;
+.L_x_0:
+        /*0030*/                   LDG.E.U16 R16, desc[UR4][R2.64] ;
+        /*0040*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0050*/                   FADD R12, R12, R16 ;
+        /*0060*/              @P0 BRA `(.L_x_0) ;
+        /*0070*/                   BRA `(.L_x_1) ;
+.L_x_1:
+        /*0080*/                   STG.E.64 desc[UR4][R2.64], R12 ;
+        /*0090*/                   EXIT ;
+$slowpath:
+        /*00a0*/                   FADD R1, R1, R1 ;
+.L_x_2:
+        /*00b0*/                   BRA `(.L_x_2);
+"""
+
+
+def test_executed_instructions():
+    run = executed(SASS, trips=10)
+    assert run.instructions == 3 + 10 * 4 + 3
+    assert (run.barriers, run.rounds) == (10, 1 + 10)
+    assert (run.wide, run.narrow) == (2, 10 + 1)
+
+
+def test_loops_within_loops_are_refused():
+    inner = SASS.replace("BRA `(.L_x_1) ;", "@P1 BRA `(.L_x_0) ;")
+    with pytest.raises(ValueError, match="loops within loops"):
+        executed(inner, trips=10)
+
+
+def test_static_choice_goes_into_the_table(tmp_path):
+    table = tmp_path / "tuning.json"
+    timed = {"elements": 7, "num_warps": 7, "source": "timed on something"}
+    mine = {"rows": 1}
+    table.write_text(json.dumps({"default": {}, "sm_80": {"swiglu": timed, "attention": mine}}))
+    code = "from benchmarks import tune; tune.WARPS = 4,; tune.TILE = 512, 1024; tune.main()"
+    options = ["--arch", "80", "90", "--op", "swiglu", "--write", "--table", str(table)]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    text = subprocess.run(
+        [sys.executable, "-c", code, *options, "--processes", "1"],
+        cwd=ROOT, env=environment, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    assert "sm_80 keeps what was timed: swiglu" in text
+    written = json.loads(table.read_text())
+    assert written["sm_80"] == {"swiglu": timed, "attention": mine}
+    entry = written["sm_90"]["swiglu"]
+    assert entry["elements"] in (512, 1024) and "not timed" in entry["source"]
+
+
+def test_what_is_timed_replaces_what_was(tmp_path):
+    table = tmp_path / "tuning.json"
+    before = {"default": {}, "sm_90": {"a": {"source": "timed on A"}, "b": {}}}
+    table.write_text(json.dumps(before))
+    assert tune.write(table, 90, {"a": {"elements": 1}, "b": {"elements": 2}}, "timed on B") == []
+    assert {entry["source"] for entry in json.loads(table.read_text())["sm_90"].values()} == {
+        "timed on B"
+    }
+
+
+def ms(*times: float) -> dict[str, Timing]:
+    return {str(i): Timing(t, t, t, 7, 2, "events") for i, t in enumerate(times)}
+
+
+def test_fastest():
+    assert fastest({USUAL: ms(1.0, 2.0), OTHER: ms(0.9, 2.0)}) == OTHER
+    assert fastest({USUAL: ms(1.0, 2.0), OTHER: ms(0.995, 2.0)}) == USUAL  # noise
+    assert fastest({USUAL: ms(1.0, 0.1), OTHER: ms(0.9, 0.2)}) == USUAL
+
+
+def test_measure(monkeypatch):
+    """In the interpreter here; with CUDA graphs and events on a GPU. There is no time but for the
+    present configuration, which alone is no choice."""
+    shape = dict(width=144, batch=2, grid=(2, 3), latent=(4, 4, 4))
+    result = tune.measure(DEVICE, 0.0, ("swiglu", "transition_step"), **shape)
+    assert json.loads(json.dumps(result)) == result
+    assert result["source"].startswith("timed on ") and not result["chosen"]
+    launches = {(row["kernel"], row["launch"]) for row in result["timings"]}
+    ops, ways = ("swiglu", "transition_step"), ("forward", "backward", "jvp")
+    assert launches == {(op, f"{op}.{way}") for op in ops for way in ways}
+    monkeypatch.setattr(tune, "LEAST_TRIED", 1)
+    chosen = tune.measure(DEVICE, 0.0, ("transition_step",), **shape)["chosen"]
+    assert chosen == {"transition_step": tune.usual("transition_step")._asdict()}
+    for row in result["timings"]:
+        assert row["ms"] > 0 and Candidate(row["elements"], row["num_warps"]) is not None

@@ -1,0 +1,311 @@
+"""The tangent of attention, from our kernel, against float64; its primal and what it refuses.
+
+The yardstick is the published eager code, which materialises the scores under forward mode.
+"""
+
+import itertools
+from unittest.mock import patch
+
+import pytest
+import torch
+from eager import attend
+from parity import BACKEND, DERIVATIVE, DEVICE, DTYPES, FLOOR, FORWARD, noise
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.cubin import launch_operator, record_launches
+from tim_kernels import Segments, attention
+from tim_kernels.attention import op
+from tim_kernels.dispatch.backend import use_backend
+from tim_kernels.launch import tuning
+
+
+@pytest.fixture(autouse=True)
+def ours():
+    with use_backend(BACKEND):
+        yield
+
+
+def inputs(N, M=None, head_dim=8, heads=1, B=1, dtype=torch.float32):
+    """q, k, v and their tangents."""
+    M = N if M is None else M
+    sizes = [(B, n, heads, head_dim) for n in (N, M, M)] * 2
+    return [noise(*s, seed=i, dtype=dtype, device=DEVICE) for i, s in enumerate(sizes)]
+
+
+def dual(function, inputs):
+    """Output and its tangent; a tangent that is None is none."""
+    primals, tangents = inputs[:3], inputs[3:]
+    live = [i for i, tangent in enumerate(tangents) if tangent is not None]
+
+    def of_live(*duals):
+        args = list(primals)
+        for i, x in zip(live, duals, strict=True):
+            args[i] = x
+        return function(*args)
+
+    return torch.func.jvp(
+        of_live, tuple(primals[i] for i in live), tuple(tangents[i] for i in live)
+    )
+
+
+def eager(q, k, v):
+    return attend(*(x.transpose(1, 2) for x in (q, k, v)), materialise=True).transpose(1, 2)
+
+
+def check(function, plain, inputs):
+    """Hold `function`'s output and tangent to float64 by the rule of parity.py."""
+    oracle = dual(plain, [None if x is None else x.double() for x in inputs])
+    yardstick = dual(plain, inputs)
+    with patch.object(op, "jvp_op", wraps=op.jvp_op) as kernel:
+        result = dual(function, inputs)
+    assert kernel.call_count == 1
+    for kind, factor, truth, ours, theirs in zip(
+        ("output", "tangent"), (FORWARD, DERIVATIVE), oracle, result, yardstick, strict=True
+    ):
+        bound = factor * (theirs.double() - truth).norm() + FLOOR * truth.norm()
+        error = (ours.double() - truth).norm()
+        assert ours.shape == truth.shape and ours.dtype == inputs[0].dtype
+        assert error <= bound, f"{kind}: error {error:.3e} > {bound:.3e}"
+
+
+@pytest.mark.parametrize("N", [1, 7, 64, 100, 257])
+@pytest.mark.parametrize("head_dim", [8, 64, 72, 128])
+def test_float32(head_dim, N):
+    check(attention, eager, inputs(N, head_dim=head_dim))
+
+
+@pytest.mark.parametrize("N, M", [(100, 100), (7, 130), (130, 1)])
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 96, 128])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_half_precision_and_cross_lengths(dtype, head_dim, N, M):
+    check(attention, eager, inputs(N, M, head_dim, heads=2, B=2, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "live", [c for c in itertools.product((0, 1), repeat=3) if any(c)], ids=str
+)
+def test_tangents_that_are_absent(live):
+    given = inputs(70, 33, head_dim=72, dtype=torch.bfloat16)
+    check(attention, eager, given[:3] + [t if is_live else None for t, is_live in
+                                         zip(given[3:], live, strict=True)])  # fmt: skip
+
+
+@pytest.mark.parametrize("head_dim", [64, 72, 200])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tiles_of_a_gpu(dtype, head_dim):
+    """Elsewhere than on one the interpreter's own tiles are tested, which are larger."""
+    with tuning.as_architecture(80):
+        check(attention, eager, inputs(50, 40, head_dim, dtype=dtype))
+
+
+def test_packed_qkv_is_read_in_place():
+    packed, tangent = (noise(2, 9, 3, 2, 72, seed=i, device=DEVICE) for i in range(2))
+    views = [*packed.unbind(2), *tangent.unbind(2)]
+    strided, dense = dual(attention, views), dual(attention, [x.contiguous() for x in views])
+    assert all(map(torch.equal, strided, dense))
+    with record_launches() as launches:
+        dual(attention, views)
+    (launch,) = launches
+    for name, view in zip(("q", "k", "v", "tq", "tk", "tv"), views, strict=True):
+        assert launch.arguments[f"{name}_ptr"].data_ptr() == view.data_ptr()
+
+
+@pytest.mark.parametrize("is_cross", [False, True], ids=["self", "cross"])
+def test_packed_segments(is_cross):
+    """Of lengths 0 and 1 too, and queries whose sequence has no keys."""
+    cu = [0, 0, 70, 71, 74, 80]
+    k_cu = [0, 3, 3, 40, 41, 120] if is_cross else cu
+
+    def pack(c):
+        longest = max(b - a for a, b in itertools.pairwise(c))
+        return Segments(torch.tensor(c, dtype=torch.int32, device=DEVICE), longest)
+
+    segments, k_segments = pack(cu), pack(k_cu) if is_cross else None
+    given = inputs(80, k_cu[-1], head_dim=72, heads=2, dtype=torch.bfloat16)
+
+    def plain(q, k, v):
+        spans = zip(itertools.pairwise(cu), itertools.pairwise(k_cu), strict=True)
+        return torch.cat([eager(q[:, a:b], k[:, c:d], v[:, c:d]) for (a, b), (c, d) in spans], 1)
+
+    def packed(q, k, v):
+        return attention(q[0], k[0], v[0], segments, k_segments)[None]
+
+    check(packed, plain, given)
+
+
+def test_key_mask():
+    """As the keys that remain; a sample without any gives zeros, also in its gradients."""
+    given = inputs(40, 100, head_dim=72, heads=2, B=3)
+    mask = noise(3, 100, seed=9, device=DEVICE) > 0
+    mask[1, :70], mask[2] = False, False  # a whole tile of keys, every key
+
+    def plain(q, k, v):
+        rows = [eager(q[b, None], k[b, None, mask[b]], v[b, None, mask[b]]) for b in range(3)]
+        return torch.cat(rows)
+
+    def masked(q, k, v):
+        return attention(q, k, v, key_mask=mask)
+
+    check(masked, plain, given)
+    leaves = [x.clone().requires_grad_() for x in given[:3]]
+    plain_out = masked(*leaves)
+    out, tangent = dual(masked, leaves + given[3:])
+    torch.testing.assert_close(out, plain_out)
+    assert not out[2].any() and not tangent[2].any()
+    expected = torch.autograd.grad(plain_out.sum(), leaves)
+    for gradient, other in zip(torch.autograd.grad(out.sum(), leaves), expected, strict=True):
+        assert torch.equal(gradient, other)
+        assert bool(gradient.isfinite().all()) and not gradient[2].any()
+
+
+ADVERSARIES = {
+    "one key dominates": lambda q, k, v, *t: (q, _with(k, 5, 50 * q.mean(1)), v, *t),
+    "the last key dominates": lambda q, k, v, *t: (q, _with(k, -1, 50 * q.mean(1)), v, *t),
+    "all keys are equal": lambda q, k, v, *t: (q, k[:, :1] + 0 * k, v, *t),
+    "large scores": lambda q, k, v, *t: (8 * q, 8 * k, v, *t),
+    "values share a constant": lambda q, k, v, *t: (q, k, v + 30, *t),
+    "keys share a constant": lambda q, k, v, *t: (q, k + 3, v, *t),
+    "scores' tangents share a constant": lambda q, k, v, tq, tk, tv: (q, k, v, tq, tk + 30, tv),
+}  # fmt: skip
+
+
+def _with(x, token, value):
+    x = x.clone()
+    x[:, token] = value
+    return x
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ADVERSARIES)
+def test_adversaries(name, dtype):
+    more = dict(B=4, heads=4) if DEVICE == "cuda" else {}  # the yardstick depends on few rows
+    given = ADVERSARIES[name](*inputs(70, 100, head_dim=72, dtype=dtype, **more))
+    check(attention, eager, given)
+
+
+def test_keys_that_fade_leave_no_trace():
+    """Scores that grow from tile to tile by more than the exponents of float32 can hold."""
+    q, k, v, *tangents = inputs(16, 260, head_dim=8, heads=4, B=2)  # few rows are luck
+    k = k + torch.linspace(0, 100, 260, device=DEVICE).view(1, -1, 1, 1)
+    check(attention, eager, [q.abs() + 1, k, v, *tangents])
+
+
+@pytest.mark.parametrize("N, M", [(0, 3), (3, 0), (0, 0)])
+def test_nothing_to_attend(N, M):
+    out, tangent = dual(attention, inputs(N, M, head_dim=8, B=2))
+    assert out.shape == tangent.shape == (2, N, 1, 8)
+    assert not out.any() and not tangent.any()
+
+
+def test_adjoint_of_pytorch_s_backward():
+    given = inputs(70, 33, head_dim=72, heads=2)
+    leaves = [x.clone().requires_grad_() for x in given[:3]]
+    w = noise(*given[0].shape, seed=7, device=DEVICE)
+    gradients = torch.autograd.grad(attention(*leaves), leaves, w)
+    _, tangent = dual(attention, given)
+    pairs = list(zip(gradients, given[3:], strict=True))
+    left = float((tangent.double() * w).sum())
+    right = sum(float((g.double() * t).sum()) for g, t in pairs)
+    scale = float(tangent.norm() * w.norm()) + sum(float(g.norm() * t.norm()) for g, t in pairs)
+    assert abs(left - right) <= 1e-6 * scale
+
+
+def test_central_difference():
+    given = inputs(20, 33, head_dim=72)
+    double = [x.double() for x in given]
+
+    def at(step):
+        return eager(*(x + step * t for x, t in zip(double[:3], double[3:], strict=True)))
+
+    difference = (at(1e-5) - at(-1e-5)) / 2e-5
+    _, tangent = dual(attention, given)
+    assert (tangent.double() - difference).norm() <= 2e-6 * difference.norm()
+
+
+def test_the_primal_has_the_gradient_of_plain_attention():
+    """Through torch.func.jvp and forward_ad alike, and the tangent, a constant, has none."""
+    x, t = inputs(9, head_dim=8)[:2]
+    weight = noise(3, 8, 8, seed=5, device=DEVICE).requires_grad_()
+
+    def network(x):
+        return attention(x @ weight[0], x @ weight[1], x @ weight[2])
+
+    (expected,) = torch.autograd.grad(network(x).square().sum(), weight)
+    out, tangent = torch.func.jvp(network, (x,), (t,))
+    (gradient,) = torch.autograd.grad(out.square().sum(), weight, retain_graph=True)
+    assert (gradient - expected).norm() < 1e-5 * expected.norm()
+    with forward_ad.dual_level():
+        again = forward_ad.unpack_dual(network(forward_ad.make_dual(x, t)))
+        assert torch.equal(again.tangent, tangent)
+        assert torch.equal(torch.autograd.grad(again.primal.square().sum(), weight)[0], gradient)
+    with pytest.raises(NotImplementedError, match="no derivative"):
+        tangent.sum().backward()
+
+
+def test_what_it_refuses():
+    given = inputs(9, head_dim=8)
+
+    def first(*primals):
+        return dual(attention, [*primals, *given[3:]])[1]
+
+    with pytest.raises(NotImplementedError, match="no forward derivative"):
+        dual(first, given)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.vmap(lambda t: dual(attention, [*given[:3], t, None, None])[1])(given[3][None])
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="(?i)forward derivative|forward mode|exception"):
+        torch.compile(first, backend="aot_eager", fullgraph=True)(*given[:3])
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    with pytest.raises(NotImplementedError), forward_ad.dual_level():
+        compiled(*(forward_ad.make_dual(x, t) for x, t in zip(given[:3], given[3:], strict=True)))
+
+
+@pytest.mark.parametrize(
+    "change", [dict(head_dim=12), dict(head_dim=264), dict(dtype=torch.double)]
+)
+def test_others_go_to_the_composite(change):
+    given = inputs(5, 3, **change)
+    with patch.object(op, "jvp_op", side_effect=AssertionError("no kernel for these")):
+        result = dual(attention, given)
+    for ours, truth in zip(result, dual(eager, [x.double() for x in given]), strict=True):
+        torch.testing.assert_close(ours.double(), truth, atol=1e-5, rtol=1e-5)
+
+
+def test_reruns_are_equal():
+    given = inputs(100, 130, head_dim=72, heads=2, dtype=torch.bfloat16)
+    assert all(map(torch.equal, dual(attention, given), dual(attention, given)))
+
+
+def test_opcheck():
+    given = inputs(5, 3, head_dim=24, heads=2)
+    mask = torch.ones(1, 3, dtype=torch.bool, device=DEVICE)
+    torch.library.opcheck(op.jvp_op, (*given, mask, None, None, 0, 0))
+    cu, k_cu = (torch.tensor([0, n], dtype=torch.int32, device=DEVICE) for n in (5, 3))
+    torch.library.opcheck(op.jvp_op, (*(x[0] for x in given), None, cu, k_cu, 5, 3))
+
+
+class _Largest(TorchDispatchMode):
+    """The largest tensor that anything makes, through our launchers."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "tim_kernels":
+            with self:
+                out = launch_operator(function, *args)
+        else:
+            out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            self.elements = max(self.elements, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return out
+
+
+def test_memory_grows_with_the_tokens_alone():
+    q, k, v, *t = (torch.empty(2, 4096, 4, 64, device="meta") for _ in range(6))
+    with record_launches() as launches, _Largest() as mode:
+        dual(attention, [q, k, v, *t])
+    assert len(launches) == 1 and mode.elements == q.numel()
+    with _Largest() as mode, use_backend("reference"):
+        dual(attention, [q, k, v, *t])
+    assert mode.elements == 2 * 4 * 4096 * 4096  # the yardstick sees what it should

@@ -1,0 +1,261 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import (
+    BACKEND,
+    DEVICE,
+    DTYPES,
+    assert_adjoint,
+    assert_compiles_once,
+    assert_gradcheck,
+    assert_nonfinite_like_reference,
+    assert_parity,
+    assert_same_every_run,
+    noise,
+)
+from sweep import st, sweep
+
+from tim_kernels.coefficients import per_sample
+from tim_kernels.dispatch.backend import use_backend
+from tim_kernels.transition_loss import op
+from tim_kernels.transition_loss.op import transition_loss
+
+FORMS = {  # networks a trailing sample, whether the target is enhanced
+    "diffusion": (0, False),
+    "derivative": (1, False),
+    "difference": (2, False),
+    "enhanced": (2, True),
+}
+EPSILON = 0.005
+
+
+def problem(form, shape=(3, 4, 5, 8), trailing=2, dtype=torch.float32, latents=None):
+    """The prediction, and the other arguments of `transition_loss` by name."""
+
+    def draw(seed, *size, dtype=latents or dtype):
+        return noise(*size, seed=seed, dtype=dtype, device=DEVICE)
+
+    networks, is_enhanced = FORMS[form]
+    B, *inner = shape
+    rest = dict(x=draw(1, *shape), z=draw(2, *shape))
+    a = [draw(3 + i, B, dtype=torch.float32) for i in range(5)]
+    if networks == 2:
+        a[2] *= 2 * EPSILON  # what the difference is divided by: no sample outweighs the others
+    rest["coefficients"] = tuple(a)
+    if networks:
+        rest["dF"] = draw(8, networks * trailing, *inner, dtype=dtype)
+    if networks == 2:
+        rest["epsilon"] = EPSILON
+    if is_enhanced:
+        rest |= dict(F_cond=draw(9, *shape, dtype=dtype), F_uncond=draw(10, *shape, dtype=dtype))
+    return draw(0, *shape, dtype=dtype), rest
+
+
+def fused(rest):
+    return lambda prediction: transition_loss(prediction, **rest)
+
+
+def eager(rest):
+    """The same in plain PyTorch, as the objective had it."""
+
+    def call(prediction):
+        x, z = rest["x"].float(), rest["z"].float()
+        a = [per_sample(c, x) for c in rest["coefficients"]]
+        D = torch.zeros_like(x)
+        if "dF" in rest:
+            dF = rest["dF"].float()
+            if "epsilon" in rest:
+                later, earlier = dF.chunk(2)
+                dF = (later - earlier) / (2 * EPSILON)
+            D[len(x) - len(dF) :] = dF
+        target = a[0] * x + a[1] * z + a[2] * D
+        if "F_cond" in rest:
+            target = target + a[3] * rest["F_cond"].float() + a[4] * rest["F_uncond"].float()
+        prediction = prediction.float()
+        squared = (prediction - target).square().flatten(1).mean(1)
+        cosine = 1 - F.cosine_similarity(prediction, target, dim=1)
+        return squared, cosine.reshape(len(x), -1).mean(1)
+
+    return call
+
+
+def check(*args, **kwargs):
+    prediction, rest = problem(*args, **kwargs)
+    assert_parity(fused(rest), eager(rest), [prediction])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_parity(form, dtype):
+    check(form, dtype=dtype)
+    check(form, (2, 3, 5, 7), 1, dtype)
+    check(form, (2, 4, 24), 2, dtype, torch.float32)
+
+
+@pytest.mark.parametrize("C", [1, 2, 4, 16, 32, 33, 64, 96])
+def test_channels(C):
+    check("enhanced", (2, C, 6, 12), 1)
+
+
+@pytest.mark.parametrize("shape, trailing", [((1, 1), 1), ((1, 4, 1), 0), ((3, 4, 50, 50), 3)])
+def test_sizes(shape, trailing):
+    check("enhanced", shape, trailing)
+
+
+def test_a_program_of_several_tiles(monkeypatch):
+    for module in ("samples", "extension"):
+        monkeypatch.setattr(f"tim_kernels.{module}.multiprocessors", lambda device: 1)
+    check("difference", (5, 32, 20, 20), 3)
+    check("difference", (5, 3, 30, 15), 3)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 2, 2), (2, 4, 0, 3)])
+def test_nothing_to_do(shape):
+    """No sample, or the mean of nothing."""
+    prediction, rest = problem("enhanced", shape, min(shape[0], 1))
+    prediction.requires_grad_()
+    with use_backend(BACKEND):
+        squared, cosine = transition_loss(prediction, **rest)
+        (squared + cosine).sum().backward()
+    assert squared.shape == cosine.shape == shape[:1] and bool(squared.isnan().all())
+    assert prediction.grad.shape == shape
+
+
+def test_strided_input_is_read_in_place():
+    prediction, rest = problem("difference", (3, 4, 3, 8), 2)
+    packed = torch.cat((prediction, rest["x"], rest["z"]), 1)
+    views = dict(zip(("x", "z"), packed.chunk(3, 1)[1:], strict=True))
+    with use_backend(BACKEND):
+        dense = transition_loss(prediction, **rest)
+        strided = transition_loss(packed[:, :4], **rest | views)
+        gaps = transition_loss(
+            prediction.contiguous(memory_format=torch.channels_last),
+            **rest | dict(dF=rest["dF"].mT.clone().mT),
+        )
+    for a, b, c in zip(dense, strided, gaps, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_reruns_are_equal_and_derivatives_adjoint(form):
+    prediction, rest = problem(form, (3, 4, 17, 32))
+    assert_same_every_run(fused(rest), [prediction])
+    assert_adjoint(fused(rest), [prediction])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck(form):
+    prediction, rest = problem(form, (2, 3, 2, 2), 1)
+    assert_gradcheck(fused(rest), [prediction])
+
+
+def test_the_target_is_a_constant():
+    prediction, rest = problem("difference")
+    for backend in ("reference", BACKEND):
+        leaves = {name: rest[name].clone().requires_grad_() for name in ("x", "z", "dF")}
+        with use_backend(backend):
+            squared, cosine = transition_loss(prediction.requires_grad_(), **rest | leaves)
+            (squared + cosine).sum().backward()
+            _, tangents = torch.func.jvp(
+                lambda x: transition_loss(prediction.detach(), **rest | dict(x=x)),
+                (rest["x"],),
+                (rest["z"],),
+            )
+        assert all(leaf.grad is None for leaf in leaves.values())
+        assert not any(tangent.any() for tangent in tangents)
+
+
+def test_one_term_alone():
+    """The gradient of each output is its own share of both."""
+    prediction, rest = problem("enhanced")
+    with use_backend(BACKEND):
+        leaf = prediction.requires_grad_()
+        terms = transition_loss(leaf, **rest)
+        both, *each = (
+            torch.autograd.grad(loss.sum(), leaf, retain_graph=True)[0]
+            for loss in (terms[0] + terms[1], *terms)
+        )
+    torch.testing.assert_close(each[0] + each[1], both)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-9, 1e-7])
+def test_small_norms_are_raised_to_eps(scale):
+    """Against PyTorch's own cosine; its gradient is right on both sides of eps, not just above."""
+    prediction, rest = problem("diffusion")
+    prediction = prediction * scale
+    rest = rest | dict(coefficients=tuple(c.abs() + 1 for c in rest["coefficients"]))
+    assert_parity(fused(rest), fused(rest), [prediction])
+    with use_backend(BACKEND):
+        torch.testing.assert_close(fused(rest)(prediction), eager(rest)(prediction))
+
+
+def test_nan_and_infinity():
+    for name in ("prediction", "x", "dF", "F_cond"):
+        prediction, rest = problem("enhanced", (4, 4, 3, 5))
+        tensor = prediction if name == "prediction" else rest[name]
+        tensor[1, 2, 1, 3], tensor[2, 0, 0, 0] = float("nan"), float("inf")
+        assert_nonfinite_like_reference(fused(rest), [prediction])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_compiles_once_for_all_lengths(form):
+    sizes = ((7, 4, 10, 5), 3), ((5, 4, 3, 8), 2), ((6, 4, 7, 9), 5)
+    problems = [problem(form, *size) for size in sizes]
+    keys = [name for name in problems[0][1] if name not in ("epsilon", "coefficients")]
+
+    def function(prediction, *tensors):
+        coefficients, others = tensors[:5], dict(zip(keys, tensors[5:], strict=True))
+        epsilon = EPSILON if "epsilon" in problems[0][1] else None
+        squared, cosine = transition_loss(
+            prediction, coefficients=coefficients, epsilon=epsilon, **others
+        )
+        return squared, cosine + 0 * sum(t.sum() for t in tensors)  # so that each has a gradient
+
+    calls = [[p, *rest["coefficients"], *(rest[key] for key in keys)] for p, rest in problems]
+    assert_compiles_once(function, calls)
+
+
+def test_opcheck():
+    prediction, rest = problem("enhanced", (2, 3, 2, 2), 1)
+    names = ("dF", "epsilon", "F_cond", "F_uncond")
+    args = prediction, rest["x"], rest["z"], *rest["coefficients"], *(rest[n] for n in names)
+    with use_backend(BACKEND):
+        torch.library.opcheck(op.forward_op, (prediction.clone().requires_grad_(), *args[1:]))
+        torch.library.opcheck(
+            op.forward_op, (prediction.clone().requires_grad_(), *args[1:8], None, None, None, None)
+        )
+        gradients = noise(2, 2, device=DEVICE).unbind(0)
+        torch.library.opcheck(op.backward_op, (*gradients, *args))
+        torch.library.opcheck(op.jvp_op, (*args, prediction))
+
+
+@sweep(
+    15,
+    form=st.sampled_from(sorted(FORMS)),
+    C=st.integers(2, 40),
+    B=st.integers(6, 9),
+    shape=st.lists(st.integers(2, 9), min_size=1, max_size=2),
+    data=st.data(),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_shape(form, C, B, shape, data, dtype):
+    """Samples enough that no sum cancels by chance, in which eager may be lucky."""
+    check(form, (B, C, *shape), data.draw(st.integers(0, B)), dtype)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda a: dict(x=a["x"][1:]), r"x must be \(3, 4, 5, 8\) for prediction"),
+        (lambda a: dict(coefficients=[c[1:] for c in a["coefficients"]]), r"coefficient of x must"),
+        (lambda a: dict(F_cond=None), "both F_cond and F_uncond"),
+        (lambda a: dict(epsilon=0.0), "epsilon must be positive"),
+        (lambda a: dict(dF=a["dF"][1:]), "dF must have 2 of each"),
+        (lambda a: dict(dF=a["dF"][:, 1:]), r"dF must be \(4, 4, 5, 8\)"),
+        (lambda a: dict(z=a["z"].long()), "floating-point"),
+    ],
+)
+def test_refusals(change, message):
+    prediction, rest = problem("enhanced")
+    with pytest.raises(ValueError, match=message):
+        transition_loss(prediction, **rest | change(rest))
