@@ -15,11 +15,17 @@ def cast(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> list[Tensor | 
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
-def weighted_sum(coefficients: Iterable[Tensor | None], tensors: Iterable[Tensor | None]) -> Tensor:
-    """Σ coefficient·tensor over the pairs whose tensor is given."""
-    terms = [
-        per_sample(c, tensor) * tensor
-        for c, tensor in zip(coefficients, tensors, strict=True)
-        if tensor is not None
-    ]
-    return sum(terms[1:], terms[0])
+def weighted_sum(
+    coefficients: Iterable[Tensor | None],
+    tensors: Iterable[Tensor | None],
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Σ coefficient·tensor over the pairs whose tensor is given; in `dtype`, if given, which is at
+    least as wide as the tensors': a coefficient of it widens what it multiplies."""
+    total = None
+    for coefficient, tensor in zip(coefficients, tensors, strict=True):
+        if tensor is not None:
+            coefficient = coefficient if dtype is None else coefficient.to(dtype)
+            term = per_sample(coefficient, tensor) * tensor
+            total = term if total is None else total + term
+    return total

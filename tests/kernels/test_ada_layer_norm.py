@@ -185,8 +185,10 @@ def test_opcheck():
             (x, branch, gate, None, None, None, 0.0, None, 0),
         ):
             args = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
-            torch.library.opcheck(op.forward_op, tuple(args))
-        torch.library.opcheck(op.backward_op, (x, x, x, branch, gate, bias, scale, 1e-6, None, 0))
+            torch.library.opcheck(op.forward_op.torch_op, tuple(args))
+        torch.library.opcheck(
+            op.backward_op.torch_op, (x, x, x, branch, gate, bias, scale, 1e-6, None, 0)
+        )
         torch.library.opcheck(
             op.jvp_op, (x, branch, gate, bias, scale, x, x, gate, bias, shift, scale, 1e-6, None, 0)
         )

@@ -181,13 +181,17 @@ def test_opcheck():
                 a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point()
                 else a for a in args
             ]  # fmt: skip
-            torch.library.opcheck(op.forward_op, tuple(args))
+            torch.library.opcheck(op.forward_op.torch_op, tuple(args))
         weights = affine[0], affine[2]
         tail = at, 0, None, 1e-5, None, 0
-        torch.library.opcheck(op.backward_op, (q, k, q, k, *weights, *shifts, *tail))
+        torch.library.opcheck(op.backward_op.torch_op, (q, k, q, k, *weights, *shifts, *tail))
         qkv = torch.stack((q, k, q), dim=2)
-        torch.library.opcheck(op.packed_backward_op, (q, k, q, qkv, *weights, *shifts, *tail))
-        torch.library.opcheck(op.jvp_op, (q, k, *weights, *shifts, q, k, *affine, *shifts, *tail))
+        torch.library.opcheck(
+            op.packed_backward_op.torch_op, (q, k, q, qkv, *weights, *shifts, *tail)
+        )
+        torch.library.opcheck(
+            op.jvp_op.torch_op, (q, k, *weights, *shifts, q, k, *affine, *shifts, *tail)
+        )
 
 
 @sweep(

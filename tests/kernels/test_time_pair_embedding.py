@@ -202,10 +202,10 @@ def test_opcheck():
     leaves = t.clone().requires_grad_(), r.clone().requires_grad_()
     dout = noise(2, 3, 256, device=DEVICE)
     with use_backend(BACKEND):
-        torch.library.opcheck(op.forward_op, (*leaves, "t,t-r", torch.float32))
-        torch.library.opcheck(op.forward_op, (t, r, "t,r,t-r", torch.bfloat16))
-        torch.library.opcheck(op.backward_op, (dout, t, r, "t,t-r"))
-        torch.library.opcheck(op.jvp_op, (t, r, r, None, "t,r", torch.float16))
+        torch.library.opcheck(op.forward_op.torch_op, (*leaves, "t,t-r", torch.float32))
+        torch.library.opcheck(op.forward_op.torch_op, (t, r, "t,r,t-r", torch.bfloat16))
+        torch.library.opcheck(op.backward_op.torch_op, (dout, t, r, "t,t-r"))
+        torch.library.opcheck(op.jvp_op.torch_op, (t, r, r, None, "t,r", torch.float16))
 
 
 @sweep(

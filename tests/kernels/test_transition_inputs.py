@@ -173,11 +173,11 @@ def test_opcheck():
     args = inputs("all", (2, 3, 2, 2), 1)
     leaves = [a.detach().requires_grad_() for a in args]
     with use_backend(BACKEND):
-        torch.library.opcheck(op.forward_op, tuple(leaves))
-        torch.library.opcheck(op.forward_op, (*leaves[:4], None, None, *leaves[6:]))
+        torch.library.opcheck(op.forward_op.torch_op, tuple(leaves))
+        torch.library.opcheck(op.forward_op.torch_op, (*leaves[:4], None, None, *leaves[6:]))
         outputs = op.forward_op(*args)
-        torch.library.opcheck(op.backward_op, (*outputs, *args, True, False, True))
-        torch.library.opcheck(op.jvp_op, (*args, *args))
+        torch.library.opcheck(op.backward_op.torch_op, (*outputs, *args, True, False, True))
+        torch.library.opcheck(op.jvp_op.torch_op, (*args, *args))
 
 
 @sweep(

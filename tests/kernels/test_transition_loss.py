@@ -220,13 +220,15 @@ def test_opcheck():
     names = ("dF", "epsilon", "F_cond", "F_uncond")
     args = prediction, rest["x"], rest["z"], *rest["coefficients"], *(rest[n] for n in names)
     with use_backend(BACKEND):
-        torch.library.opcheck(op.forward_op, (prediction.clone().requires_grad_(), *args[1:]))
+        torch.library.opcheck(
+            op.forward_op.torch_op, (prediction.clone().requires_grad_(), *args[1:])
+        )
         torch.library.opcheck(
             op.forward_op, (prediction.clone().requires_grad_(), *args[1:8], None, None, None, None)
         )
         gradients = noise(2, 2, device=DEVICE).unbind(0)
-        torch.library.opcheck(op.backward_op, (*gradients, *args))
-        torch.library.opcheck(op.jvp_op, (*args, prediction))
+        torch.library.opcheck(op.backward_op.torch_op, (*gradients, *args))
+        torch.library.opcheck(op.jvp_op.torch_op, (*args, prediction))
 
 
 @sweep(

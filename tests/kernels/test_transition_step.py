@@ -191,11 +191,11 @@ def test_opcheck():
     args = x, F_cond, F_uncond, noise, guidance, a, b, c
     with use_backend(BACKEND):
         leaves = tuple(arg.detach().requires_grad_() for arg in args)
-        torch.library.opcheck(op.forward_op, leaves)
+        torch.library.opcheck(op.forward_op.torch_op, leaves)
         plain = (*leaves[:2], None, None, None, *leaves[5:7], None)
-        torch.library.opcheck(op.forward_op, plain)
-        torch.library.opcheck(op.backward_op, (x, *args, [True, False, True, True, True]))
-        torch.library.opcheck(op.jvp_op, (*args, *args))
+        torch.library.opcheck(op.forward_op.torch_op, plain)
+        torch.library.opcheck(op.backward_op.torch_op, (x, *args, [True, False, True, True, True]))
+        torch.library.opcheck(op.jvp_op.torch_op, (*args, *args))
 
 
 @sweep(

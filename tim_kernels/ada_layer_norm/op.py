@@ -7,7 +7,7 @@ from ..checks import check_cond, check_same_device, check_tokens, is_double
 from ..dispatch.backend import Op
 from ..dispatch.operators import Operator
 from ..segments import Segments, packing
-from . import reference
+from . import cpu, reference
 
 
 def _kernels(backend: str):
@@ -135,7 +135,13 @@ def _reference(x, branch, gate, bias, shift, scale, eps, cu, max_length):
     )
 
 
-_call = forward_op.differentiable(_check, _reference, _setup_context, _vjp, _tangent)
+def _on_cpu(x, branch, gate, bias, shift, scale, eps, cu, max_length):
+    if cpu.takes(x, branch, gate if branch is not None else None, bias):
+        return cpu.run(x, branch, gate, bias, shift, scale, eps)
+    return _reference(x, branch, gate, bias, shift, scale, eps, cu, max_length)
+
+
+_call = forward_op.differentiable(_check, _reference, _setup_context, _vjp, _tangent, _on_cpu)
 
 
 def ada_layer_norm(

@@ -134,24 +134,23 @@ def choose(op: str, device: str, is_real: bool = True) -> str:
     return name
 
 
-def plan(op: Op, launcher: str, args: tuple, backend: str | None = None) -> Callable:
-    """What computes a launcher of `op`, such as "forward", on tensors like these.
-
-    Where csrc/ has no such launcher, or its launcher says None to these arguments, Triton's runs.
-    `backend` is for tools, which plan for tensors that are not real.
-    """
-    tensors = [x for x in args if isinstance(x, Tensor)]
-    device = tensors[0].device.type
-    name = backend or requested()
+def fused(op: Op, tensor: Tensor) -> str:
+    """ "cuda" or "triton": whose kernels compute `op` on a real tensor."""
+    name, device = requested(), tensor.device.type
     if name in ("auto", "reference"):  # an operator called although the reference was chosen
         name = _first(op, device) or "triton"
-        has_triton = obstacle("triton", op, device) is None
-        if name == "cuda" and has_triton and not _is_fast(op, tensors[0]):
+        if name == "cuda" and not _is_fast(op, tensor) and not obstacle("triton", op, device):
             name = "triton"
-    if backend is None and (reason := obstacle(name, op, device)):
+    if reason := obstacle(name, op, device):
         raise BackendUnavailable(f"backend {name!r} cannot run {op.name}: {reason}")
-    if name == "cuda":
-        make = getattr(op.kernels(name), launcher, None)
+    return name
+
+
+def plan(op: Op, launcher: str, args: tuple, backend: str) -> Callable:
+    """What computes a launcher of `op`, such as "forward", on tensors like these. Where csrc/ has
+    no such launcher, or its launcher says None to these arguments, Triton's runs."""
+    if backend == "cuda":
+        make = getattr(op.kernels(backend), launcher, None)
         if make is not None and (run := make(*args)) is not None:
             return run
     return getattr(op.kernels("triton"), launcher)(*args)

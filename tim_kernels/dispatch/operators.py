@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backend import Op, choose, plan, requested, use_backend
+from .backend import Op, choose, fused, plan, requested, use_backend
 from .plans import Plans, signature
 from .torch_private import (
     apply_function,
@@ -61,7 +61,7 @@ class Operator:
         LIBRARY.impl(self.name, self._autograd, "Autograd", with_keyset=True)
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=LIBRARY)
         self.torch_op = getattr(getattr(torch.ops, NAMESPACE), self.name).default
-        self.check = self.reference = self.derivative = None
+        self.check = self.reference = self.on_cpu = self.derivative = None
         self.plans, self.calls = Plans(), Plans()
         OPERATORS[self.name] = self
 
@@ -72,11 +72,13 @@ class Operator:
         setup_context: Callable,
         backward: Callable,
         jvp: Callable,
+        on_cpu: Callable | None = None,
     ) -> "Operator":
         """Give it derivatives, which are those of an `autograd.Function`, where a gradient or
-        tangent that does not exist is None; what checks its arguments, and the definition that
-        runs them where no kernel is made for them."""
+        tangent that does not exist is None; what checks its arguments, says whether one is float64
+        and so has no kernel; and the definition, with perhaps a faster form of it on a CPU."""
         self.check, self.reference = check, reference
+        self.on_cpu = on_cpu or reference
         self.derivative = Derivative(self.name, setup_context, backward, jvp)
         return self
 
@@ -96,7 +98,8 @@ class Operator:
     def _plan(self, args: tuple) -> Planned:
         is_real = all(type(x) in (Tensor, torch.nn.Parameter) for x in args if _is_tensor(x))
         if self._is_reference(args, is_real):
-            return Planned(self.reference, None)
+            is_cpu = requested() == "auto" and _first_tensor(args).device.type == "cpu"
+            return Planned(self.on_cpu if is_cpu and is_real else self.reference, None)
         launch, torch_op, derivative = self.torch_op, self.torch_op, self.derivative
         if is_real and _first_tensor(args).device.type in ("cpu", "cuda"):
             launch = self._launch(args)
@@ -132,8 +135,9 @@ class Operator:
 
     def _launch(self, args: tuple) -> Callable:
         """The launcher for arguments like these, with their device current."""
-        launch = plan(self.op, self.launcher, args)
-        device = _first_tensor(args).device
+        tensor = _first_tensor(args)
+        launch = plan(self.op, self.launcher, args, fused(self.op, tensor))
+        device = tensor.device
         if device.type != "cuda" or torch.cuda.device_count() == 1:
             return launch
 

@@ -7,7 +7,7 @@ from ..checks import check_cond, check_same_device, check_tokens, is_double
 from ..dispatch.backend import Op
 from ..dispatch.operators import Derivative, Operator, can_differentiate
 from ..segments import Segments, packing
-from . import reference
+from . import cpu, reference
 from .positions import check_positions, period_of, periods_of
 
 
@@ -191,7 +191,20 @@ def _reference(
     return q, k
 
 
-_call = forward_op.differentiable(_check, _reference, _setup_context, _vjp, _tangent)
+def _on_cpu(
+    q, k, q_weight, q_bias, k_weight, k_bias, q_shift, k_shift,
+    positions, grid, sizes, order, eps, cu, max_length,
+):  # fmt: skip
+    if positions is not None or sizes is not None or cu is not None or is_double(q, k):
+        return _reference(
+            q, k, q_weight, q_bias, k_weight, k_bias, q_shift, k_shift,
+            positions, grid, sizes, order, eps, cu, max_length,
+        )  # fmt: skip
+    q = cpu.run(q, q_weight, q_bias, q_shift, grid, order, eps)
+    return q, None if k is None else cpu.run(k, k_weight, k_bias, k_shift, grid, order, eps)
+
+
+_call = forward_op.differentiable(_check, _reference, _setup_context, _vjp, _tangent, _on_cpu)
 # The same of a packed qkv in eager code: v is a view, and backward fills one dqkv. An operator may
 # not return a view, so torch.compile gets `_call` on views instead.
 _packed = Derivative("qkv_norm_rope", _packed_setup_context, _packed_vjp, _packed_tangent)

@@ -49,6 +49,11 @@ def frequencies(head_dim: int, device=None) -> Tensor:
     return 1.0 / (THETA**exponent)
 
 
+def rope_angles(positions: Tensor, head_dim: int) -> Tensor:
+    """Of the pairs of channels, float32 (..., 2, head_dim/4), from (..., 2) positions."""
+    return positions.to(torch.float32).unsqueeze(-1) * frequencies(head_dim, positions.device)
+
+
 def rope_tables(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """cos and sin of the axial RoPE angles, float32 (..., head_dim), from (..., 2) positions.
 
@@ -57,8 +62,7 @@ def rope_tables(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """
     if head_dim % 4:
         raise ValueError(f"head_dim must be a multiple of 4 for 2-D RoPE, got {head_dim}")
-    angles = positions.to(torch.float32).unsqueeze(-1) * frequencies(head_dim, positions.device)
-    angles = angles.flatten(-2).repeat_interleave(2, dim=-1)  # (..., 2, head_dim/4) before
+    angles = rope_angles(positions, head_dim).flatten(-2).repeat_interleave(2, dim=-1)
     return angles.cos(), angles.sin()
 
 

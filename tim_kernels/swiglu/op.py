@@ -1,5 +1,6 @@
 """SwiGLU's elementwise half: operators, derivatives and public function."""
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_floating, is_double
@@ -77,7 +78,16 @@ def _check(gate: Tensor, value: Tensor | None) -> bool:
     return is_double(gate, value)
 
 
-_call = forward_op.differentiable(_check, reference.swiglu, _setup_context, _vjp, _tangent)
+def _on_cpu(gate, value):
+    """With silu rounded in between, as eager PyTorch does: casts would cost as much again."""
+    if value is None:
+        gate, value = gate.chunk(2, dim=-1)
+    if gate.dtype != value.dtype:
+        return reference.swiglu(gate, value)
+    return F.silu(gate) * value
+
+
+_call = forward_op.differentiable(_check, reference.swiglu, _setup_context, _vjp, _tangent, _on_cpu)
 
 
 def swiglu(gate: Tensor, value: Tensor | None = None) -> Tensor:

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from ..checks import accumulation_dtype
-from ..coefficients import cast, weighted_sum
+from ..coefficients import weighted_sum
 
 
 def transition_inputs(
@@ -20,7 +20,7 @@ def transition_inputs(
 
     def mix(a: Tensor, b: Tensor) -> Tensor:
         last = x.shape[0] - a.shape[0]
-        return weighted_sum(cast((a, b), dtype), cast((x[last:], z[last:]), dtype)).to(x.dtype)
+        return weighted_sum((a, b), (x[last:], z[last:]), dtype).to(x.dtype)
 
     v_t = None if d_alpha is None else mix(d_alpha, d_sigma)
     x_pm = None

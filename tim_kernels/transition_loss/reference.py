@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from ..checks import accumulation_dtype
-from ..coefficients import cast, per_sample, weighted_sum
+from ..coefficients import per_sample, weighted_sum
 
 EPS = 1e-8  # the least norm in the cosine, as in torch.nn.functional.cosine_similarity
 
@@ -19,18 +19,20 @@ def transition_loss(
 ) -> tuple[Tensor, Tensor]:
     """Mean square of prediction − target, mean over positions of 1 − cos(prediction, target)."""
     dtype = accumulation_dtype(prediction, x, z)
-    prediction, x, z, dF, F_cond, F_uncond = cast((prediction, x, z, dF, F_cond, F_uncond), dtype)
-    a_x, a_z, a_D, a_cond, a_uncond = cast(coefficients, dtype)
-    target = weighted_sum((a_x, a_z), (x, z))
+    a_x, a_z, a_D, a_cond, a_uncond = coefficients
+    prediction = prediction.to(dtype)
+    target = weighted_sum((a_x, a_z), (x, z), dtype)
     if dF is not None:
+        dF = dF.to(dtype)
         if epsilon is not None:
             later, earlier = dF.chunk(2)
             dF = (later - earlier) / (2 * epsilon)
         first = x.shape[0] - dF.shape[0]
-        rest = target[first:] + per_sample(a_D[first:], dF) * dF
+        rest = target[first:] + per_sample(a_D[first:].to(dtype), dF) * dF
         target = torch.cat((target[:first], rest))
     if F_cond is not None:
-        target = target + weighted_sum((a_cond, a_uncond), (F_cond, F_uncond))
+        F_cond, F_uncond = F_cond.to(dtype), F_uncond.to(dtype)
+        target = target + weighted_sum((a_cond, a_uncond), (F_cond, F_uncond), dtype)
     target = target.detach()
 
     squared = (prediction - target).square().flatten(1).mean(1)

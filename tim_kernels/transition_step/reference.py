@@ -1,7 +1,8 @@
+import torch
 from torch import Tensor
 
 from ..checks import accumulation_dtype
-from ..coefficients import cast, per_sample, weighted_sum
+from ..coefficients import per_sample, weighted_sum
 
 
 def transition_step(
@@ -14,7 +15,12 @@ def transition_step(
 ) -> Tensor:
     """a x + b F + c noise with F = F_u + g (F_c − F_u)."""
     dtype = accumulation_dtype(x)
-    state, F, F_uncond, guidance, noise = cast((x, F_cond, F_uncond, guidance, noise), dtype)
+    F = F_cond
     if F_uncond is not None:
+        F, F_uncond, guidance = F.to(dtype), F_uncond.to(dtype), guidance.to(dtype)
         F = F_uncond + per_sample(guidance, F) * (F - F_uncond)
-    return weighted_sum(cast(coefficients, dtype), (state, F, noise)).to(x.dtype)
+    elif torch.promote_types(F.dtype, dtype) != dtype:
+        F = F.to(dtype)
+    if noise is not None:
+        noise = noise.to(dtype)
+    return weighted_sum(coefficients, (x, F, noise), dtype).to(x.dtype)

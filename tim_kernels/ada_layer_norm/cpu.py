@@ -1,0 +1,39 @@
+"""adaLN on a CPU, in as few passes as PyTorch's own kernels allow.
+
+A sample's LayerNorm and modulation are one LayerNorm whose weight and bias are the conditioning
+rows, in float32 beside tokens of any dtype. The gated residual of bfloat16 and float16 rounds as
+eager PyTorch does: gate·branch, x', which the norm reads, and y.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch.torch_private import is_forward_mode
+
+LEAST = 1 << 14  # elements of a sample for which a call of its own pays
+
+
+def takes(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether `run` computes these tokens: of samples that are not tiny, all tensors of one dtype
+    below float64, without forward mode."""
+    is_plain = x.ndim == 3 and x[0].numel() >= LEAST if x.shape[0] else False
+    same = all(y is None or y.dtype == x.dtype for y in others)
+    return is_plain and same and x.dtype != torch.float64 and not is_forward_mode()
+
+
+def run(x, branch, gate, bias, shift, scale, eps) -> tuple[Tensor | None, Tensor | None]:
+    """(x', y), None where there is no branch or no scale; arguments as the operator's."""
+    new = None
+    if branch is not None:
+        branch = branch if bias is None else branch + bias.unsqueeze(1)
+        x = new = x + gate.unsqueeze(1) * branch
+    return new, None if scale is None else _norm(x, shift.float(), 1 + scale.float(), eps)
+
+
+def _norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    if shift.shape[0] == scale.shape[0] == 1:
+        return F.layer_norm(x, x.shape[-1:], scale[0], shift[0], eps)
+    rows = (row.expand(x.shape[0], -1).unbind(0) for row in (scale, shift))
+    samples = zip(x.unbind(0), *rows, strict=True)
+    return torch.stack([F.layer_norm(one, x.shape[-1:], *row, eps) for one, *row in samples])
