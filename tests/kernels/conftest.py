@@ -3,9 +3,9 @@ TIM_KERNELS_EMULATION, in a build of csrc/ for the CPU (see tests/csrc)."""
 
 import os
 
+import interpreter
 import pytest
 import torch
-import interpreter
 
 from tim_kernels.dispatch import extension
 

@@ -109,21 +109,18 @@ def assert_as_accurate(ours: Tensor, plain: Tensor, truth: Tensor, factor: float
     assert error <= bound, f"{what}: error {error:.3e} > {bound:.3e}"
 
 
-def assert_same_every_run(function: Callable, inputs: Sequence[Tensor], runs: int = 2) -> None:
-    """Bit-for-bit the same outputs, gradients and tangents."""
+def assert_same_every_run(function: Callable, inputs: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+    """Bit-for-bit the same outputs, gradients and tangents, twice; returns them."""
     with use_backend(BACKEND):
-        first = run(function, inputs, None, not EMULATED)
-        for _ in range(runs - 1):
-            again = run(function, inputs, None, not EMULATED)
-            for kind, tensors in first.items():
-                for a, b in zip(tensors, again[kind], strict=True):
-                    assert torch.equal(a, b), kind
+        first, again = run(function, inputs), run(function, inputs)
+    for kind, tensors in first.items():
+        for a, b in zip(tensors, again[kind], strict=True):
+            assert torch.equal(a, b), kind
+    return first
 
 
-def assert_adjoint(function: Callable, inputs: Sequence[Tensor]) -> None:
-    """⟨J v, w⟩ = ⟨v, Jᵀ w⟩ on the fused route, in float32."""
-    with use_backend(BACKEND):
-        result = run(function, inputs)
+def assert_adjoint(result: dict[str, list[Tensor]], inputs: Sequence[Tensor]) -> None:
+    """⟨J v, w⟩ = ⟨v, Jᵀ w⟩ of what `run` gave, in float32."""
     cotangents = [noise(*o.shape, seed=100 + i) for i, o in enumerate(result["outputs"])]
     tangents = [noise(*x.shape, seed=200 + i) for i, x in enumerate(inputs)]
     forward = _in_float64(result["tangents"], cotangents)
