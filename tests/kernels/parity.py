@@ -79,9 +79,10 @@ def _noise_like(tensors: Sequence[Tensor], seed: int, dtypes: Sequence) -> list[
 
 
 def _seeds(first: int, tensors: Sequence[Tensor], numbers: int) -> range:
-    """One for each direction, so many that the smallest tensor yields `numbers` numbers of all."""
-    directions = -(-numbers // max(1, min(x.numel() for x in tensors)))
-    return range(first, first + 1000 * max(1, directions), 1000)
+    """One for each direction, so many that the smallest tensor yields `numbers` numbers of all; an
+    empty one never does."""
+    smallest = min((x.numel() for x in tensors if x.numel()), default=numbers)
+    return range(first, first + 1000 * -(-numbers // smallest), 1000)
 
 
 def _stack(directions: Sequence[Sequence[Tensor]]) -> list[Tensor]:
