@@ -2,7 +2,8 @@
 
 from .ada_layer_norm.op import ada_layer_norm, gated_residual, gated_residual_ada_layer_norm
 from .attention.op import attention
-from .dispatch.backend import BackendUnavailable, explain, set_backend, use_backend
+from .dispatch.backend import BackendUnavailable, set_backend, use_backend
+from .explain import explain
 from .network.accelerate import Report, accelerate, restore
 from .qk_norm_rope.op import qk_norm_rope, qkv_norm_rope
 from .qk_norm_rope.reference import grid_positions, rope_tables

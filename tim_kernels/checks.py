@@ -1,3 +1,5 @@
+"""What the public functions refuse, each in one line that says what came and what is needed."""
+
 import torch
 from torch import Tensor
 
@@ -12,9 +14,77 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def is_double(*tensors: Tensor | None) -> bool:
+    """Whether any is float64, for which no kernel is made."""
+    return any(x is not None and x.dtype == torch.float64 for x in tensors)
+
+
 def check_floating(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in FLOATS:
         raise ValueError(
             f"{name} must be floating-point, float32, bfloat16, float16 or float64; "
             f"got {tensor.dtype}"
         )
+
+
+def check_same_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on {x.device} like the tokens, got {tensor.device}")
+    check_floating(name, tensor)
+
+
+def check_tokens(name: str, x: Tensor, cu_seqlens: Tensor | None, max_length: int) -> int:
+    """Refuse what is no token tensor, (B, N, …) or packed (T, …); returns how many samples."""
+    if cu_seqlens is None:
+        if x.ndim < 3:
+            raise ValueError(
+                f"{name} must be (B, N, …), got {tuple(x.shape)}; packed tokens (T, …) "
+                "need `segments`"
+            )
+        return x.shape[0]
+    cu = cu_seqlens
+    if cu.ndim != 1 or cu.dtype != torch.int32 or cu.shape[0] < 1 or cu.device != x.device:
+        raise ValueError(
+            f"segments.cu_seqlens must be int32 (S + 1,) on {x.device}; "
+            f"got {cu.dtype} {tuple(cu.shape)} on {cu.device}"
+        )
+    if cu.shape[0] > 1 and cu.stride(0) != 1:
+        raise ValueError(f"segments.cu_seqlens must be contiguous, got stride {cu.stride(0)}")
+    if max_length < 0:
+        raise ValueError(f"segments.max_length must not be negative, got {max_length}")
+    return cu.shape[0] - 1
+
+
+def check_cond(name: str, row: Tensor, samples: int, width: int, x: Tensor) -> None:
+    """Refuse a conditioning row that is not (samples, width) or (1, width)."""
+    if row.ndim != 2 or row.shape[0] not in (1, samples) or row.shape[1] != width:
+        raise ValueError(
+            f"{name} must be ({samples}, {width}) or (1, {width}), got {tuple(row.shape)}"
+        )
+    check_same_device(name, row, x)
+
+
+def check_latents(name: str, x: Tensor) -> None:
+    """Refuse what is no tensor of samples, (B, …)."""
+    check_same_device(name, x, x)
+    if x.ndim < 2:
+        raise ValueError(f"{name} must be (B, …) with two dimensions or more, got {tuple(x.shape)}")
+
+
+def check_like(name: str, tensor: Tensor, samples: int, x_name: str, x: Tensor) -> None:
+    """Refuse what is not `samples` latents of the shape of x's, on its device."""
+    shape = (samples, *x.shape[1:])
+    if tensor.ndim != x.ndim or tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{name} must be {shape} for {x_name} of {tuple(x.shape)}; got {tuple(tensor.shape)}"
+        )
+    check_same_device(name, tensor, x)
+
+
+def check_vector(name: str, vector: Tensor, samples: int, x: Tensor) -> None:
+    """Refuse a coefficient that is not one number for each of `samples` samples, (samples,)."""
+    if vector.ndim != 1 or vector.shape[0] != samples:
+        raise ValueError(
+            f"{name} must be ({samples},), one number a sample; got {tuple(vector.shape)}"
+        )
+    check_same_device(name, vector, x)

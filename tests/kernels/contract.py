@@ -62,6 +62,7 @@ class Contract:
 
     problem: Callable[..., Problem]
     parity: list[dict] = []
+    on_cpu: list[dict] = []  # large enough for what "auto" takes on a CPU
     empty: list[dict] = []  # without samples or tokens
     layout: list[dict] = []
     partial: list[dict] = []  # one argument at a time is differentiated
@@ -96,6 +97,10 @@ class Contract:
 
     def test_parity(self, parity):
         assert_parity(*self.problem(**parity))
+
+    def test_parity_of_auto_on_a_cpu(self, on_cpu):
+        fused, eager, inputs = self.problem(**on_cpu)
+        assert_parity(fused, eager, [x.cpu() for x in inputs], "auto")
 
     def test_nothing_to_do(self, empty):
         fused, eager, inputs = self.problem(**empty)
@@ -170,7 +175,7 @@ class Contract:
     def test_opcheck(self):
         with use_backend(BACKEND):
             for operator, args in self.operators():
-                torch.library.opcheck(operator, args)
+                torch.library.opcheck(operator.torch_op, args)
 
     @sweep(5)
     def test_any_shape(self, data):

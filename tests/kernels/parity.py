@@ -89,12 +89,14 @@ def _stack(directions: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [torch.stack(tensors) for tensors in zip(*directions, strict=True)]
 
 
-def assert_parity(fused: Callable, eager: Callable, inputs: Sequence[Tensor]) -> None:
+def assert_parity(
+    fused: Callable, eager: Callable, inputs: Sequence[Tensor], backend: str = BACKEND
+) -> None:
     """Hold `fused` to its float64 reference, with the error of `eager` as the yardstick."""
     with use_backend("reference"):
         oracle = run(fused, inputs, torch.float64, not EMULATED, NUMBERS)
         plain = run(eager, inputs, None, not EMULATED, NUMBERS)
-    with use_backend(BACKEND):
+    with use_backend(backend):
         ours = run(fused, inputs, None, not EMULATED, NUMBERS)
     for kind, expected in oracle.items():
         factor = FORWARD if kind == "outputs" else DERIVATIVE

@@ -65,6 +65,7 @@ class TestAdaLayerNorm(Contract):
         *over(form=FORMS, B=[3], N=[1, 70], C=72),
         *over(form=FORMS, B=3, dtype=torch.bfloat16, cond_dtype=torch.float32, is_shared=True),
     ]
+    on_cpu = over(form=FORMS, dtype=[*DTYPES], N=16, C=1152)
     empty = [*over(form=FORMS, B=0, N=[0, 3], C=8), *over(form=FORMS, B=2, N=0, C=8)]
     layout = over(form=FORMS, B=2, N=7)
     partial = over(form=FORMS, B=2, N=3, C=12)

@@ -29,6 +29,7 @@ class TestQKNormRoPE(Contract):
         dict(form="alone_unturned", D=7),  # an odd head_dim
         *over(form=FORMS, B=3, dtype=torch.bfloat16, cond_dtype=torch.float32, is_shared=True),
     ]
+    on_cpu = over(form=FORMS, dtype=[*DTYPES], grid=(4, 8), H=8, D=72)
     empty = [
         *over(form=FORMS, B=0, grid=[(1, 3), (1, 0)], D=8),
         *over(form=FORMS, grid=(1, 0), D=8),

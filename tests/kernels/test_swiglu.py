@@ -48,6 +48,7 @@ class TestSwiGLU(Contract):
         dict(form="two", shape=(3, 5), C=96, dtype=torch.bfloat16, value_dtype=torch.float32),
         dict(form="two", shape=(3, 5), C=96, dtype=torch.float32, value_dtype=torch.float16),
     ]
+    on_cpu = over(form=FORMS, dtype=[*DTYPES], C=1152)
     empty = over(form=FORMS, shape=[(0,), (0, 8), (2, 0, 8), (0, 3, 8)])
     layout = over(form=FORMS, shape=[(2, 7)], C=[96, 100, 33])
     partial = over(form=FORMS, shape=(2, 3, 4))

@@ -1,71 +1,66 @@
-"""Registration, derivatives and public functions of the adaLN ops."""
+"""adaLN and the gated residual: operators, derivatives and public functions."""
 
 import torch
 from torch import Tensor
 
-from ..dispatch import backend
-from ..dispatch.operators import define, differentiable
-from ..segments import Segments, check_row, check_same_device, check_tokens
+from ..checks import check_cond, check_same_device, check_tokens, is_double
+from ..dispatch.backend import Op
+from ..dispatch.operators import Operator
+from ..segments import Segments, packing
 from . import reference
 
-NAME = "ada_layer_norm"
+
+def _kernels(backend: str):
+    if backend == "cuda":
+        from . import cuda as kernels
+    else:
+        from . import triton as kernels
+    return kernels
 
 
-def _token_shape(x: Tensor, is_made: bool) -> Tensor:
-    return x.new_empty(x.shape if is_made else (0,))
+OP = Op("ada_layer_norm", _kernels)
 
 
-def _forward(x, branch, gate, bias, shift, scale, eps, cu, max_length):
-    kernels = backend.kernels(NAME, x)
-    return kernels.forward(x, branch, gate, bias, shift, scale, eps, cu, max_length)
+def _made(x, branch, scale) -> tuple[Tensor, Tensor]:
+    """x' and y, empty where there is no branch or no scale."""
+    return x.new_empty(0 if branch is None else x.shape), x.new_empty(
+        0 if scale is None else x.shape
+    )
 
 
 def _forward_fake(x, branch, gate, bias, shift, scale, eps, cu, max_length):
-    return _token_shape(x, branch is not None), _token_shape(x, scale is not None)
-
-
-def _backward(dout, dy, x, branch, gate, bias, scale, eps, cu, max_length):
-    kernels = backend.kernels(NAME, x)
-    return kernels.backward(dout, dy, x, branch, gate, bias, scale, eps, cu, max_length)
+    return _made(x, branch, scale)
 
 
 def _backward_fake(dout, dy, x, branch, gate, bias, scale, eps, cu, max_length):
     samples = x.shape[0] if cu is None else cu.shape[0] - 1
     dbranch = x.new_empty(0) if branch is None else branch.new_empty(x.shape)
-    rows = x.new_empty((4, samples, x.shape[-1]), dtype=torch.float32)
-    return x.new_empty(x.shape), dbranch, rows
+    sums = x.new_empty((4, samples, x.shape[-1]), dtype=torch.float32)
+    return x.new_empty(x.shape), dbranch, sums
 
 
-def _jvp(x, branch, gate, bias, scale, tx, tbranch, tgate, tbias, tshift, tscale, eps, cu, length):
-    kernels = backend.kernels(NAME, x)
-    tangents = tx, tbranch, tgate, tbias, tshift, tscale
-    return kernels.jvp(x, branch, gate, bias, scale, *tangents, eps, cu, length)
+def _jvp_fake(x, branch, gate, bias, scale, *_):
+    return _made(x, branch, scale)
 
 
-def _jvp_fake(
-    x, branch, gate, bias, scale, tx, tbranch, tgate, tbias, tshift, tscale, eps, cu, length
-):
-    return _token_shape(x, branch is not None), _token_shape(x, scale is not None)
-
-
-forward_op = define(
+forward_op = Operator(
+    OP,
     "ada_layer_norm(Tensor x, Tensor? branch, Tensor? gate, Tensor? bias, Tensor? shift, "
     "Tensor? scale, float eps, Tensor? cu_seqlens, SymInt max_length) -> (Tensor, Tensor)",
-    _forward,
     _forward_fake,
 )
-backward_op = define(
+backward_op = Operator(
+    OP,
     "ada_layer_norm_backward(Tensor? dout, Tensor? dy, Tensor x, Tensor? branch, Tensor? gate, "
     "Tensor? bias, Tensor? scale, float eps, Tensor? cu_seqlens, SymInt max_length) "
     "-> (Tensor, Tensor, Tensor)",
-    _backward,
     _backward_fake,
 )
-jvp_op = define(
+jvp_op = Operator(
+    OP,
     "ada_layer_norm_jvp(Tensor x, Tensor? branch, Tensor? gate, Tensor? bias, Tensor? scale, "
     "Tensor? tx, Tensor? tbranch, Tensor? tgate, Tensor? tbias, Tensor? tshift, Tensor? tscale, "
     "float eps, Tensor? cu_seqlens, SymInt max_length) -> (Tensor, Tensor)",
-    _jvp,
     _jvp_fake,
 )
 
@@ -85,13 +80,13 @@ def _vjp(ctx, dout, dy):
         dout = None
     if scale is None or (dy is not None and dy.numel() != x.numel()):
         dy = None
-    dx, dbranch, rows = backward_op(
+    dx, dbranch, sums = backward_op(
         dout, dy, x, branch, gate, bias, scale, ctx.eps, cu, ctx.max_length
     )
     made = dy is not None, dy is not None, branch is not None, bias is not None
     dshift, dscale, dgate, dbias = (
         _like(row, like) if is_made and like else None
-        for row, like, is_made in zip(rows.unbind(0), ctx.like, made, strict=True)
+        for row, like, is_made in zip(sums.unbind(0), ctx.like, made, strict=True)
     )
     dbranch = None if branch is None else dbranch
     return dx, dbranch, dgate, dbias, dshift, dscale, None, None, None
@@ -111,7 +106,36 @@ def _tangent(ctx, tx, tbranch, tgate, tbias, tshift, tscale, *_):
     )  # fmt: skip
 
 
-_call = differentiable(forward_op, _setup_context, _vjp, _tangent)
+def _check(x, branch, gate, bias, shift, scale, eps, cu, max_length) -> bool:
+    samples = check_tokens("x", x, cu, max_length)
+    if x.ndim != (3 if cu is None else 2):
+        layout = "(B, N, C)" if cu is None else "(T, C), packed"
+        raise ValueError(f"x must be {layout}, got {tuple(x.shape)}")
+    check_same_device("x", x, x)
+    if branch is not None:
+        check_same_device("branch", branch, x)
+        if branch.shape != x.shape:
+            raise ValueError(
+                f"branch must be shaped as x, {tuple(x.shape)}; got {tuple(branch.shape)}"
+            )
+    for name, row in dict(gate=gate, branch_bias=bias, shift=shift, scale=scale).items():
+        if row is not None:
+            check_cond(name, row, samples, x.shape[-1], x)
+    return is_double(x, branch)
+
+
+def _reference(x, branch, gate, bias, shift, scale, eps, cu, max_length):
+    segments = None if cu is None else Segments(cu, max_length)
+    if branch is None:
+        return None, reference.ada_layer_norm(x, shift, scale, eps, segments)
+    if scale is None:
+        return reference.gated_residual(x, branch, gate, bias, segments), None
+    return reference.gated_residual_ada_layer_norm(
+        x, branch, gate, shift, scale, eps, bias, segments
+    )
+
+
+_call = forward_op.differentiable(_check, _reference, _setup_context, _vjp, _tangent)
 
 
 def ada_layer_norm(
@@ -130,10 +154,7 @@ def ada_layer_norm(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    _check(x, segments, shift=shift, scale=scale)
-    if backend.is_reference(NAME, x):
-        return reference.ada_layer_norm(x, shift, scale, eps, segments)
-    return _call(x, None, None, None, shift, scale, float(eps), *_packing(segments))[1]
+    return _call(x, None, None, None, shift, scale, float(eps), *packing(segments))[1]
 
 
 def gated_residual(
@@ -154,10 +175,7 @@ def gated_residual(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    _check(x, segments, branch=branch, gate=gate, branch_bias=branch_bias)
-    if backend.is_reference(NAME, x, branch):
-        return reference.gated_residual(x, branch, gate, branch_bias, segments)
-    return _call(x, branch, gate, branch_bias, None, None, 0.0, *_packing(segments))[0]
+    return _call(x, branch, gate, branch_bias, None, None, 0.0, *packing(segments))[0]
 
 
 def gated_residual_ada_layer_norm(
@@ -178,31 +196,4 @@ def gated_residual_ada_layer_norm(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    rows = dict(gate=gate, shift=shift, scale=scale, branch_bias=branch_bias)
-    _check(x, segments, branch=branch, **rows)
-    if backend.is_reference(NAME, x, branch):
-        return reference.gated_residual_ada_layer_norm(
-            x, branch, gate, shift, scale, eps, branch_bias, segments
-        )
-    return _call(x, branch, gate, branch_bias, shift, scale, float(eps), *_packing(segments))
-
-
-def _packing(segments: Segments | None) -> tuple[Tensor | None, int]:
-    return (None, 0) if segments is None else (segments.cu_seqlens, segments.max_length)
-
-
-def _check(x: Tensor, segments: Segments | None, branch: Tensor | None = None, **rows) -> None:
-    samples = check_tokens("x", x, segments)
-    if x.ndim != (3 if segments is None else 2):
-        layout = "(B, N, C)" if segments is None else "(T, C), packed"
-        raise ValueError(f"x must be {layout}, got {tuple(x.shape)}")
-    check_same_device("x", x, x)
-    if branch is not None:
-        check_same_device("branch", branch, x)
-        if branch.shape != x.shape:
-            raise ValueError(
-                f"branch must be shaped as x, {tuple(x.shape)}; got {tuple(branch.shape)}"
-            )
-    for name, row in rows.items():
-        if row is not None:
-            check_row(name, row, samples, x.shape[-1], x)
+    return _call(x, branch, gate, branch_bias, shift, scale, float(eps), *packing(segments))

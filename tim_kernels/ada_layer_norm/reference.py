@@ -3,7 +3,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import accumulation_dtype
-from ..segments import Segments, rows_per_token
+from ..segments import Segments, per_token
 
 
 def ada_layer_norm(
@@ -12,7 +12,7 @@ def ada_layer_norm(
     """LN(x)·(1 + scale) + shift."""
     dtype = accumulation_dtype(x, shift, scale)
     normed = F.layer_norm(x.to(dtype), x.shape[-1:], eps=eps)
-    shift, scale = (rows_per_token(row.to(dtype), x, segments) for row in (shift, scale))
+    shift, scale = (per_token(row.to(dtype), x, segments) for row in (shift, scale))
     return torch.addcmul(shift, normed, 1 + scale).to(x.dtype)
 
 
@@ -47,5 +47,5 @@ def _gated_residual(x, branch, gate, branch_bias, segments) -> Tensor:
     dtype = accumulation_dtype(x, branch, gate)
     branch = branch.to(dtype)
     if branch_bias is not None:
-        branch = branch + rows_per_token(branch_bias.to(dtype), x, segments)
-    return torch.addcmul(x.to(dtype), rows_per_token(gate.to(dtype), x, segments), branch)
+        branch = branch + per_token(branch_bias.to(dtype), x, segments)
+    return torch.addcmul(x.to(dtype), per_token(gate.to(dtype), x, segments), branch)

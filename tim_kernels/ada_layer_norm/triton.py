@@ -16,8 +16,9 @@ d gradients, t tangents.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..launch.grid import Plan, kernel
+from ..launch.grid import Launch, kernel
 from ..launch.rows import (
     load_row,
     load_rows,
@@ -31,13 +32,14 @@ from ..launch.rows import (
     sum_rows,
     tile_rows,
 )
+from ..launch.shares import samples_and_length, token_grid, tokens_to_reduce
 from ..launch.tuning import tuned
-from ..launch.views import row_view, token_view
+from ..launch.views import POINTER, view_cond, view_tokens
 
 
 @kernel
-def _forward_kernel(
-    cu_ptr, length, tiles, rows_per_program,
+def _ada_layer_norm_forward_kernel(
+    cu_ptr, length, tiles,
     x_ptr, x_b, x_n, branch_ptr, branch_b, branch_n, gate_ptr, gate_s, bias_ptr, bias_s,
     shift_ptr, shift_s, scale_ptr, scale_s, out_ptr, y_ptr, eps,
     C: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
@@ -63,15 +65,16 @@ def _forward_kernel(
 
 
 @kernel
-def _backward_kernel(
-    cu_ptr, length, tiles, rows_per_program,
+def _ada_layer_norm_backward_kernel(
+    cu_ptr, length, tiles, tokens_per_program,
     dout_ptr, dout_b, dout_n, dy_ptr, dy_b, dy_n, x_ptr, x_b, x_n, branch_ptr, branch_b, branch_n,
     gate_ptr, gate_s, bias_ptr, bias_s, scale_ptr, scale_s,
     dx_ptr, dbranch_ptr, partial_ptr, partial_step, eps,
     C: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     sample, tile, first, first_out, span = locate(cu_ptr, length, tiles)
-    start, stop = tile * rows_per_program, min((tile + 1) * rows_per_program, span)
+    start = tile * tokens_per_program
+    stop = min(start + tokens_per_program, span)
     scale_a, scale_b = load_row(scale_ptr, sample, scale_s, ALIGN, C, A, B)
     ga, gb = load_row(gate_ptr, sample, gate_s, ALIGN, C, A, B)
     bias_a, bias_b = load_row(bias_ptr, sample, bias_s, ALIGN, C, A, B)
@@ -120,8 +123,8 @@ def _backward_kernel(
 
 
 @kernel
-def _jvp_kernel(
-    cu_ptr, length, tiles, rows_per_program,
+def _ada_layer_norm_jvp_kernel(
+    cu_ptr, length, tiles,
     x_ptr, x_b, x_n, branch_ptr, branch_b, branch_n, gate_ptr, gate_s, bias_ptr, bias_s,
     scale_ptr, scale_s, tx_ptr, tx_b, tx_n, tbranch_ptr, tbranch_b, tbranch_n,
     tgate_ptr, tgate_s, tbias_ptr, tbias_s, tshift_ptr, tshift_s, tscale_ptr, tscale_s,
@@ -158,63 +161,84 @@ def _jvp_kernel(
         store_rows(ty_ptr, row_out, is_row, ta, tb, C, A, B)
 
 
-def _plan(kernel_name, x, cu, max_length):
-    """The plan and the constants of a kernel over rows of x."""
-    elements, num_warps = tuned(f"ada_layer_norm.{kernel_name}", x.device)
+def _tile(direction: str, x: Tensor) -> dict[str, int]:
+    """The constants of a kernel over rows of x."""
+    elements, num_warps = tuned(f"ada_layer_norm.{direction}", x.device)
     C = x.shape[-1]
     A, B = pieces(C)
-    ROWS = tile_rows(C, elements)
     if A + B > 1152:  # tuned for rows up to there: more channels, more warps to hold them
         num_warps = min(16, num_warps * triton.next_power_of_2(triton.cdiv(A + B, 1152)))
-    return Plan(x, cu, max_length, ROWS), dict(C=C, A=A, B=B, ROWS=ROWS, num_warps=num_warps)
+    return dict(C=C, A=A, B=B, ROWS=tile_rows(C, elements), num_warps=num_warps)
+
+
+def _per_tile(direction: str, function, x, cu, max_length, *arguments) -> Launch:
+    """One program a tile of a sample's tokens."""
+    tile = _tile(direction, x)
+    programs, length, tiles = token_grid(x, cu, max_length, tile["ROWS"])
+    return Launch(function, (programs,), (POINTER, length, tiles, *arguments), **tile)
 
 
 def forward(x, branch, gate, bias, shift, scale, eps, cu, max_length):
     """(x', y), either of them an empty tensor where the op does not make it."""
-    new = x.new_empty(x.shape if branch is not None else (0,))
-    y = x.new_empty(x.shape if scale is not None else (0,))
-    plan, constants = _plan("forward", x, cu, max_length)
-    plan.launch(
-        _forward_kernel,
-        *(token_view(tensor, cu is not None) for tensor in (x, branch)),
-        *map(row_view, (gate, bias, shift, scale)),
-        new, y, eps, **constants,
+    launch = _per_tile(
+        "forward", _ada_layer_norm_forward_kernel, x, cu, max_length,
+        *(view_tokens(tensor, cu is not None) for tensor in (x, branch)),
+        *map(view_cond, (gate, bias, shift, scale)), POINTER, POINTER, eps,
     )  # fmt: skip
-    return new, y
+
+    def run(x, branch, gate, bias, shift, scale, eps, cu, max_length):
+        new = x.new_empty(x.shape if branch is not None else 0)
+        y = x.new_empty(x.shape if scale is not None else 0)
+        launch(cu, x, branch, gate, bias, shift, scale, new, y)
+        return new, y
+
+    return run
 
 
 def backward(dout, dy, x, branch, gate, bias, scale, eps, cu, max_length):
-    """(dx, dbranch, rows): rows is float32 (4, samples, C) for shift, scale, gate and bias.
+    """(dx, dbranch, sums): float32 sums (4, samples, C) for shift, scale, gate and bias.
 
     x' is made again from x and branch, which costs no more bytes than reading it and loses nothing
     to its rounding. Gradients nobody has are empty or unset.
     """
-    dx = x.new_empty(x.shape)
-    dbranch = x.new_empty(0) if branch is None else branch.new_empty(x.shape)
-    plan, constants = _plan("backward", x, cu, max_length)
-    plan.spread(constants["num_warps"])
-    make = torch.zeros if plan.is_empty else torch.empty
-    partial = make((4, plan.samples, plan.tiles, x.shape[-1]), dtype=torch.float32, device=x.device)
-    plan.launch(
-        _backward_kernel,
-        *(token_view(tensor, cu is not None) for tensor in (dout, dy, x, branch)),
-        *map(row_view, (gate, bias, scale)),
-        dx, dbranch, partial, plan.samples * plan.tiles, eps, **constants,
+    tile = _tile("backward", x)
+    tokens = tokens_to_reduce(x, cu, max_length, tile["num_warps"], tile["ROWS"])
+    programs, length, tiles = token_grid(x, cu, max_length, tokens)
+    launch = Launch(
+        _ada_layer_norm_backward_kernel, (programs,),
+        (POINTER, length, tiles, tokens,
+         *(view_tokens(tensor, cu is not None) for tensor in (dout, dy, x, branch)),
+         *map(view_cond, (gate, bias, scale)), POINTER, POINTER, POINTER, programs, eps),
+        **tile,
     )  # fmt: skip
-    return dx, dbranch, partial.sum(2)
+    make = torch.zeros if launch.is_empty else torch.empty
+    shape = 4, samples_and_length(x, cu, max_length)[0], tiles, x.shape[-1]
+
+    def run(dout, dy, x, branch, gate, bias, scale, eps, cu, max_length):
+        dx = x.new_empty(x.shape)
+        dbranch = x.new_empty(0) if branch is None else branch.new_empty(x.shape)
+        partial = make(shape, dtype=torch.float32, device=x.device)
+        launch(cu, dout, dy, x, branch, gate, bias, scale, dx, dbranch, partial)
+        return dx, dbranch, partial.sum(2)
+
+    return run
 
 
 def jvp(x, branch, gate, bias, scale, tx, tbranch, tgate, tbias, tshift, tscale, eps, cu, length):
     """Tangents of (x', y); a tangent that is None is zero."""
-    tnew = x.new_empty(x.shape if branch is not None else (0,))
-    ty = x.new_empty(x.shape if scale is not None else (0,))
-    plan, constants = _plan("jvp", x, cu, length)
-    plan.launch(
-        _jvp_kernel,
-        *(token_view(tensor, cu is not None) for tensor in (x, branch)),
-        *map(row_view, (gate, bias, scale)),
-        *(token_view(tensor, cu is not None) for tensor in (tx, tbranch)),
-        *map(row_view, (tgate, tbias, tshift, tscale)),
-        tnew, ty, eps, **constants,
+    launch = _per_tile(
+        "jvp", _ada_layer_norm_jvp_kernel, x, cu, length,
+        *(view_tokens(tensor, cu is not None) for tensor in (x, branch)),
+        *map(view_cond, (gate, bias, scale)),
+        *(view_tokens(tensor, cu is not None) for tensor in (tx, tbranch)),
+        *map(view_cond, (tgate, tbias, tshift, tscale)), POINTER, POINTER, eps,
     )  # fmt: skip
-    return tnew, ty
+
+    def run(x, branch, gate, bias, scale, *tangents_and_rest):
+        *tangents, eps, cu, length = tangents_and_rest
+        tnew = x.new_empty(x.shape if branch is not None else 0)
+        ty = x.new_empty(x.shape if scale is not None else 0)
+        launch(cu, x, branch, gate, bias, scale, *tangents, tnew, ty)
+        return tnew, ty
+
+    return run

@@ -10,30 +10,34 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from ..checks import check_floating
-from ..dispatch import backend
-from ..dispatch.operators import NO_TANGENT, define
-from ..segments import Segments, check_tokens
+from ..checks import check_floating, check_tokens, is_double
+from ..dispatch.backend import Op, choose, requested
+from ..dispatch.operators import NO_TANGENT, Operator
+from ..dispatch.plans import Plans, signature
+from ..dispatch.torch_private import constant_when_compiled, has_tangent, is_forward_mode
+from ..segments import Segments, packing
 from . import reference
 
-NAME = "attention"
+
+def _kernels(backend: str):
+    from . import triton as kernels
+
+    return kernels
+
+
+OP = Op("attention", _kernels, is_in_cuda=False)
 HEAD_DIMS = range(8, 257, 8)  # of our kernel and of flash-attn
-
-
-def _jvp(q, k, v, tq, tk, tv, key_mask, cu, k_cu, max_length, k_max_length):
-    kernels = backend.kernels(NAME, q)
-    return kernels.jvp(q, k, v, tq, tk, tv, key_mask, cu, k_cu, max_length, k_max_length)
 
 
 def _jvp_fake(q, k, v, tq, tk, tv, key_mask, cu, k_cu, max_length, k_max_length):
     return q.new_empty(q.shape), q.new_empty(q.shape)
 
 
-jvp_op = define(
+jvp_op = Operator(
+    OP,
     "attention_jvp(Tensor q, Tensor k, Tensor v, Tensor? tq, Tensor? tk, Tensor? tv, "
     "Tensor? key_mask, Tensor? cu_seqlens, Tensor? k_cu_seqlens, SymInt max_length, "
     "SymInt k_max_length) -> (Tensor, Tensor)",
-    _jvp,
     _jvp_fake,
 )
 
@@ -69,12 +73,28 @@ def attention(
         ValueError: shapes, dtypes or devices that do not fit.
         NotImplementedError: a live tangent inside torch.compile, or a gradient of the tangent.
     """
-    _check(q, k, v, segments, k_segments, key_mask)
-    if forward_ad._current_level >= 0:
+    if segments is None and k_segments is not None:
+        raise ValueError("k_segments need segments: queries and keys are packed together")
+    cu, max_length = packing(segments)
+    k_cu, k_max_length = packing(k_segments or segments)
+    args = q, k, v, key_mask, cu, k_cu, max_length, k_max_length
+    if torch.compiler.is_compiling():
+        _check(*args)
+        has_kernel = _has_kernel(q, False)
+    else:
+        key = requested(), signature(args)
+        has_kernel = _checked.get(key)
+        if has_kernel is None:
+            _check(*args)
+            has_kernel = _checked[key] = _has_kernel(q, type(q) in (Tensor, torch.nn.Parameter))
+    if has_kernel and is_forward_mode():
         duals = [forward_ad.unpack_dual(x) for x in (q, k, v)]
-        if any(dual.tangent is not None for dual in duals) and _has_kernel(q):
+        if any(dual.tangent is not None for dual in duals):
             return _dual_attention(duals, segments, k_segments, key_mask)
     return _plain_attention(q, k, v, segments, k_segments, key_mask)
+
+
+_checked = Plans()  # by signature, whether our kernel can make the tangent
 
 
 def _plain_attention(q, k, v, segments, k_segments, key_mask) -> Tensor:
@@ -93,13 +113,15 @@ def _plain_attention(q, k, v, segments, k_segments, key_mask) -> Tensor:
     return out[0] if isinstance(out, tuple) else out  # flash-attn 4 adds the log-sum-exp
 
 
-def _has_kernel(q: Tensor) -> bool:
-    return q.shape[-1] in HEAD_DIMS and not backend.is_reference(NAME, q)
+def _has_kernel(q: Tensor, is_real: bool) -> bool:
+    device = q.device.type
+    is_chosen = choose(OP.name, device, is_real and device != "meta") != "reference"
+    return is_chosen and q.shape[-1] in HEAD_DIMS and not is_double(q)
 
 
 def _dual_attention(duals, segments, k_segments, key_mask) -> Tensor:
     if torch.compiler.is_compiling():
-        raise NotImplementedError(NO_TANGENT.format(NAME))
+        raise NotImplementedError(NO_TANGENT.format(OP.name))
     primals = [dual.primal for dual in duals]
     keys = k_segments or segments
     packing = (
@@ -152,33 +174,24 @@ def flash_attention():
     return None
 
 
+@constant_when_compiled
 def _flash_name() -> str | None:
     flash = flash_attention()
     return flash and flash.__name__
 
 
-_flash_name._dynamo_marked_constant = True  # as `choose` in backend.py
-
-
 def _is_flash_ready(*tensors: Tensor) -> bool:
     q = tensors[0]
-    has_tangent = forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(x).tangent is not None for x in tensors
-    )
     return (
         q.device.type == "cuda"
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[-1] in HEAD_DIMS
-        and not has_tangent
+        and not has_tangent(tensors)
     )
 
 
-def _check(q, k, v, segments, k_segments, key_mask) -> None:
-    ndim, layout = (
-        (4, "(B, N, heads, head_dim)") if segments is None else (3, "(T, heads, head_dim)")
-    )
-    if segments is None and k_segments is not None:
-        raise ValueError("k_segments need segments: queries and keys are packed together")
+def _check(q, k, v, key_mask, cu, k_cu, max_length, k_max_length) -> None:
+    ndim, layout = (4, "(B, N, heads, head_dim)") if cu is None else (3, "(T, heads, head_dim)")
     check_floating("q", q)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != ndim or x.shape[-2:] != q.shape[-2:]:
@@ -192,15 +205,15 @@ def _check(q, k, v, segments, k_segments, key_mask) -> None:
             )
     if k.shape != v.shape:
         raise ValueError(f"k and v must have one shape, got {tuple(k.shape)}, {tuple(v.shape)}")
-    if segments is None and k.shape[0] != q.shape[0]:
+    if cu is None and k.shape[0] != q.shape[0]:
         raise ValueError(f"k must have q's batch {q.shape[0]}, got {k.shape[0]}")
-    if segments is not None:
-        samples = check_tokens("q", q, segments)
-        k_samples = check_tokens("k", k, k_segments or segments)
+    if cu is not None:
+        samples = check_tokens("q", q, cu, max_length)
+        k_samples = check_tokens("k", k, k_cu, k_max_length)
         if samples != k_samples:
             raise ValueError(f"k_segments must have q's {samples} sequences, got {k_samples}")
     if key_mask is not None:
-        if segments is not None:
+        if cu is not None:
             raise ValueError("packed tokens have no padding: key_mask goes with (B, N, …) alone")
         if key_mask.shape != k.shape[:2] or key_mask.dtype != torch.bool:
             raise ValueError(

@@ -1,9 +1,9 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..dispatch.torch_private import has_tangent
 from ..segments import Segments
 
 
@@ -39,7 +39,7 @@ def attention(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)):
+    if has_tangent((q, k, v)):
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, mask)

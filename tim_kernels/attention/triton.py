@@ -20,23 +20,26 @@ tq do not fit the registers they are read anew for each tile of keys, CHUNK chan
 the kernel qa, qb are the two pieces of a tile, t tangents; what is None is compiled away.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import backend
-from ..launch.grid import Plan, kernel
+from ..dispatch.backend import interpreting
+from ..launch.grid import Launch, kernel
 from ..launch.rows import locate
+from ..launch.shares import token_grid
 from ..launch.tuning import TABLE, architecture, section
-from ..launch.views import head_view
+from ..launch.views import POINTER, view_heads, view_vector
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @kernel
-def _jvp_kernel(
-    cu_ptr, length, tiles, rows_per_program,
+def _attention_jvp_kernel(
+    cu_ptr, length, tiles,
     q_ptr, q_b, q_n, q_h, k_ptr, k_b, k_n, k_h, v_ptr, v_b, v_n, v_h,
     tq_ptr, tq_b, tq_n, tq_h, tk_ptr, tk_b, tk_n, tk_h, tv_ptr, tv_b, tv_n, tv_h,
     mask_ptr, k_cu_ptr, k_length, heads, scale, out_ptr, tout_ptr,
@@ -205,19 +208,26 @@ def jvp(
     q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None,
     key_mask: Tensor | None, cu: Tensor | None, k_cu: Tensor | None, max_length: int,
     k_max_length: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> Callable[..., tuple[Tensor, Tensor]]:  # fmt: skip
     """(out, tout), shaped as q and contiguous; a tangent that is None is zero."""
-    out, tout = q.new_empty(q.shape), q.new_empty(q.shape)
     is_packed, (heads, D) = cu is not None, q.shape[-2:]
-    A, B = pieces(D)
+    (A, B), dtype = pieces(D), q.dtype
     tile = _tile(q, A + B)
-    Plan(q, cu, max_length, tile["rows"]).launch(
-        _jvp_kernel,
-        *(head_view(x, is_packed) for x in (q, k, v, tq, tk, tv)),
-        None if key_mask is None else key_mask.contiguous().view(torch.uint8),
-        k_cu, k_max_length if is_packed else k.shape[1], heads, D**-0.5, out, tout,
-        columns=heads, D=D, A=A, B=B, ROWS=tile["rows"], COLUMNS=tile["columns"],
-        CHUNK=tile["chunk"], WIDEN=backend.interpreting() and q.dtype == torch.bfloat16,
+    programs, length, tiles = token_grid(q, cu, max_length, tile["rows"])
+    launch = Launch(
+        _attention_jvp_kernel, (programs, heads),
+        (POINTER, length, tiles, *(view_heads(x, is_packed) for x in (q, k, v, tq, tk, tv)),
+         view_vector(key_mask), POINTER, k_max_length if is_packed else k.shape[1], heads, D**-0.5,
+         POINTER, POINTER),
+        D=D, A=A, B=B, ROWS=tile["rows"], COLUMNS=tile["columns"], CHUNK=tile["chunk"],
+        WIDEN=interpreting() and dtype == torch.bfloat16,
         num_warps=tile["num_warps"], num_stages=tile["num_stages"],
     )  # fmt: skip
-    return out, tout
+
+    def run(q, k, v, tq, tk, tv, key_mask, cu, k_cu, max_length, k_max_length):
+        out, tout = q.new_empty(q.shape), q.new_empty(q.shape)
+        mask = None if key_mask is None else key_mask.view(torch.uint8)
+        launch(cu, q, k, v, tq, tk, tv, mask, k_cu, out, tout)
+        return out, tout
+
+    return run

@@ -9,12 +9,12 @@ block of code in this thread, or the environment variable TIM_KERNELS_BACKEND.
 
 import contextlib
 import functools
-import importlib
 import importlib.util
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -22,22 +22,29 @@ import torch
 from torch import Tensor
 
 from . import extension
+from .torch_private import constant_when_compiled
 
 BACKENDS = ("auto", "reference", "triton", "cuda")
-OPS = (
-    "ada_layer_norm",
-    "attention",  # its tangent form; without tangents it is other people's kernels
-    "qk_norm_rope",
-    "swiglu",
-    "time_pair_embedding",
-    "transition_inputs",
-    "transition_loss",
-    "transition_step",
-)
 
 
 class BackendUnavailable(RuntimeError):
     """The backend that was asked for cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """A folder of kernels: `kernels("triton")` imports its launchers, which need Triton, and
+    `kernels("cuda")` those of csrc/, if it has any."""
+
+    name: str
+    kernels: Callable[[str], ModuleType]
+    is_in_cuda: bool = True
+
+    def __post_init__(self):
+        OPS[self.name] = self
+
+
+OPS: dict[str, Op] = {}
 
 
 def _checked(name: str, source: str) -> str:
@@ -78,19 +85,17 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def _is_there(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
-def obstacle(backend: str, op: str, device: str) -> str | None:
+def obstacle(backend: str, op: Op, device: str) -> str | None:
     """Why `backend` cannot run `op` on real tensors of a device type; None if it can."""
     if backend == "reference":
         return None
     if backend == "cuda":
-        if not _is_there(f"tim_kernels.{op}.cuda"):
-            return "the extension does not have it"
-        return extension.obstacle(device)
-    if not _is_there("triton"):
+        return extension.obstacle(device) if op.is_in_cuda else "the extension does not have it"
+    if not _has_triton():
         return "triton is not installed"
     if device != "cuda" and not interpreting():
         return f"it needs a CUDA device, not {device} (TRITON_INTERPRET=1 runs it on a CPU)"
@@ -99,99 +104,60 @@ def obstacle(backend: str, op: str, device: str) -> str | None:
 
 FASTEST: dict[str, dict[str, str]] = json.loads(
     Path(__file__).with_name("fastest.json").read_text()
-)  # by architecture, then op; `python -m benchmarks.fastest --write` makes it from results
+)  # by architecture, then op; made from results by `python -m benchmarks fastest --write`
 
 
-def _first(op: str, device: str) -> str | None:
+def _first(op: Op, device: str) -> str | None:
     """The fused backend that "auto" takes; None if none can run."""
     measured = None
     if device == "cuda" and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
-        measured = FASTEST.get(f"sm_{major}{minor}", {}).get(op)
+        measured = FASTEST.get(f"sm_{major}{minor}", {}).get(op.name)
     order = ("triton", "cuda") if measured == "triton" else ("cuda", "triton")
     return next((name for name in order if obstacle(name, op, device) is None), None)
 
 
-def _choose(op: str, device: str, is_real: bool) -> str:
-    name = requested()
-    if name == "auto":
-        return "reference" if device != "cuda" else _first(op, device) or "reference"
-    if is_real and (reason := obstacle(name, op, device)):
-        raise BackendUnavailable(f"backend {name!r} cannot run {op}: {reason}")
-    return name
-
-
-# torch.compiler.assume_constant_result, without its import of the whole compiler
-_choose._dynamo_marked_constant = True
-
-
-def choose(op: str, tensor: Tensor) -> str:
-    """The backend that runs `op` on `tensor`; torch.compile fixes the answer when it traces.
-
-    Meta and fake tensors get the chosen backend on any machine: nothing is computed.
+@constant_when_compiled
+def choose(op: str, device: str, is_real: bool = True) -> str:
+    """The backend that runs an op, by name, on tensors of a device type; torch.compile fixes the
+    answer when it traces. Meta and fake tensors get the chosen backend on any machine: nothing is
+    computed.
 
     Raises:
         BackendUnavailable: the backend that was asked for cannot run here.
     """
-    is_compiling = torch.compiler.is_compiling()
-    is_real = not is_compiling and type(tensor) in (Tensor, torch.nn.Parameter)
-    return _choose(op, tensor.device.type, is_real and tensor.device.type != "meta")
-
-
-def is_reference(op: str, *tensors: Tensor | None) -> bool:
-    """Whether the definition runs `op`: it was chosen, or a tensor is float64, for which no
-    kernel is made."""
-    is_double = any(x is not None and x.dtype == torch.float64 for x in tensors)
-    return is_double or choose(op, tensors[0]) == "reference"
-
-
-def _is_fast(op: str, tensor: Tensor) -> bool:
-    """Whether csrc/ has its fast kernels for such a tensor, and not only some that can do it."""
-    module = importlib.import_module(f"tim_kernels.{op}.cuda")
-    return not hasattr(module, "is_fast") or module.is_fast(tensor)
-
-
-def kernels(op: str, tensor: Tensor) -> ModuleType:
-    """The module whose launchers compute `op` on a real tensor."""
     name = requested()
-    device = tensor.device.type
+    if name == "auto":
+        return "reference" if device != "cuda" else _first(OPS[op], device) or "reference"
+    if is_real and (reason := obstacle(name, OPS[op], device)):
+        raise BackendUnavailable(f"backend {name!r} cannot run {op}: {reason}")
+    return name
+
+
+def plan(op: Op, launcher: str, args: tuple, backend: str | None = None) -> Callable:
+    """What computes a launcher of `op`, such as "forward", on tensors like these.
+
+    Where csrc/ has no such launcher, or its launcher says None to these arguments, Triton's runs.
+    `backend` is for tools, which plan for tensors that are not real.
+    """
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    device = tensors[0].device.type
+    name = backend or requested()
     if name in ("auto", "reference"):  # an operator called although the reference was chosen
         name = _first(op, device) or "triton"
-        if name == "cuda" and not _is_fast(op, tensor) and not obstacle("triton", op, device):
+        has_triton = obstacle("triton", op, device) is None
+        if name == "cuda" and has_triton and not _is_fast(op, tensors[0]):
             name = "triton"
-    if reason := obstacle(name, op, device):
-        raise BackendUnavailable(f"backend {name!r} cannot run {op}: {reason}")
-    return importlib.import_module(f"tim_kernels.{op}.{name}")
+    if backend is None and (reason := obstacle(name, op, device)):
+        raise BackendUnavailable(f"backend {name!r} cannot run {op.name}: {reason}")
+    if name == "cuda":
+        make = getattr(op.kernels(name), launcher, None)
+        if make is not None and (run := make(*args)) is not None:
+            return run
+    return getattr(op.kernels("triton"), launcher)(*args)
 
 
-def explain() -> str:
-    """Print, and return, what would run for each op on this machine, and why not the others."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    lines = [f"device {device}, backend {requested()!r}"]
-    for op in OPS:
-        try:
-            chosen = _choose(op, device, True)
-        except BackendUnavailable as error:
-            chosen = f"none ({error})"
-        others = "; ".join(
-            f"not {backend}: {reason}"
-            for backend in ("cuda", "triton")
-            if (reason := obstacle(backend, op, device))
-        )
-        label = "attention, its tangent" if op == "attention" else op
-        lines.append(f"{label:<32}{chosen:<12}{others}")
-    lines.append(f"{'attention without tangents':<32}{_attention(device)}")
-    text = "\n".join(lines)
-    print(text)
-    return text
-
-
-def _attention(device: str) -> str:
-    from ..attention.op import flash_attention
-
-    if device != "cuda":
-        return "PyTorch   not flash-attn: it needs a CUDA device"
-    flash = flash_attention()
-    if flash is None:
-        return "PyTorch   not flash-attn: it is not installed"
-    return f"{flash.__name__} for bfloat16 and float16, else PyTorch"
+def _is_fast(op: Op, tensor: Tensor) -> bool:
+    """Whether csrc/ has its fast kernels for such a tensor, and not only some that can do it."""
+    is_fast = getattr(op.kernels("cuda"), "is_fast", None)
+    return is_fast is None or is_fast(tensor)

@@ -1,25 +1,22 @@
 """The compiled extension, `tim_kernels/_cuda.so`: loaded when somebody first asks, and why not.
 
 setup.py leaves beside it `_cuda.json`, which says for which architectures it was built, or why it
-was not. The library's operators, torch.ops.tim_kernels_cuda, fill tensors that are made here in
-Python; csrc/registration.cpp lists them.
+was not. The library's operators fill tensors that the launchers in <op>/cuda.py make;
+csrc/registration.cpp lists them.
 """
 
 import ctypes
 import functools
-import importlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from ..launch.views import multiprocessors, row_view, sample_view, share_of, token_view, vector
+from .plans import forget
 
 LIBRARY = Path(__file__).parents[1].joinpath("_cuda.so")
 BUILD = Path(__file__).parents[1].joinpath("_cuda.json")
-SAMPLE_BLOCK = 2048  # elements of latents that a block has, ELEMENTS of csrc/samples.cuh
+NAMESPACE = "tim_kernels_cuda"  # of the library's operators, unless its build says otherwise
 
 _emulated = False
 
@@ -29,6 +26,7 @@ def emulate(library: Path) -> None:
     global _emulated
     torch.ops.load_library(library)
     _emulated = True
+    forget()
 
 
 def obstacle(device: str) -> str | None:
@@ -108,48 +106,6 @@ def _not_loaded() -> str | None:
     return None
 
 
-def tangents_in_triton(op: str) -> Callable:
-    """The `jvp` of an op whose tangents csrc/ leaves to Triton, which is imported when called."""
-    return lambda *args: importlib.import_module(f"tim_kernels.{op}.triton").jvp(*args)
-
-
-def dense_tokens(x: Tensor | None, is_packed: bool, inner: int = 1) -> Tensor | None:
-    """x, copied only if its last `inner` dimensions have gaps."""
-    return token_view(x, is_packed, inner).tensor
-
-
-def one_dtype(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in their common dtype; mixed ones, which are rare, become float32."""
-    dtypes = {x.dtype for x in tensors if x is not None}
-    if len(dtypes) <= 1:
-        return tensors
-    return tuple(None if x is None else x.float() for x in tensors)
-
-
-def rows_for(dtype: torch.dtype, *rows: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Conditioning rows, their channels without gaps, in `dtype` if all of them are, else in
-    float32."""
-    if any(row is not None and row.dtype != dtype for row in rows):
-        rows = tuple(None if row is None else row.float() for row in rows)
-    return tuple(row_view(row).tensor for row in rows)
-
-
-def dense_samples(*latents: Tensor | None) -> list[Tensor | None]:
-    """Latents (B, …) as (B, elements), copied only if a sample has gaps."""
-    return [sample_view(x).tensor for x in latents]
-
-
-def vectors(dtype: torch.dtype, *coefficients: Tensor | None) -> list[Tensor | None]:
-    """Coefficients (B,) in `dtype`, without gaps."""
-    return [None if c is None else vector(c.to(dtype)) for c in coefficients]
-
-
-def blocks_per_sample(elements: int) -> int:
-    return -(-elements // SAMPLE_BLOCK)
-
-
-def tokens_per_block(
-    x: Tensor, samples: int, length: int, resident: int, most: int, step: int = 1
-) -> int:
-    """`share_of` for a kernel of which a multiprocessor holds `resident` blocks."""
-    return share_of(samples, length, resident * multiprocessors(x.device), most, step)
+def ops():
+    """The library's operators; another build has another namespace, so that two can be loaded."""
+    return getattr(torch.ops, NAMESPACE if _emulated else build().get("namespace", NAMESPACE))

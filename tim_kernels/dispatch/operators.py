@@ -2,172 +2,239 @@
 
 `torch.func.jvp` through a custom operator gives a zero tangent without an error, because the
 operator's autograd kernel sees no tensor that requires grad; and torch.compile cannot trace an
-`autograd.Function` with a `jvp`. So an op has two faces: the operator itself, which torch.compile
-sees, which has a backward and refuses a live tangent; and an `autograd.Function` around it with
-backward and jvp, which eager code gets. `differentiable` returns the function that picks.
+`autograd.Function` with a `jvp`. So an op has two faces: the operator of torch.ops, which
+torch.compile sees, which has a backward and refuses a live tangent; and the `Operator` here, which
+eager code calls. It plans a call once for each signature and then goes straight to the launcher,
+through an `autograd.Function` with backward and jvp where something can be differentiated.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from .backend import requested, use_backend
-
-LIBRARY = torch.library.Library("tim_kernels", "DEF")
-NO_TANGENT = (
-    "tim_kernels::{} has no forward derivative inside torch.compile or as a bare operator: "
-    "call the public function of tim_kernels in eager mode"
+from .backend import Op, choose, plan, requested, use_backend
+from .plans import Plans, signature
+from .torch_private import (
+    apply_function,
+    below_autograd,
+    dispatch_modes,
+    has_tangent,
+    is_forward_mode,
+    is_forward_mode_enabled,
+    is_functorch_active,
 )
 
+NAMESPACE = __package__.partition(".")[0]  # another copy of this package has another
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+NO_TANGENT = (
+    f"{NAMESPACE}::{{}} has no forward derivative inside torch.compile or as a bare operator: "
+    f"call the public function of {NAMESPACE} in eager mode"
+)
+OPERATORS: dict[str, "Operator"] = {}  # by name
 
-def define(schema: str, kernel: Callable, fake: Callable) -> Callable:
-    """Register `tim_kernels::<schema>`: `kernel` runs it, `fake` gives the outputs' shapes.
 
-    The operator has no derivative until `differentiable` adds one, and raises when asked for it:
-    a tangent that depends on weights may be used as a constant, not differentiated.
+class Planned(NamedTuple):
+    """A call of an operator with arguments of one signature, once they are checked."""
+
+    call: Callable  # derivatives and all
+    run: Callable | None  # what computes it; None where the reference does
+
+
+class Operator:
+    """One operator, `schema`; `fake` gives the outputs' shapes. Its launchers are those that bear
+    the rest of its name in `op`'s folder: `swiglu_backward` of swiglu is `backward`.
+
+    It has no derivative until `differentiable` adds one, and raises when asked for it: a tangent
+    that depends on weights may be used as a constant, not differentiated.
     """
-    name = schema.partition("(")[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, kernel, "CPU")
-    LIBRARY.impl(name, _on_its_device(kernel), "CUDA")
-    torch.library.register_fake(f"tim_kernels::{name}", fake, lib=LIBRARY)
-    op = getattr(torch.ops.tim_kernels, name).default
-    _GRADIENTS[name] = _without_derivative(op, name)
 
-    def autograd(keyset, *args):
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        if torch._C._is_fwd_grad_enabled() and _has_tangent(tensors):
-            raise NotImplementedError(NO_TANGENT.format(name))
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return _GRADIENTS[name](keyset, *args)
-        return _below_autograd(op, keyset, args)
+    def __init__(self, op: Op, schema: str, fake: Callable):
+        self.op, self.name = op, schema.partition("(")[0]
+        self.launcher = self.name.removeprefix(op.name).strip("_") or "forward"
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for device in ("CPU", "CUDA"):
+            LIBRARY.impl(self.name, self._run, device)
+        LIBRARY.impl(self.name, self._autograd, "Autograd", with_keyset=True)
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=LIBRARY)
+        self.torch_op = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        self.check = self.reference = self.derivative = None
+        self.plans, self.calls = Plans(), Plans()
+        OPERATORS[self.name] = self
 
-    LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
-    return op
+    def differentiable(
+        self,
+        check: Callable,
+        reference: Callable | None,
+        setup_context: Callable,
+        backward: Callable,
+        jvp: Callable,
+    ) -> "Operator":
+        """Give it derivatives, which are those of an `autograd.Function`, where a gradient or
+        tangent that does not exist is None; what checks its arguments, and the definition that
+        runs them where no kernel is made for them."""
+        self.check, self.reference = check, reference
+        self.derivative = Derivative(self.name, setup_context, backward, jvp)
+        return self
 
+    def __call__(self, *args):
+        if torch.compiler.is_compiling():
+            return self._traced(args)
+        return self.planned(args).call(*args)
 
-def differentiable(op, setup_context: Callable, backward: Callable, jvp: Callable) -> Callable:
-    """Give `op` its derivatives; returns the function to call instead of it.
+    def planned(self, args: tuple) -> Planned:
+        """What `__call__` does with arguments like these."""
+        key = requested(), signature(args)
+        planned = self.calls.get(key)
+        if planned is None:
+            planned = self.calls[key] = self._plan(args)
+        return planned
 
-    The three are those of an `autograd.Function`: setup_context(ctx, inputs, output),
-    backward(ctx, *gradients) and jvp(ctx, *tangents), where a gradient or tangent that does not
-    exist is None.
-    """
-    name = op.name().removeprefix("tim_kernels::")
+    def _plan(self, args: tuple) -> Planned:
+        is_real = all(type(x) in (Tensor, torch.nn.Parameter) for x in args if _is_tensor(x))
+        if self._is_reference(args, is_real):
+            return Planned(self.reference, None)
+        launch, torch_op, derivative = self.torch_op, self.torch_op, self.derivative
+        if is_real and _first_tensor(args).device.type in ("cpu", "cuda"):
+            launch = self._launch(args)
 
-    class Gradient(torch.autograd.Function):
-        @staticmethod
-        def forward(keyset, *args):
-            return _below_autograd(op, keyset, args)
+        def run(*args):
+            return torch_op(*args) if dispatch_modes() else launch(*args)
 
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            ctx.set_materialize_grads(False)
-            remember_backend(ctx)
-            setup_context(ctx, inputs[1:], output)
+        if derivative is not None:
+            return Planned(partial(derivative, run), run)
 
-        @staticmethod
-        @once_differentiable
-        def backward(ctx, *gradients):
-            with remembered_backend(ctx):
-                return None, *backward(ctx, *gradients)
+        def call(*args):
+            return torch_op(*args) if can_differentiate(args) else run(*args)
 
-    class Dual(torch.autograd.Function):
-        @staticmethod
-        def forward(*args):
-            return op(*args)
+        return Planned(call, run)
 
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            ctx.set_materialize_grads(False)
-            remember_backend(ctx)
-            setup_context(ctx, inputs, output)
+    def _is_reference(self, args: tuple, is_real: bool) -> bool:
+        """Whether the definition runs: it was chosen, or a tensor is float64, for which no kernel
+        is made. The arguments are checked on the way."""
+        if self.check is None:
+            return False
+        is_double = self.check(*args)
+        device = _first_tensor(args).device.type
+        is_chosen = choose(self.op.name, device, is_real and device != "meta") == "reference"
+        return self.reference is not None and (is_double or is_chosen)
 
-        @staticmethod
-        @once_differentiable
-        def backward(ctx, *gradients):
-            with remembered_backend(ctx):
-                return backward(ctx, *gradients)
+    def _traced(self, args: tuple):
+        """The call as torch.compile sees it."""
+        if self._is_reference(args, False):
+            return self.reference(*args)
+        if has_tangent(args):
+            raise NotImplementedError(NO_TANGENT.format(self.name))
+        return self.torch_op(*args)
 
-    Dual.jvp = staticmethod(jvp)
-    Dual.__name__ = Dual.__qualname__ = name
-    _GRADIENTS[name] = Gradient.apply
+    def _launch(self, args: tuple) -> Callable:
+        """The launcher for arguments like these, with their device current."""
+        launch = plan(self.op, self.launcher, args)
+        device = _first_tensor(args).device
+        if device.type != "cuda" or torch.cuda.device_count() == 1:
+            return launch
 
-    def call(*args):
-        if not torch.compiler.is_compiling():
-            return op(*args) if is_plain() else Dual.apply(*args)
-        if _has_tangent([arg for arg in args if isinstance(arg, Tensor)]):
-            raise NotImplementedError(NO_TANGENT.format(name))
-        return op(*args)
+        def on_its_device(*args):
+            with torch.cuda.device(device):
+                return launch(*args)
 
-    return call
+        return on_its_device
 
+    def _run(self, *args):
+        key = requested(), signature(args)
+        launch = self.plans.get(key)
+        if launch is None:
+            launch = self.plans[key] = self._launch(args)
+        return launch(*args)
 
-def is_plain() -> bool:
-    """Whether nothing can be differentiated here, as in sampling: an `autograd.Function` is most
-    of what a call then costs on the host."""
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        return False
-    return not torch._C._are_functorch_transforms_active()
-
-
-def remember_backend(ctx) -> None:
-    """Note the backend in force: a choice is a thread's, and autograd has threads of its own."""
-    ctx.backend = requested()
-
-
-def remembered_backend(ctx) -> AbstractContextManager:
-    return use_backend(ctx.backend)
-
-
-def _on_its_device(kernel: Callable) -> Callable:
-    """`kernel` with its tensors' device current, where Triton launches."""
-
-    def run(*args):
-        tensor = next(arg for arg in args if isinstance(arg, Tensor))
-        with torch.cuda.device(tensor.device):
-            return kernel(*args)
-
-    return run
-
-
-_GRADIENTS: dict[str, Callable] = {}
-
-
-def _without_derivative(op, name: str) -> Callable:
-    """The operator as a constant that raises when differentiated. Its graph ends here, so that a
-    tangent does not keep alive what it was made of."""
-
-    class Constant(torch.autograd.Function):
-        @staticmethod
-        def forward(keyset, end, *args):
-            return _below_autograd(op, keyset, args)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            pass
-
-        @staticmethod
-        def backward(ctx, *gradients):
-            raise NotImplementedError(f"tim_kernels::{name} has no derivative: it is one itself")
-
-    def apply(keyset, *args):
-        constants = (arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
-        return Constant.apply(keyset, torch.empty(0, requires_grad=True), *constants)
-
-    return apply
+    def _autograd(self, keyset, *args):
+        if is_forward_mode_enabled() and has_tangent(args):
+            raise NotImplementedError(NO_TANGENT.format(self.name))
+        run = partial(below_autograd, self.torch_op, keyset)
+        if not torch.is_grad_enabled() or not _requires_grad(args):
+            return run(*args)
+        if self.derivative is None:
+            constants = (x.detach() if _is_tensor(x) else x for x in args)
+            return _Constant.apply(self.name, run, torch.empty(0, requires_grad=True), *constants)
+        return self.derivative.function.apply(run, *args)
 
 
-def _has_tangent(tensors) -> bool:
-    return forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
-    )
+class Derivative:
+    """The derivatives of what computes an op, as `Operator.differentiable` takes them:
+    `derivative(run, *args)` is run(*args), differentiable where somebody may ask for it."""
+
+    def __init__(self, name: str, setup_context: Callable, backward: Callable, jvp: Callable):
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(run, *args):
+                return run(*args)
+
+            @staticmethod
+            def setup_context(ctx, inputs, output):
+                ctx.set_materialize_grads(False)
+                ctx.backend = requested()  # a choice is a thread's, and autograd has its own
+                setup_context(ctx, inputs[1:], output)
+
+            @staticmethod
+            @once_differentiable
+            def backward(ctx, *gradients):
+                with use_backend(ctx.backend):
+                    return None, *backward(ctx, *gradients)
+
+            @staticmethod
+            def jvp(ctx, _, *tangents):
+                return jvp(ctx, *tangents)
+
+        Function.__name__ = Function.__qualname__ = name
+        self.function, self.apply = Function, apply_function(Function)
+
+    def __call__(self, run: Callable, *args):
+        if is_functorch_active():
+            return self.function.apply(run, *args)
+        return self.apply(run, *args) if can_differentiate(args) else run(*args)
 
 
-def _below_autograd(op, keyset, args):
-    with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+def can_differentiate(args: tuple) -> bool:
+    """Whether anybody may ask for a derivative in some tensor of `args`. Where nobody can, as in
+    sampling, an `autograd.Function` would be most of what a call costs on the host."""
+    if is_forward_mode() or is_functorch_active():
+        return True
+    return torch.is_grad_enabled() and _requires_grad(args)
+
+
+def _requires_grad(args: tuple) -> bool:
+    for x in args:  # noqa: SIM110, a loop is faster than `any` of a generator
+        if isinstance(x, Tensor) and x.requires_grad:
+            return True
+    return False
+
+
+def _is_tensor(x) -> bool:
+    return isinstance(x, Tensor)
+
+
+def _first_tensor(args: tuple) -> Tensor:
+    for x in args:
+        if isinstance(x, Tensor):
+            return x
+    raise ValueError("an operator needs a tensor, got none")
+
+
+class _Constant(torch.autograd.Function):
+    """An output that raises when differentiated. Its graph ends here, so that a tangent does not
+    keep alive what it was made of."""
+
+    @staticmethod
+    def forward(name, run, end, *args):
+        return run(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise NotImplementedError(f"{NAMESPACE}::{ctx.name} has no derivative: it is one itself")

@@ -1,20 +1,20 @@
-"""What every launcher of a Triton kernel over tokens needs.
+"""Launches of Triton kernels: made once for a signature, run with nothing but tensors.
 
-A view (views.py) reaches a kernel as its pointer and its strides. Strides are passed in units of
-ALIGN elements, a constant of the kernel, so that the compiler knows them to be multiples of it and
-can use 16-byte accesses; lengths and strides are never specialised, so nothing recompiles when a
-length changes.
+A kernel's arguments are views (views.py), numbers and constants. Lengths and strides that are
+counted in elements are passed in units of ALIGN elements, a constant of the kernel, so that the
+compiler knows them to be multiples of it and can use 16-byte accesses. Numbers are never
+specialised, so nothing recompiles when a length changes.
 """
 
+import contextlib
 import inspect
+from collections.abc import Iterator, Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .views import VIEWS, multiprocessors, samples_and_length, share_of
-
-ALIGN = 16, 8, 1  # elements; heads of 72 are 8 apart
+from .views import View
 
 
 def kernel(function):
@@ -28,38 +28,69 @@ def kernel(function):
     return triton.jit(function, do_not_specialize=numbers)
 
 
-class Plan:
-    """One launch over the tokens of every sample: samples × tiles programs of `rows` tokens."""
+class Elements(int):
+    """A number of elements that reaches a kernel in units of ALIGN."""
 
-    def __init__(self, x: Tensor, cu_seqlens: Tensor | None, max_length: int, rows: int):
-        self.device, self.cu_seqlens, self.rows = x.device, cu_seqlens, rows
-        self.samples, self.length = samples_and_length(x, cu_seqlens, max_length)
-        self.is_empty = x.numel() == 0 or self.length == 0
 
-    @property
-    def tiles(self) -> int:
-        return -(-self.length // self.rows)
+_is_dry = False
 
-    def spread(self, num_warps: int, columns: int = 1, most: int = 64) -> None:
-        """Give each program several tiles, for a reduction over tokens: as many as leave every
-        multiprocessor 16 warps, `most` tokens at most."""
-        resident = multiprocessors(self.device) * max(1, 16 // num_warps)
-        self.rows = share_of(
-            self.samples, self.length, max(1, resident // columns), most, self.rows
-        )
 
-    def launch(self, function, *arguments, columns: int = 1, **options) -> None:
-        """Run `function` with (cu_seqlens, length, tiles, rows per program) and then `arguments`,
-        views expanded; nothing happens when there are no tokens. `columns` programs share a tile,
-        told apart by program_id(1)."""
+@contextlib.contextmanager
+def dry() -> Iterator[None]:
+    """For tools: the enclosed code prepares its launches and starts none of them."""
+    global _is_dry
+    before, _is_dry = _is_dry, True
+    try:
+        yield
+    finally:
+        _is_dry = before
+
+
+class Launch:
+    """`function` over a grid of programs with `arguments`, of which the views wait for tensors.
+
+    `units` are what ALIGN may be; the first that divides all strides and lengths is it. A grid
+    without programs launches nothing.
+    """
+
+    def __init__(
+        self,
+        function,
+        programs: Sequence[int],
+        arguments: Sequence[View | int | float],
+        units: Sequence[int] = (16, 8, 1),
+        **options,
+    ):
+        lengths = [n for n in arguments if isinstance(n, Elements)]
+        for view in arguments:
+            lengths += view.strides if isinstance(view, View) else ()
+        if "ALIGN" not in function.arg_names:
+            units = (1,)
+        align = next(unit for unit in units if all(n % unit == 0 for n in lengths))
+        self.flat, self.slots, self.copied = [], [], []
+        for argument in arguments:
+            if isinstance(argument, View):
+                if argument.is_copied:
+                    self.copied.append(len(self.slots))
+                self.slots.append(len(self.flat))
+                self.flat += None, *(stride // align for stride in argument.strides)
+            else:
+                is_length = isinstance(argument, Elements)
+                self.flat.append(int(argument) // align if is_length else argument)
+        self.function, self.programs = function, tuple(programs)
+        self.is_empty = 0 in self.programs
+        self.options = options | (dict(ALIGN=align) if "ALIGN" in function.arg_names else {})
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Start it on one tensor, or None, for each view, in the current stream."""
         if self.is_empty:
             return
-        strides = [n for view in arguments if isinstance(view, VIEWS) for n in view[1:]]
-        align = next(a for a in ALIGN if all(stride % a == 0 for stride in strides))
-        flat = [self.cu_seqlens, self.length, self.tiles, self.rows]
-        for argument in arguments:
-            if isinstance(argument, VIEWS):
-                flat += argument[0], *(stride // align for stride in argument[1:])
-            else:
-                flat.append(argument)
-        function[(self.samples * self.tiles, columns)](*flat, ALIGN=align, **options)
+        if self.copied:
+            tensors = list(tensors)
+            for i in self.copied:
+                tensors[i] = tensors[i].contiguous()
+        flat = self.flat.copy()
+        for slot, tensor in zip(self.slots, tensors, strict=True):
+            flat[slot] = tensor
+        if not _is_dry:
+            self.function.run(*flat, grid=self.programs, warmup=False, **self.options)

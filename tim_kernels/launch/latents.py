@@ -2,55 +2,47 @@
 
 A tensor reaches a kernel as two arguments, pointer and sample stride; a coefficient vector (B,)
 as one, by its plain name, so that not even its alignment selects code. Lengths and strides are
-in units of ALIGN elements, a constant of the kernel, as in launch.py.
+in units of ALIGN elements, a constant of the kernel, as in grid.py.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .grid import Elements, Launch
+from .shares import multiprocessors
 from .tuning import tuned
-from .views import SampleView, multiprocessors
+from .views import View
 
-ALIGN = 8  # elements: 16 bytes of a 2-byte dtype
+UNITS = 8, 1  # what ALIGN may be: 8 elements are 16 bytes of a 2-byte dtype
 
 
-class SamplePlan:
-    """One launch of samples × programs programs, each for `tiles` tiles of a sample's `length`.
+class LatentGrid:
+    """Samples × programs programs, each for `tiles` tiles of a sample's `length`.
 
-    A tile is `block` of them, `name`'s tuned number of elements with `channels` at each.
+    A tile is `block` of them, the op's tuned number of elements with `channels` at each.
     """
 
-    def __init__(self, name: str, x: Tensor, length: int, channels: int = 1):
-        elements, self.num_warps = tuned(name, x.device)
+    def __init__(self, op: str, x: Tensor, length: int, channels: int = 1):
+        elements, self.num_warps = tuned(op, x.device)
         self.block = max(8, elements // channels)
         self.x, self.samples, self.length, self.tiles = x, x.shape[0], length, 1
 
     @property
     def programs(self) -> int:
+        """Of a sample."""
         return -(-self.length // (self.block * self.tiles))
 
     def spread(self) -> None:
         """Give each program as many tiles as leave every multiprocessor eight programs."""
         self.tiles = max(1, self.samples * self.programs // (8 * multiprocessors(self.x.device)))
 
-    def launch(self, function, *arguments, **options) -> None:
-        """Run `function` with (length, programs) and then `arguments`, views expanded; nothing
-        happens when there are no elements."""
-        if self.x.numel() == 0:
-            return
-        strides = [a.stride for a in arguments if isinstance(a, SampleView)]
-        align = ALIGN if all(n % ALIGN == 0 for n in (self.length, *strides)) else 1
-        flat = [self.length // align, self.programs]
-        for argument in arguments:
-            if isinstance(argument, SampleView):
-                flat += argument.tensor, argument.stride // align
-            else:
-                flat.append(argument)
-        grid = (self.samples * self.programs,)
-        function[grid](
-            *flat, ALIGN=align, BLOCK=self.block, num_warps=self.num_warps, **options
-        )  # fmt: skip
+    def launch(self, function, *arguments: View | int | float, **options) -> Launch:
+        """Of `function` with (length, programs) and then `arguments`."""
+        programs = self.samples * self.programs if self.x.numel() else 0
+        arguments = Elements(self.length), self.programs, *arguments
+        options |= dict(BLOCK=self.block, num_warps=self.num_warps)
+        return Launch(function, (programs,), arguments, UNITS, **options)
 
 
 @triton.jit

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from ..dispatch.plans import forgotten_around
+
 PATH = Path(__file__).with_name("tuning.json")
 TABLE: dict[str, dict[str, dict]] = json.loads(PATH.read_text())
 
@@ -74,7 +76,8 @@ def as_architecture(number: int | None) -> Iterator[None]:
     global _forced
     before, _forced = _forced, number
     try:
-        yield
+        with forgotten_around():
+            yield
     finally:
         _forced = before
 
@@ -85,7 +88,8 @@ def trying(kernel: str, elements: int, num_warps: int) -> Iterator[None]:
     before = dict(_tried)
     _tried[kernel] = elements, num_warps
     try:
-        yield
+        with forgotten_around():
+            yield
     finally:
         _tried.clear()
         _tried.update(before)

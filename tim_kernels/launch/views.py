@@ -1,115 +1,90 @@
-"""Tensors as kernels see them: a pointer and its strides, copied only where channels have gaps.
+"""How kernels reach tensors: by a pointer and a few strides, copied first where elements that must
+lie side by side have gaps.
 
-A token tensor is (B, N, …) or packed (T, …) and has a batch and a token stride. A conditioning row
-is (B, C) or (1, C) and has a sample stride; heads of tokens (B, N, heads, head_dim) have a head
-stride besides. Latents are (B, …), contiguous within a sample, with a sample stride.
+A token tensor is (B, N, …) or packed (T, …): a batch and a token stride. Heads of tokens
+(B, N, heads, head_dim) have a head stride besides. A conditioning row is (B, C) or (1, C): a
+sample stride, 0 if all samples share one. Latents are (B, …), contiguous within a sample: a sample
+stride. All of it follows from shape and strides alone, so it is worked out once for a signature.
 """
 
-import functools
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
-class TokenView(NamedTuple):
-    tensor: Tensor | None
-    stride_b: int = 0
-    stride_n: int = 0
+class View(NamedTuple):
+    """The strides of a tensor, or of its contiguous copy."""
+
+    strides: tuple[int, ...] = ()
+    is_copied: bool = False
 
 
-class RowView(NamedTuple):
-    tensor: Tensor | None
-    stride: int = 0
+POINTER = View()  # of a tensor that the kernel knows to be contiguous
 
 
-class HeadView(NamedTuple):
-    tensor: Tensor | None
-    stride_b: int = 0
-    stride_n: int = 0
-    stride_h: int = 0
-
-
-class SampleView(NamedTuple):
-    tensor: Tensor | None
-    stride: int = 0
-
-
-VIEWS = TokenView, RowView, HeadView
-
-
-def token_view(x: Tensor | None, packed: bool, inner: int = 1) -> TokenView:
-    """x by its token strides; copied only if its last `inner` dimensions have gaps."""
+def view_tokens(x: Tensor | None, is_packed: bool, inner: int = 1) -> View:
+    """By (batch, token); the last `inner` dimensions lie side by side."""
     if x is None:
-        return TokenView(None)
-    width = 1
-    for dim in range(1, inner + 1):
-        if x.shape[-dim] != 1 and x.stride(-dim) != width:
-            x = x.contiguous()
-            break
-        width *= x.shape[-dim]
-    return TokenView(x, 0, x.stride(0)) if packed else TokenView(x, x.stride(0), x.stride(1))
+        return View((0, 0))
+    strides, is_copied = _dense(x, inner)
+    return View((0, strides[0]) if is_packed else strides[:2], is_copied)
 
 
-def head_view(x: Tensor | None, packed: bool) -> HeadView:
-    """(B, N, heads, head_dim) or (T, heads, head_dim) by its strides; copied only if the
-    channels of a head have gaps."""
+def view_heads(x: Tensor | None, is_packed: bool) -> View:
+    """(B, N, heads, head_dim) or (T, heads, head_dim) by (batch, token, head)."""
     if x is None:
-        return HeadView(None)
-    x, stride_b, stride_n = token_view(x, packed)
-    return HeadView(x, stride_b, stride_n, x.stride(-2))
+        return View((0, 0, 0))
+    strides, is_copied = _dense(x, 1)
+    return View((0, *strides[:2]) if is_packed else strides[:3], is_copied)
 
 
-def row_view(row: Tensor | None) -> RowView:
-    """A conditioning row by its sample stride, 0 if all samples share one."""
+def view_cond(row: Tensor | None) -> View:
+    """A conditioning row by (sample,)."""
     if row is None:
-        return RowView(None)
-    row = row if row.stride(-1) == 1 else row.contiguous()
-    return RowView(row, 0 if row.shape[0] == 1 else row.stride(0))
+        return View((0,))
+    strides, is_copied = _dense(row, 1)
+    return View((0 if row.shape[0] == 1 else strides[0],), is_copied)
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """x as (rows, width), in place if its leading dimensions have one stride between them."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def sample_view(x: Tensor | None) -> SampleView:
-    """Latents (B, …) as (B, elements) by their sample stride; copied only if a sample has gaps."""
+def view_matrix(x: Tensor | None) -> View:
+    """(…, C) by the one stride (row,) between rows, wherever they lie."""
     if x is None:
-        return SampleView(None)
-    flat = x.flatten(1)
-    flat = flat if flat.stride(1) == 1 or flat.shape[1] < 2 else flat.contiguous()
-    return SampleView(flat, flat.stride(0))
+        return View((0,))
+    strides, is_copied = _dense(x, 1)
+    step = strides[-2] if x.ndim > 1 else x.shape[-1]
+    expected = step
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(strides[:-1]), strict=True):
+        if size != 1 and stride != expected:
+            return View((x.shape[-1],), True)
+        expected *= size
+    return View((step,), is_copied)
 
 
-def vector(coefficient: Tensor | None) -> Tensor | None:
-    return None if coefficient is None else coefficient.contiguous()
+def view_latents(x: Tensor | None) -> View:
+    """(B, …) by (sample,)."""
+    if x is None:
+        return View((0,))
+    strides, is_copied = _dense(x, x.ndim - 1)
+    return View(strides[:1], is_copied)
 
 
-def samples_and_length(x: Tensor, cu_seqlens: Tensor | None, max_length: int) -> tuple[int, int]:
-    """How many samples there are, and how many tokens the longest has at most."""
-    if cu_seqlens is None:
-        return x.shape[0], x.shape[1]
-    return cu_seqlens.shape[0] - 1, max_length
+def view_vector(vector: Tensor | None) -> View:
+    """Contiguous: a pointer alone."""
+    return POINTER if vector is None or vector.is_contiguous() else View((), True)
 
 
-def share_of(samples: int, length: int, resident: int, most: int, step: int = 1) -> int:
-    """Tokens a program: as few as let all programs run at once, of which the device holds
-    `resident`, or, where that is more than `most`, run in even rounds. In whole steps."""
-    most = max(step, most // step * step)
-    rounds = max(1, samples * length // (resident * most))
-    while True:
-        programs = max(1, rounds * resident // max(1, samples))  # a sample
-        rows = -(-length // (programs * step)) * step
-        if rows <= most:
-            return max(step, rows)
-        rounds += 1
+def _dense(x: Tensor, inner: int) -> tuple[tuple[int, ...], bool]:
+    """Strides of x if its last `inner` dimensions are contiguous, else of a copy of it."""
+    width = 1
+    for dim in range(-1, -inner - 1, -1):
+        if x.shape[dim] != 1 and x.stride(dim) != width:
+            return _contiguous(x.shape), True
+        width *= x.shape[dim]
+    return x.stride(), False
 
 
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a CUDA device; those of an H100 elsewhere, so that plans are the same everywhere."""
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return tuple(reversed(strides))

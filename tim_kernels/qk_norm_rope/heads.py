@@ -108,7 +108,7 @@ def jvp_heads(
 
 @triton.jit
 def backward_heads(
-    dy, x, shift, norm, places, dx, dshift_ptr, affine_ptr, step, tokens,
+    dy, x, shift, norm, positions, dx, dshift_ptr, affine_ptr, step, tokens,
     H: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
     HB: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -116,7 +116,7 @@ def backward_heads(
     and of dweight, dbias (2, programs·columns, D)."""
     weight_ptr, eps = norm
     shift_ptr, _ = shift
-    _, _, _, _, _, freq_ptr = places
+    _, _, _, _, _, freq_ptr = positions
     sample, first, first_out, start, stop = tokens
     program = tl.program_id(0).to(tl.int64)
     column = 0 if H == HB else tl.program_id(1)
@@ -130,7 +130,7 @@ def backward_heads(
         if freq_ptr is None:
             turn = None
         else:
-            turn = axial_turn(places, sample, first, n, n < stop, D, A, B, ALIGN)
+            turn = axial_turn(positions, sample, first, n, n < stop, D, A, B, ALIGN)
         at = sample, row, row_out, head, is_row
         ga, gb = _load_heads(dy, (None, 0), at, D, A, B, ALIGN)
         if weight_ptr is not None:  # all loads before the first use

@@ -1,123 +1,98 @@
-"""Registration, derivatives and public function of QK-norm with axial RoPE."""
+"""QK-norm with axial RoPE: operators, derivatives and public functions."""
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..dispatch import backend
-from ..dispatch.operators import (
-    define,
-    differentiable,
-    is_plain,
-    remember_backend,
-    remembered_backend,
-)
-from ..segments import Segments
+from ..checks import check_cond, check_same_device, check_tokens, is_double
+from ..dispatch.backend import Op
+from ..dispatch.operators import Derivative, Operator, can_differentiate
+from ..segments import Segments, packing
 from . import reference
-from .arguments import arguments
-
-NAME = "qk_norm_rope"
-PLACES = "Tensor? positions, SymInt divisor, Tensor? divisors"
-PACKING = "Tensor? cu_seqlens, SymInt max_length"
+from .positions import check_positions, period_of, periods_of
 
 
-def _forward(q, *args):
-    return backend.kernels(NAME, q).forward(q, *args)
+def _kernels(backend: str):
+    if backend == "cuda":
+        from . import cuda as kernels
+    else:
+        from . import triton as kernels
+    return kernels
+
+
+OP = Op("qk_norm_rope", _kernels)
+_TAIL = (
+    "Tensor? positions, SymInt[]? grid, Tensor? sizes, str order, float eps, "
+    "Tensor? cu_seqlens, SymInt max_length"
+)
 
 
 def _forward_fake(q, k, *_):
     return q.new_empty(q.shape), q.new_empty(0) if k is None else k.new_empty(k.shape)
 
 
-def _backward(dq_out, dk_out, q, k, *args):
-    dq = q.new_empty(0 if dq_out is None else q.shape)
-    dk = q.new_empty(0) if dk_out is None else k.new_empty(k.shape)
-    filled = None if dq_out is None else dq, None if dk_out is None else dk
-    return dq, dk, *backend.kernels(NAME, q).backward(dq_out, dk_out, q, k, *args, *filled)
-
-
-def _backward_fake(dq_out, dk_out, q, k, q_weight, k_weight, q_shift, k_shift, *places):
-    cu = places[-2]
-    H, D = q.shape[-2:]
+def _sums(q, q_weight, k_weight, q_shift, k_shift, *tail) -> tuple[Tensor, Tensor]:
+    cu, (H, D) = tail[-2], q.shape[-2:]
     samples = q.shape[0] if cu is None else cu.shape[0] - 1
     is_shifted = q_shift is not None or k_shift is not None
-    return (
-        q.new_empty(0 if dq_out is None else q.shape),
-        q.new_empty(0) if dk_out is None else k.new_empty(k.shape),
-        q.new_empty((2, samples if is_shifted else 0, H * D), dtype=torch.float32),
-        q.new_empty((4, D), dtype=torch.float32),
-    )
+    shifts = q.new_empty((2, samples if is_shifted else 0, H * D), dtype=torch.float32)
+    return shifts, q.new_empty((4, D), dtype=torch.float32)
 
 
-def _packed_backward(dq_out, dk_out, dv, qkv, *args):
-    dqkv = qkv.new_empty(qkv.shape)
-    gradients, slots = (dq_out, dk_out, dv), dqkv.unbind(-3)
-    q, k, _ = qkv.unbind(-3)
-    filled = [s if g is not None else None for s, g in zip(slots, gradients, strict=True)][:2]
-    sums = backend.kernels(NAME, qkv).backward(dq_out, dk_out, q, k, *args, *filled)
-    for slot, gradient in zip(slots, gradients, strict=True):
-        if gradient is None:
-            slot.zero_()
-    if dv is not None:
-        slots[2].copy_(dv)
-    return dqkv, *sums
+def _backward_fake(dq_out, dk_out, q, k, *args):
+    dq = q.new_empty(0 if dq_out is None else q.shape)
+    dk = q.new_empty(0) if dk_out is None else k.new_empty(k.shape)
+    return dq, dk, *_sums(q, *args)
 
 
 def _packed_backward_fake(dq_out, dk_out, dv, qkv, *args):
-    q, k, _ = qkv.unbind(-3)
-    return qkv.new_empty(qkv.shape), *_backward_fake(dq_out, dk_out, q, k, *args)[2:]
+    return qkv.new_empty(qkv.shape), *_sums(qkv.select(-3, 0), *args)
 
 
-def _jvp(q, *args):
-    return backend.kernels(NAME, q).jvp(q, *args)
-
-
-forward_op = define(
+forward_op = Operator(
+    OP,
     "qk_norm_rope(Tensor q, Tensor? k, Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, "
-    f"Tensor? k_bias, Tensor? q_shift, Tensor? k_shift, {PLACES}, float eps, {PACKING}) "
-    "-> (Tensor, Tensor)",
-    _forward,
+    f"Tensor? k_bias, Tensor? q_shift, Tensor? k_shift, {_TAIL}) -> (Tensor, Tensor)",
     _forward_fake,
 )
-backward_op = define(
+backward_op = Operator(
+    OP,
     "qk_norm_rope_backward(Tensor? dq_out, Tensor? dk_out, Tensor q, Tensor? k, Tensor? q_weight, "
-    f"Tensor? k_weight, Tensor? q_shift, Tensor? k_shift, {PLACES}, float eps, {PACKING}) "
+    f"Tensor? k_weight, Tensor? q_shift, Tensor? k_shift, {_TAIL}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
     _backward_fake,
 )
-packed_backward_op = define(
-    "qkv_norm_rope_backward(Tensor? dq_out, Tensor? dk_out, Tensor? dv, Tensor qkv, "
-    "Tensor? q_weight, Tensor? k_weight, Tensor? q_shift, Tensor? k_shift, "
-    f"{PLACES}, float eps, {PACKING}) -> (Tensor, Tensor, Tensor)",
-    _packed_backward,
+packed_backward_op = Operator(
+    OP,
+    "qk_norm_rope_packed_backward(Tensor? dq_out, Tensor? dk_out, Tensor? dv, Tensor qkv, "
+    f"Tensor? q_weight, Tensor? k_weight, Tensor? q_shift, Tensor? k_shift, {_TAIL}) "
+    "-> (Tensor, Tensor, Tensor)",
     _packed_backward_fake,
 )
-jvp_op = define(
+jvp_op = Operator(
+    OP,
     "qk_norm_rope_jvp(Tensor q, Tensor? k, Tensor? q_weight, Tensor? k_weight, Tensor? q_shift, "
     "Tensor? k_shift, Tensor? tq, Tensor? tk, Tensor? tq_weight, Tensor? tq_bias, "
-    "Tensor? tk_weight, Tensor? tk_bias, Tensor? tq_shift, Tensor? tk_shift, "
-    f"{PLACES}, float eps, {PACKING}) -> (Tensor, Tensor)",
-    _jvp,
+    f"Tensor? tk_weight, Tensor? tk_bias, Tensor? tq_shift, Tensor? tk_shift, {_TAIL}) "
+    "-> (Tensor, Tensor)",
     _forward_fake,
 )
 
 
 def _setup_context(ctx, inputs, output):
     q, k, q_weight, q_bias, k_weight, k_bias, q_shift, k_shift = inputs[:8]
-    positions, divisor, divisors, eps, cu, max_length = inputs[8:]
-    saved = q, k, q_weight, k_weight, q_shift, k_shift, positions, divisors, cu
+    positions, grid, sizes, order, eps, cu, max_length = inputs[8:]
+    saved = q, k, q_weight, k_weight, q_shift, k_shift, positions, sizes, cu
     ctx.save_for_backward(*saved)
     ctx.save_for_forward(*saved)
-    ctx.divisor, ctx.eps, ctx.max_length = divisor, eps, max_length
+    ctx.grid, ctx.order, ctx.eps, ctx.max_length = grid, order, eps, max_length
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[2:8]]
     ctx.leading = [None if x is None else x.shape[0] for x in (q_shift, k_shift)]
 
 
 def _saved(ctx):
     """The tokens (q and k, or qkv and None), then weights and shifts, then the operators' tail."""
-    *tokens_and_rows, positions, divisors, cu = ctx.saved_tensors
-    tail = positions, ctx.divisor, divisors, ctx.eps, cu, ctx.max_length
+    *tokens_and_rows, positions, sizes, cu = ctx.saved_tensors
+    tail = positions, ctx.grid, sizes, ctx.order, ctx.eps, cu, ctx.max_length
     return tokens_and_rows[:2], tokens_and_rows[2:], tail
 
 
@@ -128,7 +103,7 @@ def _vjp(ctx, dq_out, dk_out):
     dq, dk, *sums = backward_op(dq_out, dk_out, q, k, *rows, *tail)
     dq = None if dq_out is None else dq
     dk = None if dk_out is None else dk
-    return dq, dk, *_row_gradients(ctx, *sums, dq_out, dk_out), *(None,) * 6
+    return dq, dk, *_row_gradients(ctx, *sums, dq_out, dk_out), *(None,) * 7
 
 
 def _row_gradients(ctx, shifts: Tensor, affine: Tensor, dq_out, dk_out) -> list[Tensor | None]:
@@ -150,40 +125,76 @@ def _tangent(ctx, *tangents):
     return jvp_op(*tokens, *rows, *tangents[:8], *tail)
 
 
-_call = differentiable(forward_op, _setup_context, _vjp, _tangent)
+def _packed_setup_context(ctx, inputs, output):
+    _setup_context(ctx, (inputs[0], None, *inputs[1:]), output)
 
 
-class _Packed(torch.autograd.Function):
-    """The same of a packed qkv, in eager code: v is a view, and backward fills one dqkv.
+def _packed_vjp(ctx, dq_out, dk_out, dv):
+    (qkv, _), rows, tail = _saved(ctx)
+    dqkv, *sums = packed_backward_op(dq_out, dk_out, dv, qkv, *rows, *tail)
+    return dqkv, *_row_gradients(ctx, *sums, dq_out, dk_out), *(None,) * 7
 
-    An operator may not return a view, so torch.compile gets `_call` on views instead.
-    """
 
-    @staticmethod
-    def forward(qkv, *args):
-        q, k, v = (qkv.select(-3, i) for i in range(3))
-        return *forward_op(q, k, *args), v
+def _packed_tangent(ctx, tqkv, *tangents):
+    (qkv, _), rows, tail = _saved(ctx)
+    q, k, _ = qkv.unbind(-3)
+    tq, tk, tv = (None,) * 3 if tqkv is None else (tqkv.select(-3, i) for i in range(3))
+    return *jvp_op(q, k, *rows, tq, tk, *tangents[:6], *tail), tv
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.set_materialize_grads(False)
-        remember_backend(ctx)
-        _setup_context(ctx, (inputs[0], None, *inputs[1:]), output)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dq_out, dk_out, dv):
-        (qkv, _), rows, tail = _saved(ctx)
-        with remembered_backend(ctx):
-            dqkv, *sums = packed_backward_op(dq_out, dk_out, dv, qkv, *rows, *tail)
-        return dqkv, *_row_gradients(ctx, *sums, dq_out, dk_out), *(None,) * 6
+def _check(
+    q, k, q_weight, q_bias, k_weight, k_bias, q_shift, k_shift,
+    positions, grid, sizes, order, eps, cu, max_length,
+) -> bool:  # fmt: skip
+    samples = check_tokens("q", q, cu, max_length)
+    check_same_device("q", q, q)
+    layout = "(B, N, heads, head_dim)" if cu is None else "(T, heads, head_dim)"
+    if q.ndim != layout.count(",") + 1:
+        raise ValueError(f"q must be {layout}, got {tuple(q.shape)}")
+    if k is not None:
+        check_same_device("k", k, q)
+        if k.shape != q.shape:
+            raise ValueError(f"k must be shaped as q, {tuple(q.shape)}; got {tuple(k.shape)}")
+    H, D = q.shape[-2:]
+    affine = dict(q_weight=q_weight, q_bias=q_bias, k_weight=k_weight, k_bias=k_bias)
+    shifts = dict(q_shift=q_shift, k_shift=k_shift)
+    for name, row in (affine | shifts).items():
+        if row is None:
+            continue
+        if name[0] == "k" and k is None:
+            raise ValueError(f"{name} is given, but no k")
+        if name in shifts:
+            check_cond(name, row, samples, H * D, q)
+            continue
+        check_same_device(name, row, q)
+        if row.shape != (D,):
+            raise ValueError(f"{name} must be ({D},), got {tuple(row.shape)}")
+        if affine[f"{name[0]}_weight"] is None:
+            raise ValueError(f"{name} is given, but no {name[0]}_weight: the norm needs a weight")
+    check_positions(q, samples, positions, grid, sizes, order, cu is not None)
+    return is_double(q, k)
 
-    @staticmethod
-    def jvp(ctx, tqkv, *tangents):
-        (qkv, _), rows, tail = _saved(ctx)
-        q, k, _ = qkv.unbind(-3)
-        tq, tk, tv = (None,) * 3 if tqkv is None else (tqkv.select(-3, i) for i in range(3))
-        return *jvp_op(q, k, *rows, tq, tk, *tangents[:6], *tail), tv
+
+def _reference(
+    q, k, q_weight, q_bias, k_weight, k_bias, q_shift, k_shift,
+    positions, grid, sizes, order, eps, cu, max_length,
+):  # fmt: skip
+    segments = None if cu is None else Segments(cu, max_length)
+    if sizes is not None:
+        positions = reference.token_positions(q, periods_of(sizes, order), segments)
+    elif grid is not None:
+        positions = reference.token_positions(q, period_of(grid, order), segments)
+    tables = None if positions is None else reference.rope_tables(positions, q.shape[-1])
+    q = reference.norm_rope(q, q_weight, q_bias, tables, q_shift, eps, segments)
+    if k is not None:
+        k = reference.norm_rope(k, k_weight, k_bias, tables, k_shift, eps, segments)
+    return q, k
+
+
+_call = forward_op.differentiable(_check, _reference, _setup_context, _vjp, _tangent)
+# The same of a packed qkv in eager code: v is a view, and backward fills one dqkv. An operator may
+# not return a view, so torch.compile gets `_call` on views instead.
+_packed = Derivative("qkv_norm_rope", _packed_setup_context, _packed_vjp, _packed_tangent)
 
 
 def qk_norm_rope(
@@ -235,13 +246,11 @@ def qk_norm_rope(
         ValueError: shapes, dtypes or devices that do not fit, more than one source of positions,
             a rotated head_dim that is not a multiple of 4, an unknown order.
     """
-    checked = arguments(
-        q, k, dict(q_weight=q_weight, q_bias=q_bias, k_weight=k_weight, k_bias=k_bias),
-        dict(q_shift=q_shift, k_shift=k_shift), positions, grid, sizes, order, eps, segments,
+    q_out, k_out = _call(
+        q, k, q_weight, q_bias, k_weight, k_bias, q_shift, k_shift, positions, _pair(grid), sizes,
+        order, float(eps), *packing(segments),
     )  # fmt: skip
-    run = _reference if backend.is_reference(NAME, q, k) else _call
-    outputs = run(q, k, *checked)
-    return outputs[0] if k is None else tuple(outputs)
+    return q_out if k is None else (q_out, k_out)
 
 
 def qkv_norm_rope(
@@ -278,28 +287,19 @@ def qkv_norm_rope(
     if qkv.ndim != layout.count(",") + 1 or qkv.shape[-3] != 3:
         raise ValueError(f"qkv must be {layout}, got {tuple(qkv.shape)}")
     q, k, v = qkv.unbind(-3)
-    checked = arguments(
-        q, k, dict(q_weight=q_weight, q_bias=q_bias, k_weight=k_weight, k_bias=k_bias),
-        dict(q_shift=q_shift, k_shift=k_shift), positions, grid, sizes, order, eps, segments,
-    )  # fmt: skip
-    if backend.is_reference(NAME, qkv):
-        return *_reference(q, k, *checked), v
-    if torch.compiler.is_compiling() or is_plain():
-        return *_call(q, k, *checked), v
-    return tuple(_Packed.apply(qkv, *checked))
+    rows = q_weight, q_bias, k_weight, k_bias, q_shift, k_shift
+    args = *rows, positions, _pair(grid), sizes, order, float(eps), *packing(segments)
+    if torch.compiler.is_compiling():
+        return *_call(q, k, *args), v
+    planned = forward_op.planned((q, k, *args))
+    if planned.run is None or not can_differentiate((qkv, *rows)):
+        return *planned.call(q, k, *args), v
+
+    def run(qkv, *args):
+        return *planned.run(qkv.select(-3, 0), qkv.select(-3, 1), *args), qkv.select(-3, 2)
+
+    return tuple(_packed(run, qkv, *args))
 
 
-def _reference(
-    q, k, q_weight, q_bias, k_weight, k_bias, q_shift, k_shift,
-    positions, divisor, divisors, eps, cu, max_length,
-):  # fmt: skip
-    segments = None if cu is None else Segments(cu, max_length)
-    if divisors is not None:
-        positions = reference.token_positions(q, divisors, segments)
-    elif positions is None and divisor:
-        positions = reference.token_positions(q, divisor, segments)
-    tables = None if positions is None else reference.rope_tables(positions, q.shape[-1])
-    q = reference.norm_rope(q, q_weight, q_bias, tables, q_shift, eps, segments)
-    if k is not None:
-        k = reference.norm_rope(k, k_weight, k_bias, tables, k_shift, eps, segments)
-    return q, k
+def _pair(grid) -> tuple[int, int] | None:
+    return None if grid is None else tuple(grid)

@@ -3,7 +3,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import accumulation_dtype
-from ..segments import Segments, rows_per_token
+from ..segments import Segments, per_token
 
 ORDERS = ("upstream", "grid")
 THETA = 10000.0
@@ -22,24 +22,24 @@ def grid_positions(height: int, width: int, order: str, device=None) -> Tensor:
     return positions_of(n, width if order == "grid" else height)
 
 
-def positions_of(n: Tensor, divisor: Tensor | int) -> Tensor:
-    """(n mod divisor, n div divisor), (..., 2)."""
-    return torch.stack((n % divisor, n // divisor), dim=-1)
+def positions_of(n: Tensor, period: Tensor | int) -> Tensor:
+    """(n mod period, n div period), (..., 2)."""
+    return torch.stack((n % period, n // period), dim=-1)
 
 
-def token_positions(tokens: Tensor, divisor: Tensor | int, segments: Segments | None) -> Tensor:
+def token_positions(tokens: Tensor, period: Tensor | int, segments: Segments | None) -> Tensor:
     """Positions of every token by its index in its sample, (N, 2), (B, N, 2) or (T, 2).
 
-    divisor is one for all samples, or int32 with one per sample.
+    period is one for all samples, or int32 with one per sample.
     """
     if segments is None:
         n = torch.arange(tokens.shape[1], device=tokens.device)
-        return positions_of(n, divisor.unsqueeze(1) if isinstance(divisor, Tensor) else divisor)
+        return positions_of(n, period.unsqueeze(1) if isinstance(period, Tensor) else period)
     T, cu = tokens.shape[0], segments.cu_seqlens
     first = torch.repeat_interleave(cu[:-1], cu.diff(), output_size=T)
-    if isinstance(divisor, Tensor):
-        divisor = torch.repeat_interleave(divisor, cu.diff(), output_size=T)
-    return positions_of(torch.arange(T, device=tokens.device) - first, divisor)
+    if isinstance(period, Tensor):
+        period = torch.repeat_interleave(period, cu.diff(), output_size=T)
+    return positions_of(torch.arange(T, device=tokens.device) - first, period)
 
 
 def frequencies(head_dim: int, device=None) -> Tensor:
@@ -86,7 +86,7 @@ def norm_rope(
     out = x.to(dtype)
     if shift is not None:
         shift = shift.to(dtype).unflatten(-1, x.shape[-2:])
-        out = out + rows_per_token(shift, x, segments)
+        out = out + per_token(shift, x, segments)
     if weight is not None:
         bias = None if bias is None else bias.to(dtype)
         out = F.layer_norm(out, x.shape[-1:], weight.to(dtype), bias, eps)

@@ -35,20 +35,20 @@ def _cos_sin(angle):
 
 @triton.jit
 def axial_turn(
-    places, sample, first, n, is_n,
+    positions, sample, first, n, is_n,
     D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """(cos, sin, cos, sin) of the pairs of both pieces, (T, A/2) and (T, B/2), of tokens n."""
-    position_ptr, position_b, divisor, divisors_ptr, divisors_s, freq_ptr = places
+    position_ptr, position_b, period, periods_ptr, periods_s, freq_ptr = positions
     if position_ptr is not None:
         at = position_ptr + sample * position_b + (first + n) * 2
         p0 = tl.load(at, mask=is_n, other=0).to(tl.float32)
         p1 = tl.load(at + 1, mask=is_n, other=0).to(tl.float32)
     else:
-        if divisors_ptr is not None:
-            divisor = tl.load(divisors_ptr + sample * divisors_s * ALIGN).to(tl.int32)
-        divisor = tl.maximum(divisor, 1)
-        p0, p1 = (n % divisor).to(tl.float32), (n // divisor).to(tl.float32)
+        if periods_ptr is not None:
+            period = tl.load(periods_ptr + sample * periods_s).to(tl.int32)
+        period = tl.maximum(period, 1)
+        p0, p1 = (n % period).to(tl.float32), (n // period).to(tl.float32)
     F: tl.constexpr = D // 4
     pair_a, pair_b = tl.arange(0, A // 2), A // 2 + tl.arange(0, B // 2)
     freq_a, freq_b = tl.load(freq_ptr + pair_a % F), tl.load(freq_ptr + pair_b % F)

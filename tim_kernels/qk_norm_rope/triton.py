@@ -20,30 +20,31 @@ In the kernels xa, xb are the two pieces of a row, g gradients, t tangents, and 
 (cos, sin, cos, sin) of the pairs of the two pieces.
 """
 
-import functools
-
 import torch
 import triton.language as tl
 
-from ..launch.grid import Plan, kernel
+from ..launch.grid import Launch, kernel
 from ..launch.rows import locate, pieces
+from ..launch.shares import samples_and_length, token_grid, tokens_to_reduce
 from ..launch.tuning import tuned
-from ..launch.views import RowView, head_view, row_view
+from ..launch.views import POINTER, view_cond, view_heads, view_vector
 from .frequencies import frequencies
+from .gradients import packed, separate
 from .heads import backward_heads, forward_heads, jvp_heads, locate_tokens
+from .positions import is_rotated, period_of, periods_of
 from .rotation import axial_turn
 
 
 @kernel
-def _forward_kernel(
-    cu_ptr, length, tiles, rows_per_program, q_ptr, q_b, q_n, q_h, k_ptr, k_b, k_n, k_h,
+def _qk_norm_rope_forward_kernel(
+    cu_ptr, length, tiles, q_ptr, q_b, q_n, q_h, k_ptr, k_b, k_n, k_h,
     q_weight_ptr, q_bias_ptr, k_weight_ptr, k_bias_ptr,
     q_shift_ptr, q_shift_s, k_shift_ptr, k_shift_s,
-    position_ptr, position_b, divisor, divisors_ptr, divisors_s, freq_ptr,
+    position_ptr, position_b, period, periods_ptr, periods_s, freq_ptr,
     q_out_ptr, k_out_ptr, eps, H: tl.constexpr, D: tl.constexpr, A: tl.constexpr,
     B: tl.constexpr, T: tl.constexpr, HB: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    places = position_ptr, position_b, divisor, divisors_ptr, divisors_s, freq_ptr
+    positions = position_ptr, position_b, period, periods_ptr, periods_s, freq_ptr
     q, q_shift = (q_ptr, q_b, q_n, q_h), (q_shift_ptr, q_shift_s)
     k, k_shift = (k_ptr, k_b, k_n, k_h), (k_shift_ptr, k_shift_s)
     q_norm, k_norm = (q_weight_ptr, q_bias_ptr, eps), (k_weight_ptr, k_bias_ptr, eps)
@@ -52,7 +53,7 @@ def _forward_kernel(
     if freq_ptr is None:
         turn = None
     else:
-        turn = axial_turn(places, sample, first, n, n < span, D, A, B, ALIGN)
+        turn = axial_turn(positions, sample, first, n, n < span, D, A, B, ALIGN)
     for begin in range(0, H, HB):
         at = sample, row, row_out, begin + tl.arange(0, T * HB) % HB, is_row
         forward_heads(q, q_shift, q_norm, turn, q_out_ptr, at, H, D, A, B, T, HB, ALIGN)
@@ -61,47 +62,47 @@ def _forward_kernel(
 
 
 @kernel
-def _backward_kernel(
-    cu_ptr, length, tiles, rows_per_program,
+def _qk_norm_rope_backward_kernel(
+    cu_ptr, length, tiles, tokens_per_program,
     dq_out_ptr, dq_out_b, dq_out_n, dq_out_h, dk_out_ptr, dk_out_b, dk_out_n, dk_out_h,
     q_ptr, q_b, q_n, q_h, k_ptr, k_b, k_n, k_h, q_weight_ptr, k_weight_ptr,
     q_shift_ptr, q_shift_s, k_shift_ptr, k_shift_s,
-    position_ptr, position_b, divisor, divisors_ptr, divisors_s, freq_ptr,
+    position_ptr, position_b, period, periods_ptr, periods_s, freq_ptr,
     dq_ptr, dq_b, dq_n, dq_h, dk_ptr, dk_b, dk_n, dk_h,
     q_dshift_ptr, k_dshift_ptr, q_affine_ptr, k_affine_ptr, step, eps,
     H: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
     HB: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    places = position_ptr, position_b, divisor, divisors_ptr, divisors_s, freq_ptr
+    positions = position_ptr, position_b, period, periods_ptr, periods_s, freq_ptr
     sample, tile, first, first_out, span = locate(cu_ptr, length, tiles)
-    stop = min((tile + 1) * rows_per_program, span)
-    tokens = sample, first, first_out, tile * rows_per_program, stop
+    stop = min((tile + 1) * tokens_per_program, span)
+    tokens = sample, first, first_out, tile * tokens_per_program, stop
     if dq_out_ptr is not None:
         backward_heads(
             (dq_out_ptr, dq_out_b, dq_out_n, dq_out_h), (q_ptr, q_b, q_n, q_h),
-            (q_shift_ptr, q_shift_s), (q_weight_ptr, eps), places, (dq_ptr, dq_b, dq_n, dq_h),
+            (q_shift_ptr, q_shift_s), (q_weight_ptr, eps), positions, (dq_ptr, dq_b, dq_n, dq_h),
             q_dshift_ptr, q_affine_ptr, step, tokens, H, D, A, B, T, HB, ALIGN,
         )  # fmt: skip
     if dk_out_ptr is not None:
         backward_heads(
             (dk_out_ptr, dk_out_b, dk_out_n, dk_out_h), (k_ptr, k_b, k_n, k_h),
-            (k_shift_ptr, k_shift_s), (k_weight_ptr, eps), places, (dk_ptr, dk_b, dk_n, dk_h),
+            (k_shift_ptr, k_shift_s), (k_weight_ptr, eps), positions, (dk_ptr, dk_b, dk_n, dk_h),
             k_dshift_ptr, k_affine_ptr, step, tokens, H, D, A, B, T, HB, ALIGN,
         )  # fmt: skip
 
 
 @kernel
-def _jvp_kernel(
-    cu_ptr, length, tiles, rows_per_program, q_ptr, q_b, q_n, q_h, k_ptr, k_b, k_n, k_h,
+def _qk_norm_rope_jvp_kernel(
+    cu_ptr, length, tiles, q_ptr, q_b, q_n, q_h, k_ptr, k_b, k_n, k_h,
     q_weight_ptr, k_weight_ptr, q_shift_ptr, q_shift_s, k_shift_ptr, k_shift_s,
     tq_ptr, tq_b, tq_n, tq_h, tk_ptr, tk_b, tk_n, tk_h,
     tq_weight_ptr, tq_bias_ptr, tk_weight_ptr, tk_bias_ptr,
     tq_shift_ptr, tq_shift_s, tk_shift_ptr, tk_shift_s,
-    position_ptr, position_b, divisor, divisors_ptr, divisors_s, freq_ptr,
+    position_ptr, position_b, period, periods_ptr, periods_s, freq_ptr,
     tq_out_ptr, tk_out_ptr, eps, H: tl.constexpr, D: tl.constexpr, A: tl.constexpr,
     B: tl.constexpr, T: tl.constexpr, HB: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    places = position_ptr, position_b, divisor, divisors_ptr, divisors_s, freq_ptr
+    positions = position_ptr, position_b, period, periods_ptr, periods_s, freq_ptr
     q, q_shift, q_norm = (q_ptr, q_b, q_n, q_h), (q_shift_ptr, q_shift_s), (q_weight_ptr, eps)
     k, k_shift, k_norm = (k_ptr, k_b, k_n, k_h), (k_shift_ptr, k_shift_s), (k_weight_ptr, eps)
     tq, tq_shift = (tq_ptr, tq_b, tq_n, tq_h), (tq_shift_ptr, tq_shift_s)
@@ -112,7 +113,7 @@ def _jvp_kernel(
     if freq_ptr is None:
         turn = None
     else:
-        turn = axial_turn(places, sample, first, n, n < span, D, A, B, ALIGN)
+        turn = axial_turn(positions, sample, first, n, n < span, D, A, B, ALIGN)
     for begin in range(0, H, HB):
         at = sample, row, row_out, begin + tl.arange(0, T * HB) % HB, is_row
         jvp_heads(
@@ -126,102 +127,122 @@ def _jvp_kernel(
             )  # fmt: skip
 
 
-def _plan(kernel_name, x, cu, max_length):
-    """The plan and the constants of a kernel over tiles of tokens × heads."""
-    elements, num_warps = tuned(f"qk_norm_rope.{kernel_name}", x.device)
+def _tile(direction: str, x) -> dict[str, int]:
+    """The constants of a kernel over tiles of tokens × heads."""
+    elements, num_warps = tuned(f"qk_norm_rope.{direction}", x.device)
     H, D = x.shape[-2:]
     A, B = pieces(D)
     rows = 2 ** min(6, max(0, (elements // (A + B)).bit_length() - 1))
     HB = min(H & -H, 16, rows)  # the heads of a tile: a power of two that divides H
-    T = rows // HB
-    constants = dict(H=H, D=D, A=A, B=B, T=T, HB=HB, num_warps=num_warps)
-    return Plan(x, cu, max_length, T), constants
+    return dict(H=H, D=D, A=A, B=B, T=rows // HB, HB=HB, num_warps=num_warps)
 
 
-def _places(positions, divisor, divisors, head_dim, device):
+def _view_positions(positions, grid, sizes, order) -> list:
     """The kernels' arguments from position_ptr to freq_ptr."""
-    shared = positions is None or positions.ndim == 2
-    freq = None
-    if positions is not None or divisors is not None or divisor:
-        freq = frequencies(head_dim, device)
-    positions = None if positions is None else positions.contiguous()
-    position_b = 0 if shared else positions.stride(0)
-    divisors = RowView(divisors, 0 if divisors is None else divisors.stride(0))
-    return positions, position_b, divisor, divisors, freq
+    position_b = 0 if positions is None or positions.ndim == 2 else 2 * positions.shape[1]
+    period_s = 0 if sizes is None else sizes.stride(0)
+    position_view = view_vector(positions)
+    return [position_view, position_b, period_of(grid, order), POINTER, period_s, POINTER]
 
 
-def forward(
-    q, k, q_weight, q_bias, k_weight, k_bias, q_shift, k_shift,
-    positions, divisor, divisors, eps, cu, max_length,
-):  # fmt: skip
+def _positions(q, positions, grid, sizes, order) -> tuple:
+    """The tensors of those arguments."""
+    if not is_rotated(positions, grid, sizes):
+        return None, None, None
+    return positions, periods_of(sizes, order), frequencies(q.shape[-1], q.device)
+
+
+def _split(args):
+    """The end of an operator's arguments: where tokens sit, and (eps, cu_seqlens, max_length)."""
+    return args[:4], args[4:]
+
+
+def forward(q, k, q_weight, q_bias, k_weight, k_bias, q_shift, k_shift, *tail):
     """(q', k'), an empty tensor for k' if there is no k."""
-    q_out = q.new_empty(q.shape)
-    k_out = q.new_empty(0) if k is None else k.new_empty(q.shape)
-    plan, constants = _plan("forward", q, cu, max_length)
-    plan.launch(
-        _forward_kernel,
-        *(head_view(x, cu is not None) for x in (q, k)),
-        *map(_dense, (q_weight, q_bias, k_weight, k_bias)),
-        *map(row_view, (q_shift, k_shift)),
-        *_places(positions, divisor, divisors, q.shape[-1], q.device),
-        q_out, k_out, eps, **constants,
+    where, (eps, cu, max_length) = _split(tail)
+    tile = _tile("forward", q)
+    programs, length, tiles = token_grid(q, cu, max_length, tile["T"])
+    launch = Launch(
+        _qk_norm_rope_forward_kernel, (programs,),
+        (POINTER, length, tiles, *(view_heads(x, cu is not None) for x in (q, k)),
+         *map(view_vector, (q_weight, q_bias, k_weight, k_bias)),
+         *map(view_cond, (q_shift, k_shift)), *_view_positions(*where), POINTER, POINTER, eps),
+        **tile,
     )  # fmt: skip
-    return q_out, k_out
+
+    def run(q, k, *rows_and_tail):
+        rows, (where, (_, cu, _)) = rows_and_tail[:6], _split(rows_and_tail[6:])
+        q_out = q.new_empty(q.shape)
+        k_out = q.new_empty(0) if k is None else k.new_empty(k.shape)
+        launch(cu, q, k, *rows, *_positions(q, *where), q_out, k_out)
+        return q_out, k_out
+
+    return run
 
 
-def _dense(row):
-    return None if row is None else row.contiguous()
-
-
-def backward(
-    dq_out, dk_out, q, k, q_weight, k_weight, q_shift, k_shift,
-    positions, divisor, divisors, eps, cu, max_length, dq, dk,
-):  # fmt: skip
-    """Fill those of dq and dk that are not None; returns (shifts, affine), float32: shifts
-    (2, samples, heads·head_dim) for q and k, affine (4, head_dim) for q's weight and bias and k's.
-    What nobody asked for is empty or unset."""
-    H, D = q.shape[-2:]
-    plan, constants = _plan("backward", q, cu, max_length)
-    columns = H // constants["HB"]
-    plan.spread(constants["num_warps"], columns)
-    programs = plan.samples * plan.tiles
-    make = functools.partial(
-        torch.zeros if plan.is_empty else torch.empty, dtype=torch.float32, device=q.device
-    )
+def _backward(dq_out, dk_out, q, k, q_weight, k_weight, q_shift, k_shift, *tail_and_targets):
+    """Fill dq and dk; (shifts, affine), float32: shifts (2, samples, heads·head_dim) for q and k,
+    affine (4, head_dim) for q's weight and bias and k's. What nobody asked for is empty
+    or unset."""
+    *tail, dq, dk = tail_and_targets
+    where, (eps, cu, max_length) = _split(tail)
+    (H, D), tile, is_packed = q.shape[-2:], _tile("backward", q), cu is not None
+    columns = H // tile["HB"]
+    tokens = tokens_to_reduce(q, cu, max_length, tile["num_warps"], tile["T"], columns)
+    programs, length, tiles = token_grid(q, cu, max_length, tokens)
+    launch = Launch(
+        _qk_norm_rope_backward_kernel, (programs, columns),
+        (POINTER, length, tiles, tokens,
+         *(view_heads(x, is_packed) for x in (dq_out, dk_out, q, k)),
+         *map(view_vector, (q_weight, k_weight)), *map(view_cond, (q_shift, k_shift)),
+         *_view_positions(*where), *(view_heads(x, is_packed) for x in (dq, dk)),
+         *[POINTER] * 4, programs, eps),
+        **tile,
+    )  # fmt: skip
+    samples, _ = samples_and_length(q, cu, max_length)
     is_shifted = q_shift is not None or k_shift is not None
     is_normed = q_weight is not None or k_weight is not None
-    shifts = make((2, plan.samples, plan.tiles, H * D) if is_shifted else (2, 0, 0, H * D))
-    affine = make((4, programs * columns if is_normed else 0, D))
-    is_packed = cu is not None
-    plan.launch(
-        _backward_kernel,
-        *(head_view(x, is_packed) for x in (dq_out, dk_out, q, k)),
-        *map(_dense, (q_weight, k_weight)),
-        *map(row_view, (q_shift, k_shift)),
-        *_places(positions, divisor, divisors, D, q.device),
-        *(head_view(x, is_packed) for x in (dq, dk)),
-        shifts[0], shifts[1], affine[:2], affine[2:], programs, eps, columns=columns, **constants,
-    )  # fmt: skip
-    return shifts.sum(2), affine.sum(1)
+    shift_shape = (2, samples, tiles, H * D) if is_shifted else (2, 0, 0, H * D)
+    affine_shape = 4, programs * columns if is_normed else 0, D
+    make = torch.zeros if launch.is_empty else torch.empty
+
+    def run(dq_out, dk_out, q, k, q_weight, k_weight, q_shift, k_shift, *tail_and_targets):
+        *tail, dq, dk = tail_and_targets
+        where, (_, cu, _) = _split(tail)
+        shifts = make(shift_shape, dtype=torch.float32, device=q.device)
+        affine = make(affine_shape, dtype=torch.float32, device=q.device)
+        launch(
+            cu, dq_out, dk_out, q, k, q_weight, k_weight, q_shift, k_shift,
+            *_positions(q, *where), dq, dk, shifts[0], shifts[1], affine[:2], affine[2:],
+        )  # fmt: skip
+        return shifts.sum(2), affine.sum(1)
+
+    return run
 
 
-def jvp(
-    q, k, q_weight, k_weight, q_shift, k_shift, tq, tk, tq_weight, tq_bias, tk_weight, tk_bias,
-    tq_shift, tk_shift, positions, divisor, divisors, eps, cu, max_length,
-):  # fmt: skip
+backward, packed_backward = separate(_backward), packed(_backward)
+
+
+def jvp(q, k, q_weight, k_weight, q_shift, k_shift, tq, tk, *tangents_and_tail):
     """Tangents of (q', k'); a tangent that is None is zero."""
-    tq_out = q.new_empty(q.shape)
-    tk_out = q.new_empty(0) if k is None else k.new_empty(k.shape)
-    plan, constants = _plan("jvp", q, cu, max_length)
-    plan.launch(
-        _jvp_kernel,
-        *(head_view(x, cu is not None) for x in (q, k)),
-        *map(_dense, (q_weight, k_weight)),
-        *map(row_view, (q_shift, k_shift)),
-        *(head_view(x, cu is not None) for x in (tq, tk)),
-        *map(_dense, (tq_weight, tq_bias, tk_weight, tk_bias)),
-        *map(row_view, (tq_shift, tk_shift)),
-        *_places(positions, divisor, divisors, q.shape[-1], q.device),
-        tq_out, tk_out, eps, **constants,
+    rows, tail = tangents_and_tail[:6], tangents_and_tail[6:]
+    where, (eps, cu, max_length) = _split(tail)
+    tile, is_packed = _tile("jvp", q), cu is not None
+    programs, length, tiles = token_grid(q, cu, max_length, tile["T"])
+    launch = Launch(
+        _qk_norm_rope_jvp_kernel, (programs,),
+        (POINTER, length, tiles, *(view_heads(x, is_packed) for x in (q, k)),
+         *map(view_vector, (q_weight, k_weight)), *map(view_cond, (q_shift, k_shift)),
+         *(view_heads(x, is_packed) for x in (tq, tk)), *map(view_vector, rows[:4]),
+         *map(view_cond, rows[4:]), *_view_positions(*where), POINTER, POINTER, eps),
+        **tile,
     )  # fmt: skip
-    return tq_out, tk_out
+
+    def run(q, k, *args):
+        tensors, (where, (_, cu, _)) = args[:12], _split(args[12:])
+        tq_out = q.new_empty(q.shape)
+        tk_out = q.new_empty(0) if k is None else k.new_empty(k.shape)
+        launch(cu, q, k, *tensors, *_positions(q, *where), tq_out, tk_out)
+        return tq_out, tk_out
+
+    return run

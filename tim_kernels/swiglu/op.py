@@ -1,17 +1,22 @@
-"""Registration, derivatives and public function of SwiGLU's elementwise half."""
+"""SwiGLU's elementwise half: operators, derivatives and public function."""
 
 from torch import Tensor
 
-from ..checks import check_floating
-from ..dispatch import backend
-from ..dispatch.operators import define, differentiable
+from ..checks import check_floating, is_double
+from ..dispatch.backend import Op
+from ..dispatch.operators import Operator
 from . import reference
 
-NAME = "swiglu"
+
+def _kernels(backend: str):
+    if backend == "cuda":
+        from . import cuda as kernels
+    else:
+        from . import triton as kernels
+    return kernels
 
 
-def _forward(gate, value):
-    return backend.kernels(NAME, gate).forward(gate, value)
+OP = Op("swiglu", _kernels)
 
 
 def _output(gate, value, *tangents):
@@ -19,29 +24,19 @@ def _output(gate, value, *tangents):
     return gate.new_empty((*gate.shape[:-1], width))
 
 
-def _backward(dout, gate, value):
-    return backend.kernels(NAME, gate).backward(dout, gate, value)
-
-
 def _backward_fake(dout, gate, value):
     dvalue = gate.new_empty(0) if value is None else value.new_empty(value.shape)
     return gate.new_empty(gate.shape), dvalue
 
 
-def _jvp(gate, value, tgate, tvalue):
-    return backend.kernels(NAME, gate).jvp(gate, value, tgate, tvalue)
-
-
-forward_op = define("swiglu(Tensor gate, Tensor? value) -> Tensor", _forward, _output)
-backward_op = define(
+forward_op = Operator(OP, "swiglu(Tensor gate, Tensor? value) -> Tensor", _output)
+backward_op = Operator(
+    OP,
     "swiglu_backward(Tensor dout, Tensor gate, Tensor? value) -> (Tensor, Tensor)",
-    _backward,
     _backward_fake,
 )
-jvp_op = define(
-    "swiglu_jvp(Tensor gate, Tensor? value, Tensor? tgate, Tensor? tvalue) -> Tensor",
-    _jvp,
-    _output,
+jvp_op = Operator(
+    OP, "swiglu_jvp(Tensor gate, Tensor? value, Tensor? tgate, Tensor? tvalue) -> Tensor", _output
 )
 
 
@@ -62,7 +57,27 @@ def _tangent(ctx, tgate, tvalue):
     return jvp_op(*ctx.saved_tensors, tgate, tvalue)
 
 
-_call = differentiable(forward_op, _setup_context, _vjp, _tangent)
+def _check(gate: Tensor, value: Tensor | None) -> bool:
+    for name, x in (("gate", gate), ("value", value)):
+        if x is not None:
+            check_floating(name, x)
+    if gate.ndim == 0:
+        raise ValueError("gate must be (…, C), got a scalar")
+    if value is None:
+        if gate.shape[-1] % 2:
+            raise ValueError(
+                f"gate without value must be packed (…, 2C), of even width; got {tuple(gate.shape)}"
+            )
+    elif value.shape != gate.shape:
+        raise ValueError(
+            f"value must be shaped as gate, {tuple(gate.shape)}; got {tuple(value.shape)}"
+        )
+    elif value.device != gate.device:
+        raise ValueError(f"value must be on {gate.device} like gate, got {value.device}")
+    return is_double(gate, value)
+
+
+_call = forward_op.differentiable(_check, reference.swiglu, _setup_context, _vjp, _tangent)
 
 
 def swiglu(gate: Tensor, value: Tensor | None = None) -> Tensor:
@@ -80,26 +95,4 @@ def swiglu(gate: Tensor, value: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    _check(gate, value)
-    if backend.is_reference(NAME, gate, value):
-        return reference.swiglu(gate, value)
     return _call(gate, value)
-
-
-def _check(gate: Tensor, value: Tensor | None) -> None:
-    for name, x in (("gate", gate), ("value", value)):
-        if x is not None:
-            check_floating(name, x)
-    if gate.ndim == 0:
-        raise ValueError("gate must be (…, C), got a scalar")
-    if value is None:
-        if gate.shape[-1] % 2:
-            raise ValueError(
-                f"gate without value must be packed (…, 2C), of even width; got {tuple(gate.shape)}"
-            )
-    elif value.shape != gate.shape:
-        raise ValueError(
-            f"value must be shaped as gate, {tuple(gate.shape)}; got {tuple(value.shape)}"
-        )
-    elif value.device != gate.device:
-        raise ValueError(f"value must be on {gate.device} like gate, got {value.device}")

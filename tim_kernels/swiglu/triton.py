@@ -9,15 +9,13 @@ reached by a row stride, which is all that tells a packed half from a tensor of 
 In the kernels g is gate, v value, d gradients, t tangents.
 """
 
-import math
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch.grid import kernel
+from ..launch.grid import Launch, kernel
 from ..launch.tuning import tuned
-from ..launch.views import rows_of
+from ..launch.views import View, view_matrix
 
 
 @triton.jit
@@ -45,7 +43,7 @@ def _silu(g):
 
 
 @kernel
-def _forward_kernel(
+def _swiglu_forward_kernel(
     rows, g_ptr, g_stride, v_ptr, v_stride, out_ptr, out_stride,
     C: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +56,7 @@ def _forward_kernel(
 
 
 @kernel
-def _backward_kernel(
+def _swiglu_backward_kernel(
     rows, d_ptr, d_stride, g_ptr, g_stride, v_ptr, v_stride,
     dg_ptr, dg_stride, dv_ptr, dv_stride,
     C: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
@@ -74,7 +72,7 @@ def _backward_kernel(
 
 
 @kernel
-def _jvp_kernel(
+def _swiglu_jvp_kernel(
     rows, g_ptr, g_stride, v_ptr, v_stride, tg_ptr, tg_stride, tv_ptr, tv_stride,
     out_ptr, out_stride,
     C: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
@@ -89,48 +87,75 @@ def _jvp_kernel(
     tl.store(out_ptr + row * out_stride * ALIGN + column, tg * slope * v + y * tv, mask=is_row)
 
 
-def _pair(gate: Tensor | None, value: Tensor | None, is_packed: bool) -> list[Tensor | None]:
-    """gate and value as rows; of a packed tensor, its halves."""
-    if is_packed:
-        return [None, None] if gate is None else list(rows_of(gate).chunk(2, dim=1))
-    return [None if x is None else rows_of(x) for x in (gate, value)]
+def _width(gate: Tensor, value: Tensor | None) -> int:
+    return gate.shape[-1] if value is not None else gate.shape[-1] // 2
 
 
-def _launch(function, *views: Tensor | None) -> None:
-    """Run `function` on (rows, C) views, the last of which is an output."""
-    rows, C = views[-1].shape
-    strides = [0 if view is None else view.stride(0) for view in views]
-    align = math.gcd(16, *strides)
-    flat = [n for view, stride in zip(views, strides, strict=True) for n in (view, stride // align)]
-    block, num_warps = tuned("swiglu", views[-1].device)  # 8 a thread: 16 bytes of bfloat16
+def _views(gate: Tensor | None, value: Tensor | None, is_packed: bool) -> list[View]:
+    """Of gate and value; the halves of a packed tensor have its stride."""
+    return [view_matrix(gate), view_matrix(gate if is_packed else value)]
+
+
+def _halves(gate, value, C: int, is_packed: bool):
+    """What the two views are views of."""
+    if not is_packed:
+        return gate, value
+    return (None, None) if gate is None else (gate, gate.narrow(-1, C, C))
+
+
+def _launch(function, like: Tensor, C: int, *views: View) -> Launch:
+    """`function` over the (…, C) that `like`, of any width, has rows for."""
+    rows = like.shape[:-1].numel()
+    block, num_warps = tuned("swiglu", like.device)  # 8 a thread: 16 bytes of bfloat16
     programs = triton.cdiv(rows * C, block)
-    function[(programs,)](rows, *flat, C=C, BLOCK=block, ALIGN=align, num_warps=num_warps)
+    units = 16, 8, 4, 2, 1
+    constants = dict(C=C, BLOCK=block, num_warps=num_warps)
+    return Launch(function, (programs,), (rows, *views), units, **constants)
 
 
 def forward(gate, value):
     """silu(gate)·value; value None says that gate is packed."""
-    C = gate.shape[-1] if value is not None else gate.shape[-1] // 2
-    out = gate.new_empty((*gate.shape[:-1], C))
-    if out.numel():
-        _launch(_forward_kernel, *_pair(gate, value, value is None), out.view(-1, C))
-    return out
+    C, is_packed = _width(gate, value), value is None
+    views = *_views(gate, value, is_packed), View((C,))
+    launch = _launch(_swiglu_forward_kernel, gate, C, *views)
+    shape = *gate.shape[:-1], C
+
+    def run(gate, value):
+        out = gate.new_empty(shape)
+        launch(*_halves(gate, value, C, is_packed), out)
+        return out
+
+    return run
 
 
 def backward(dout, gate, value):
     """(dgate, dvalue), or of a packed gate its gradient and an empty tensor."""
-    dgate = gate.new_empty(gate.shape)
-    dvalue = gate.new_empty(0) if value is None else value.new_empty(value.shape)
-    if gate.numel():
-        inputs, outputs = _pair(gate, value, value is None), _pair(dgate, dvalue, value is None)
-        _launch(_backward_kernel, rows_of(dout), *inputs, *outputs)
-    return dgate, dvalue
+    C, is_packed = _width(gate, value), value is None
+    width = View((gate.shape[-1],))
+    views = view_matrix(dout), *_views(gate, value, is_packed), width, width
+    launch = _launch(_swiglu_backward_kernel, gate, C, *views)
+
+    def run(dout, gate, value):
+        dgate = gate.new_empty(gate.shape)
+        dvalue = gate.new_empty(0) if is_packed else value.new_empty(value.shape)
+        inputs = _halves(gate, value, C, is_packed)
+        launch(dout, *inputs, *_halves(dgate, dvalue, C, is_packed))
+        return dgate, dvalue
+
+    return run
 
 
 def jvp(gate, value, tgate, tvalue):
     """The tangent of silu(gate)·value; a tangent that is None is zero."""
-    C = gate.shape[-1] if value is not None else gate.shape[-1] // 2
-    tout = gate.new_empty((*gate.shape[:-1], C))
-    if tout.numel():
-        pairs = _pair(gate, value, value is None) + _pair(tgate, tvalue, value is None)
-        _launch(_jvp_kernel, *pairs, tout.view(-1, C))
-    return tout
+    C, is_packed = _width(gate, value), value is None
+    views = *_views(gate, value, is_packed), *_views(tgate, tvalue, is_packed), View((C,))
+    launch = _launch(_swiglu_jvp_kernel, gate, C, *views)
+    shape = *gate.shape[:-1], C
+
+    def run(gate, value, tgate, tvalue):
+        tout = gate.new_empty(shape)
+        inputs = _halves(gate, value, C, is_packed)
+        launch(*inputs, *_halves(tgate, tvalue, C, is_packed), tout)
+        return tout
+
+    return run

@@ -11,54 +11,50 @@ bytes worth saving, so they have none.
 import torch
 from torch import Tensor
 
-from ..checks import check_floating
-from ..dispatch import backend
-from ..dispatch.operators import define, differentiable
+from ..checks import check_floating, is_double
+from ..dispatch.backend import Op
+from ..dispatch.operators import Operator
 from . import reference
-from .reference import CONDITIONS, TimeMLP
-
-NAME = "time_pair_embedding"
-DIM = 256  # of a sinusoid
+from .reference import CONDITIONS, DIM, TimeMLP
 
 
-def _forward(t, r, times, dtype):
-    return backend.kernels(NAME, t).forward(t, r, times, dtype)
+def _kernels(backend: str):
+    if backend == "cuda":
+        from . import cuda as kernels
+    else:
+        from . import triton as kernels
+    return kernels
+
+
+OP = Op("time_pair_embedding", _kernels)
 
 
 def _forward_fake(t, r, times, dtype):
     return t.new_empty((times.count(",") + 1, t.shape[0], DIM), dtype=dtype)
 
 
-def _backward(dout, t, r, times):
-    return backend.kernels(NAME, t).backward(dout, t, r, times)
-
-
 def _backward_fake(dout, t, r, times):
     return t.new_empty(t.shape), r.new_empty(r.shape)
-
-
-def _jvp(t, r, tt, tr, times, dtype):
-    return backend.kernels(NAME, t).jvp(t, r, tt, tr, times, dtype)
 
 
 def _jvp_fake(t, r, tt, tr, times, dtype):
     return _forward_fake(t, r, times, dtype)
 
 
-forward_op = define(
-    "time_sinusoids(Tensor t, Tensor r, str times, ScalarType dtype) -> Tensor",
-    _forward,
+forward_op = Operator(
+    OP,
+    "time_pair_embedding(Tensor t, Tensor r, str times, ScalarType dtype) -> Tensor",
     _forward_fake,
 )
-backward_op = define(
-    "time_sinusoids_backward(Tensor dout, Tensor t, Tensor r, str times) -> (Tensor, Tensor)",
-    _backward,
+backward_op = Operator(
+    OP,
+    "time_pair_embedding_backward(Tensor dout, Tensor t, Tensor r, str times) -> (Tensor, Tensor)",
     _backward_fake,
 )
-jvp_op = define(
-    "time_sinusoids_jvp(Tensor t, Tensor r, Tensor? tt, Tensor? tr, str times, ScalarType dtype) "
-    "-> Tensor",
-    _jvp,
+jvp_op = Operator(
+    OP,
+    "time_pair_embedding_jvp(Tensor t, Tensor r, Tensor? tt, Tensor? tr, str times, "
+    "ScalarType dtype) -> Tensor",
     _jvp_fake,
 )
 
@@ -79,7 +75,13 @@ def _tangent(ctx, tt, tr, *_):
     return jvp_op(*ctx.saved_tensors, tt, tr, ctx.times, ctx.dtype)
 
 
-_sinusoids = differentiable(forward_op, _setup_context, _vjp, _tangent)
+def _is_double(t, r, times, dtype) -> bool:
+    return is_double(t, r) or dtype == torch.float64
+
+
+_sinusoids = forward_op.differentiable(
+    _is_double, reference.sinusoids, _setup_context, _vjp, _tangent
+)
 
 
 def time_pair_embedding(
@@ -110,13 +112,9 @@ def time_pair_embedding(
     """
     delta_mlp = None if delta_mlp is not None and _same(delta_mlp, t_mlp) else delta_mlp
     _check(t, r, t_mlp, delta_mlp, condition)
-    dtype = t_mlp.w1.dtype
-    if backend.is_reference(NAME, t, r, t_mlp.w1):
-        return reference.time_pair_embedding(t, r, t_mlp, delta_mlp, condition)
-
     *summands, last = condition.split(",")
     times = ["t", "r", last] if "r" in summands else ["t", last]
-    x = _sinusoids(t, r, ",".join(times), dtype)  # (times, B, 256), the last for D
+    x = _sinusoids(t, r, ",".join(times), t_mlp.w1.dtype)  # (times, B, 256), the last for D
     if delta_mlp is None:
         rows = t_mlp(x).unbind(0)
     else:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..checks import accumulation_dtype
 
+DIM = 256  # of a sinusoid
 CONDITIONS = ("t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r")
 
 
@@ -22,13 +23,21 @@ class TimeMLP(NamedTuple):
         return F.linear(F.silu(F.linear(x, self.w1, self.b1)), self.w2, self.b2)
 
 
-def sinusoid(t: Tensor, dim: int = 256, max_period: float = 10000.0) -> Tensor:
+def sinusoid(t: Tensor, dim: int = DIM, max_period: float = 10000.0) -> Tensor:
     """[cos(t·f), sin(t·f)] with f_i = max_period^(−i/(dim/2)); (B,) → (B, dim), float32."""
     half = dim // 2
     index = torch.arange(half, dtype=torch.float32, device=t.device)
     freqs = torch.exp(-math.log(max_period) * index / half)
     angles = t.to(accumulation_dtype(t)).unsqueeze(-1) * freqs
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def sinusoids(t: Tensor, r: Tensor, times: str, dtype: torch.dtype) -> Tensor:
+    """Of each of `times`, a list like "t,r,t-r": (slots, B, 256) in `dtype`."""
+    wide = accumulation_dtype(t, r)
+    t, r = t.to(wide), r.to(wide)
+    known = {"t": t, "r": r, "t-r": t - r}
+    return torch.stack([sinusoid(known[time]).to(dtype) for time in times.split(",")])
 
 
 def time_pair_embedding(

@@ -12,11 +12,11 @@ arithmetic, and with several angles a thread the exact reduction would take loca
 In the kernels d is a gradient, c and s cosine and sine, tt and tr tangents of t and r.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from ..launch.grid import kernel
+from ..launch.grid import Launch, kernel
+from ..launch.views import POINTER, View, view_vector
 from .slots import slot_codes
 
 HALF = tl.constexpr(128)  # frequencies, of which each of 4 warps has 32
@@ -53,7 +53,7 @@ def _halves(ptr, row):
 
 
 @kernel
-def _forward_kernel(B, codes, t_ptr, t_stride, r_ptr, r_stride, out_ptr):
+def _time_pair_embedding_forward_kernel(B, codes, t_ptr, t_stride, r_ptr, r_stride, out_ptr):
     row = tl.program_id(0).to(tl.int64)
     slot, sample = row // B, row % B
     t, r = _load(t_ptr, t_stride, sample), _load(r_ptr, r_stride, sample)
@@ -64,7 +64,7 @@ def _forward_kernel(B, codes, t_ptr, t_stride, r_ptr, r_stride, out_ptr):
 
 
 @kernel
-def _jvp_kernel(
+def _time_pair_embedding_jvp_kernel(
     B, codes, t_ptr, t_stride, r_ptr, r_stride, tt_ptr, tt_stride, tr_ptr, tr_stride, out_ptr
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -79,7 +79,9 @@ def _jvp_kernel(
 
 
 @kernel
-def _backward_kernel(B, slots, codes, d_ptr, t_ptr, t_stride, r_ptr, r_stride, dt_ptr, dr_ptr):
+def _time_pair_embedding_backward_kernel(
+    B, slots, codes, d_ptr, t_ptr, t_stride, r_ptr, r_stride, dt_ptr, dr_ptr
+):
     sample = tl.program_id(0).to(tl.int64)
     t, r = _load(t_ptr, t_stride, sample), _load(r_ptr, r_stride, sample)
     f = _frequencies()
@@ -95,34 +97,45 @@ def _backward_kernel(B, slots, codes, d_ptr, t_ptr, t_stride, r_ptr, r_stride, d
     tl.store(dr_ptr + sample, dr)
 
 
-def _vectors(*vectors) -> list:
-    return [n for v in vectors for n in ((None, 0) if v is None else (v, v.stride(0)))]
+def _vectors(*times) -> list[View]:
+    return [View((0 if time is None else time.stride(0),)) for time in times]
 
 
 def _sinusoids(function, times, dtype, *vectors):
-    slots, codes = slot_codes(times)
-    B = vectors[0].shape[0]
-    out = torch.empty((slots, B, 2 * HALF.value), dtype=dtype, device=vectors[0].device)
-    if B:
-        function[(slots * B,)](B, codes, *_vectors(*vectors), out, num_warps=4)
-    return out
+    (slots, codes), B = slot_codes(times), vectors[0].shape[0]
+    launch = Launch(function, (slots * B,), (B, codes, *_vectors(*vectors), POINTER), num_warps=4)
+    shape = slots, B, 2 * HALF.value
+
+    def run(*vectors):
+        out = vectors[0].new_empty(shape, dtype=dtype)
+        launch(*vectors, out)
+        return out
+
+    return run
 
 
 def forward(t, r, times, dtype):
     """The sinusoids (slots, B, 256) of `times`, a list like "t,r,t-r"."""
-    return _sinusoids(_forward_kernel, times, dtype, t, r)
+    sinusoids = _sinusoids(_time_pair_embedding_forward_kernel, times, dtype, t, r)
+    return lambda t, r, times, dtype: sinusoids(t, r)
 
 
 def jvp(t, r, tt, tr, times, dtype):
     """The tangent of the sinusoids; a tangent that is None is zero."""
-    return _sinusoids(_jvp_kernel, times, dtype, t, r, tt, tr)
+    sinusoids = _sinusoids(_time_pair_embedding_jvp_kernel, times, dtype, t, r, tt, tr)
+    return lambda t, r, tt, tr, times, dtype: sinusoids(t, r, tt, tr)
 
 
 def backward(dout, t, r, times):
     """(dt, dr), in the times' dtypes."""
     slots, codes = slot_codes(times)
-    B, dt, dr = t.shape[0], t.new_empty(t.shape), r.new_empty(r.shape)
-    if B:
-        arguments = dout.contiguous(), *_vectors(t, r), dt, dr
-        _backward_kernel[(B,)](B, slots, codes, *arguments, num_warps=4)
-    return dt, dr
+    B = t.shape[0]
+    arguments = B, slots, codes, view_vector(dout), *_vectors(t, r), POINTER, POINTER
+    launch = Launch(_time_pair_embedding_backward_kernel, (B,), arguments, num_warps=4)
+
+    def run(dout, t, r, times):
+        dt, dr = t.new_empty(t.shape), r.new_empty(r.shape)
+        launch(dout, t, r, dt, dr)
+        return dt, dr
+
+    return run

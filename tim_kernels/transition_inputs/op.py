@@ -5,12 +5,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..coefficients import check_latents, check_like, check_vector
-from ..dispatch import backend
-from ..dispatch.operators import define, differentiable
+from ..checks import check_latents, check_like, check_vector, is_double
+from ..dispatch.backend import Op
+from ..dispatch.operators import Operator
 from . import reference
 
-NAME = "transition_inputs"
+
+def _kernels(backend: str):
+    if backend == "cuda":
+        from . import cuda as kernels
+    else:
+        from . import triton as kernels
+    return kernels
+
+
+OP = Op("transition_inputs", _kernels)
 
 
 class TransitionInputs(NamedTuple):
@@ -28,40 +37,31 @@ def _made(x, d_alpha, alpha_pm) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _forward(x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm):
-    kernels = backend.kernels(NAME, x)
-    return kernels.forward(x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm)
-
-
 def _forward_fake(x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm):
     return _made(x, d_alpha, alpha_pm)
 
 
-def _backward(
-    dx_t, dv_t, dx_pm, x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm, dx, dz, rows
-):
-    coefficients = alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm
-    kernels = backend.kernels(NAME, x)
-    return kernels.backward(dx_t, dv_t, dx_pm, x, z, coefficients, dx, dz, rows)
-
-
 def _backward_fake(
-    dx_t, dv_t, dx_pm, x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm, dx, dz, rows
+    dx_t,
+    dv_t,
+    dx_pm,
+    x,
+    z,
+    alpha,
+    sigma,
+    d_alpha,
+    d_sigma,
+    alpha_pm,
+    sigma_pm,
+    needs_dx,
+    needs_dz,
+    needs_sums,
 ):
     return (
-        x.new_empty(x.shape if dx else 0),
-        z.new_empty(z.shape if dz else 0),
+        x.new_empty(x.shape if needs_dx else 0),
+        z.new_empty(z.shape if needs_dz else 0),
         x.new_empty((8, x.shape[0]), dtype=torch.float32),
     )
-
-
-def _jvp(
-    x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm,
-    tx, tz, talpha, tsigma, td_alpha, td_sigma, talpha_pm, tsigma_pm,
-):  # fmt: skip
-    coefficients = alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm
-    tangents = talpha, tsigma, td_alpha, td_sigma, talpha_pm, tsigma_pm
-    return backend.kernels(NAME, x).jvp(x, z, coefficients, tx, tz, tangents)
 
 
 def _jvp_fake(x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm, *tangents):
@@ -72,20 +72,20 @@ _INPUTS = (
     "Tensor x, Tensor z, Tensor alpha, Tensor sigma, Tensor? d_alpha, Tensor? d_sigma, "
     "Tensor? alpha_pm, Tensor? sigma_pm"
 )
-forward_op = define(
-    f"transition_inputs({_INPUTS}) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake
+forward_op = Operator(
+    OP, f"transition_inputs({_INPUTS}) -> (Tensor, Tensor, Tensor)", _forward_fake
 )
-backward_op = define(
+backward_op = Operator(
+    OP,
     f"transition_inputs_backward(Tensor? dx_t, Tensor? dv_t, Tensor? dx_pm, {_INPUTS}, "
-    "bool needs_dx, bool needs_dz, bool needs_rows) -> (Tensor, Tensor, Tensor)",
-    _backward,
+    "bool needs_dx, bool needs_dz, bool needs_sums) -> (Tensor, Tensor, Tensor)",
     _backward_fake,
 )
-jvp_op = define(
+jvp_op = Operator(
+    OP,
     f"transition_inputs_jvp({_INPUTS}, Tensor? tx, Tensor? tz, Tensor? talpha, Tensor? tsigma, "
     "Tensor? td_alpha, Tensor? td_sigma, Tensor? talpha_pm, Tensor? tsigma_pm) "
     "-> (Tensor, Tensor, Tensor)",
-    _jvp,
     _jvp_fake,
 )
 
@@ -101,17 +101,17 @@ def _vjp(ctx, dx_t, dv_t, dx_pm):
     dv_t = None if d_alpha is None else dv_t
     dx_pm = None if alpha_pm is None else dx_pm
     needs = ctx.needs_input_grad[-8:]
-    dx, dz, rows = backward_op(dx_t, dv_t, dx_pm, *inputs, needs[0], needs[1], any(needs[2:]))
+    dx, dz, sums = backward_op(dx_t, dv_t, dx_pm, *inputs, needs[0], needs[1], any(needs[2:]))
     gradients = [dx if needs[0] else None, dz if needs[1] else None]
-    for kind, (a, b) in enumerate(((alpha, rows[:2]), (d_alpha, rows[2:4]), (alpha_pm, None))):
+    for kind, (a, b) in enumerate(((alpha, sums[:2]), (d_alpha, sums[2:4]), (alpha_pm, None))):
         if a is None or not any(needs[2 + 2 * kind : 4 + 2 * kind]):
             gradients += None, None
         elif b is not None:
             last = x.shape[0] - a.shape[0]
-            gradients += (row[last:] for row in b)
+            gradients += (total[last:] for total in b)
         else:
             last = x.shape[0] - a.shape[0] // 2
-            gradients += (torch.cat((rows[i, last:], rows[i + 2, last:])) for i in (4, 5))
+            gradients += (torch.cat((sums[i, last:], sums[i + 2, last:])) for i in (4, 5))
     pairs = zip(gradients, inputs, strict=True)
     return tuple(None if g is None else g.to(value.dtype) for g, value in pairs)
 
@@ -120,7 +120,37 @@ def _tangent(ctx, *tangents):
     return jvp_op(*ctx.saved_tensors, *tangents)
 
 
-_call = differentiable(forward_op, _setup_context, _vjp, _tangent)
+def _check(x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm) -> bool:
+    check_latents("x", x)
+    check_like("z", z, x.shape[0], "x", x)
+    check_vector("alpha", alpha, x.shape[0], x)
+    check_vector("sigma", sigma, x.shape[0], x)
+    for names, a, b, per_sample in (
+        (("d_alpha", "d_sigma"), d_alpha, d_sigma, 1),
+        (("alpha_pm", "sigma_pm"), alpha_pm, sigma_pm, 2),
+    ):
+        if (a is None) != (b is None):
+            raise ValueError(f"give both {names[0]} and {names[1]}, or neither")
+        if a is None:
+            continue
+        if a.ndim != 1 or a.shape[0] % per_sample or a.shape[0] > per_sample * x.shape[0]:
+            raise ValueError(
+                f"{names[0]} must have {per_sample} numbers for each of the trailing M ≤ "
+                f"{x.shape[0]} samples; got {tuple(a.shape)}"
+            )
+        check_vector(names[0], a, a.shape[0], x)
+        check_vector(names[1], b, a.shape[0], x)
+    if d_alpha is not None and alpha_pm is not None and alpha_pm.shape[0] != 2 * d_alpha.shape[0]:
+        raise ValueError(
+            f"alpha_pm must be ({2 * d_alpha.shape[0]},), two for each of d_alpha; "
+            f"got {tuple(alpha_pm.shape)}"
+        )
+    return is_double(x, z)
+
+
+_call = forward_op.differentiable(
+    _check, reference.transition_inputs, _setup_context, _vjp, _tangent
+)
 
 
 def transition_inputs(
@@ -151,38 +181,7 @@ def transition_inputs(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    _check(x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm)
-    arguments = x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm
-    if backend.is_reference(NAME, x, z):
-        return TransitionInputs(*reference.transition_inputs(*arguments))
-    x_t, v_t, x_pm = _call(*arguments)
+    x_t, v_t, x_pm = _call(x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm)
     return TransitionInputs(
         x_t, None if d_alpha is None else v_t, None if alpha_pm is None else x_pm
     )
-
-
-def _check(x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm) -> None:
-    check_latents("x", x)
-    check_like("z", z, x.shape[0], "x", x)
-    check_vector("alpha", alpha, x.shape[0], x)
-    check_vector("sigma", sigma, x.shape[0], x)
-    for names, a, b, per_sample in (
-        (("d_alpha", "d_sigma"), d_alpha, d_sigma, 1),
-        (("alpha_pm", "sigma_pm"), alpha_pm, sigma_pm, 2),
-    ):
-        if (a is None) != (b is None):
-            raise ValueError(f"give both {names[0]} and {names[1]}, or neither")
-        if a is None:
-            continue
-        if a.ndim != 1 or a.shape[0] % per_sample or a.shape[0] > per_sample * x.shape[0]:
-            raise ValueError(
-                f"{names[0]} must have {per_sample} numbers for each of the trailing M ≤ "
-                f"{x.shape[0]} samples; got {tuple(a.shape)}"
-            )
-        check_vector(names[0], a, a.shape[0], x)
-        check_vector(names[1], b, a.shape[0], x)
-    if d_alpha is not None and alpha_pm is not None and alpha_pm.shape[0] != 2 * d_alpha.shape[0]:
-        raise ValueError(
-            f"alpha_pm must be ({2 * d_alpha.shape[0]},), two for each of d_alpha; "
-            f"got {tuple(alpha_pm.shape)}"
-        )

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from ..launch.grid import kernel
-from ..launch.latents import SamplePlan, load, locate, scaled, store
-from ..launch.views import sample_view, vector
+from ..launch.latents import LatentGrid, load, locate, scaled, store
+from ..launch.views import POINTER, view_latents, view_vector
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def _mix(a, b, x, z, ta, tb, u, w, row):
 
 
 @kernel
-def _mix_kernel(
+def _transition_inputs_forward_kernel(
     length, programs, skipped, trailing,
     x_ptr, x_b, z_ptr, z_b, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm,
     u_ptr, u_b, w_ptr, w_b, talpha, tsigma, td_alpha, td_sigma, talpha_pm, tsigma_pm,
@@ -70,7 +70,7 @@ def _pull_back(
 
 
 @kernel
-def _backward_kernel(
+def _transition_inputs_backward_kernel(
     length, programs, skipped, trailing,
     dx_t_ptr, dx_t_b, dv_t_ptr, dv_t_b, dx_pm_ptr, dx_pm_b, x_ptr, x_b, z_ptr, z_b,
     alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm,
@@ -107,44 +107,72 @@ def _trailing(x, d_alpha, alpha_pm) -> tuple[int, int]:
     return x.shape[0] - trailing, trailing
 
 
-def _mixes(pair, coefficients, like, second=(None, None), tangents=(None,) * 6):
+def _mixes(like, pair, coefficients, second=(None, None), tangents=(None,) * 6):
+    """(x_t, v_t, x_±) of x and z; their tangents where `second` and `tangents` are given."""
     _, _, d_alpha, _, alpha_pm, _ = coefficients
-    shape = like.shape[1:]
-    x_t = like.new_empty(like.shape)
-    v_t = like.new_empty(0 if d_alpha is None else (d_alpha.shape[0], *shape))
-    x_pm = like.new_empty(0 if alpha_pm is None else (alpha_pm.shape[0], *shape))
-    SamplePlan("transition_inputs", like, shape.numel()).launch(
-        _mix_kernel, *_trailing(like, d_alpha, alpha_pm),
-        *map(sample_view, pair), *map(vector, coefficients),
-        *map(sample_view, second), *map(vector, tangents),
-        x_t, None if d_alpha is None else v_t, None if alpha_pm is None else x_pm,
+    launch = LatentGrid("transition_inputs", like, like.shape[1:].numel()).launch(
+        _transition_inputs_forward_kernel, *_trailing(like, d_alpha, alpha_pm),
+        *map(view_latents, pair), *map(view_vector, coefficients),
+        *map(view_latents, second), *map(view_vector, tangents), POINTER, POINTER, POINTER,
     )  # fmt: skip
-    return x_t, v_t, x_pm
+    shape = like.shape[1:]
+    leading = [None if rows is None else len(rows) for rows in (like, d_alpha, alpha_pm)]
+
+    def run(like, *tensors):
+        made = [like.new_empty(0 if n is None else (n, *shape)) for n in leading]
+        stored = (None if n is None else out for n, out in zip(leading, made, strict=True))
+        launch(*tensors, *stored)
+        return tuple(made)
+
+    return run
 
 
 def forward(x, z, *coefficients):
     """(x_t, v_t, x_±), the last two empty without their coefficients."""
-    return _mixes((x, z), coefficients, x)
+    mixes, none = _mixes(x, (x, z), coefficients), (None,) * 8
+    return lambda x, *rest: mixes(x, x, *rest, *none)
 
 
-def jvp(x, z, coefficients, tx, tz, tangents):
+def jvp(x, z, *coefficients_and_tangents):
     """Tangents of (x_t, v_t, x_±); a tangent that is None is zero."""
-    second = (x, z) if any(tangent is not None for tangent in tangents) else (None, None)
-    return _mixes((tx, tz), coefficients, x, second, tangents)
+    coefficients, (tx, tz, *tangents) = _split(coefficients_and_tangents)
+    is_read = any(tangent is not None for tangent in tangents)
+    second = (x, z) if is_read else (None, None)
+    mixes = _mixes(x, (tx, tz), coefficients, second, tangents)
+
+    def run(x, z, *rest):
+        coefficients, (tx, tz, *tangents) = _split(rest)
+        second = (x, z) if is_read else (None, None)
+        return mixes(x, tx, tz, *coefficients, *second, *tangents)
+
+    return run
 
 
-def backward(dx_t, dv_t, dx_pm, x, z, coefficients, needs_dx, needs_dz, needs_rows):
-    """(dx, dz, rows), what is not needed being empty: rows is float32 (8, B), the gradients of
+def _split(rest):
+    return rest[:6], rest[6:]
+
+
+def backward(dx_t, dv_t, dx_pm, x, z, *coefficients_and_needs):
+    """(dx, dz, sums), what is not needed being empty: sums is float32 (8, B), the gradients of
     (α, σ), (α', σ'), (α₊, σ₊) and (α₋, σ₋); x and z are read only for it."""
-    dx, dz = x.new_empty(x.shape if needs_dx else 0), z.new_empty(z.shape if needs_dz else 0)
-    plan = SamplePlan("transition_inputs", x, x.shape[1:].numel())
-    partial = x.new_zeros(
-        (8, plan.samples, plan.programs if needs_rows else 0), dtype=torch.float32
-    )
-    plan.launch(
-        _backward_kernel, *_trailing(x, coefficients[2], coefficients[4]),
-        *map(sample_view, (dx_t, dv_t, dx_pm)),
-        *map(sample_view, (x, z) if needs_rows else (None, None)), *map(vector, coefficients),
-        dx if needs_dx else None, dz if needs_dz else None, partial if needs_rows else None,
+    coefficients, (needs_dx, needs_dz, needs_sums) = _split(coefficients_and_needs)
+    grid = LatentGrid("transition_inputs", x, x.shape[1:].numel())
+    inputs = (x, z) if needs_sums else (None, None)
+    launch = grid.launch(
+        _transition_inputs_backward_kernel, *_trailing(x, coefficients[2], coefficients[4]),
+        *map(view_latents, (dx_t, dv_t, dx_pm, *inputs)), *map(view_vector, coefficients),
+        POINTER, POINTER, POINTER,
     )  # fmt: skip
-    return dx, dz, partial.sum(2)
+    shape = 8, grid.samples, grid.programs if needs_sums else 0
+
+    def run(dx_t, dv_t, dx_pm, x, z, *rest):
+        dx = x.new_empty(x.shape if needs_dx else 0)
+        dz = z.new_empty(z.shape if needs_dz else 0)
+        partial = x.new_zeros(shape, dtype=torch.float32)
+        launch(
+            dx_t, dv_t, dx_pm, *((x, z) if needs_sums else (None, None)), *rest[:6],
+            dx if needs_dx else None, dz if needs_dz else None, partial if needs_sums else None,
+        )  # fmt: skip
+        return dx, dz, partial.sum(2)
+
+    return run

@@ -3,58 +3,42 @@
 import torch
 from torch import Tensor
 
-from ..coefficients import check_latents, check_like, check_vector
-from ..dispatch import backend
-from ..dispatch.operators import define, differentiable
+from ..checks import check_latents, check_like, check_vector, is_double
+from ..dispatch.backend import Op
+from ..dispatch.operators import Operator
 from . import reference
 
-NAME = "transition_loss"
+
+def _kernels(backend: str):
+    if backend == "cuda":
+        from . import cuda as kernels
+    else:
+        from . import triton as kernels
+    return kernels
 
 
-def _forward(
-    prediction, x, z, a_x, a_z, a_D, a_cond, a_uncond, dF, epsilon, F_cond, F_uncond
-):  # fmt: skip
-    coefficients = a_x, a_z, a_D, a_cond, a_uncond
-    kernels = backend.kernels(NAME, prediction)
-    return kernels.forward(prediction, x, z, coefficients, dF, epsilon, F_cond, F_uncond)
+OP = Op("transition_loss", _kernels)
 
 
 def _forward_fake(prediction, *_):
     return prediction.new_empty((2, prediction.shape[0]), dtype=torch.float32)
 
 
-def _backward(
-    d_squared, d_cosine,
-    prediction, x, z, a_x, a_z, a_D, a_cond, a_uncond, dF, epsilon, F_cond, F_uncond,
-):  # fmt: skip
-    target = x, z, (a_x, a_z, a_D, a_cond, a_uncond), dF, epsilon, F_cond, F_uncond
-    kernels = backend.kernels(NAME, prediction)
-    return kernels.backward(d_squared, d_cosine, prediction, *target)
-
-
 def _backward_fake(d_squared, d_cosine, prediction, *_):
     return prediction.new_empty(prediction.shape)
-
-
-def _jvp(
-    prediction, x, z, a_x, a_z, a_D, a_cond, a_uncond, dF, epsilon, F_cond, F_uncond, tangent
-):  # fmt: skip
-    coefficients = a_x, a_z, a_D, a_cond, a_uncond
-    kernels = backend.kernels(NAME, prediction)
-    return kernels.jvp(prediction, x, z, coefficients, dF, epsilon, F_cond, F_uncond, tangent)
 
 
 _INPUTS = (
     "Tensor prediction, Tensor x, Tensor z, Tensor a_x, Tensor a_z, Tensor a_D, Tensor a_cond, "
     "Tensor a_uncond, Tensor? dF, float? epsilon, Tensor? F_cond, Tensor? F_uncond"
 )
-forward_op = define(f"transition_loss({_INPUTS}) -> Tensor", _forward, _forward_fake)
-backward_op = define(
+forward_op = Operator(OP, f"transition_loss({_INPUTS}) -> Tensor", _forward_fake)
+backward_op = Operator(
+    OP,
     f"transition_loss_backward(Tensor? d_squared, Tensor? d_cosine, {_INPUTS}) -> Tensor",
-    _backward,
     _backward_fake,
 )
-jvp_op = define(f"transition_loss_jvp({_INPUTS}, Tensor tangent) -> Tensor", _jvp, _forward_fake)
+jvp_op = Operator(OP, f"transition_loss_jvp({_INPUTS}, Tensor tangent) -> Tensor", _forward_fake)
 
 
 def _setup_context(ctx, inputs, output):
@@ -80,7 +64,38 @@ def _tangent(ctx, tangent, *_):
     return jvp_op(*saved, tangent)
 
 
-_call = differentiable(forward_op, _setup_context, _vjp, _tangent)
+def _check(
+    prediction, x, z, a_x, a_z, a_D, a_cond, a_uncond, dF, epsilon, F_cond, F_uncond
+) -> bool:  # fmt: skip
+    check_latents("prediction", prediction)
+    samples = prediction.shape[0]
+    for name, tensor in dict(x=x, z=z, F_cond=F_cond, F_uncond=F_uncond).items():
+        if tensor is not None:
+            check_like(name, tensor, samples, "prediction", prediction)
+    if (F_cond is None) != (F_uncond is None):
+        raise ValueError("give both F_cond and F_uncond, or neither")
+    coefficients = dict(x=a_x, z=a_z, dF=a_D, F_cond=a_cond, F_uncond=a_uncond)
+    for name, vector in coefficients.items():
+        check_vector(f"the coefficient of {name}", vector, samples, prediction)
+    if epsilon is not None and not epsilon > 0:
+        raise ValueError(f"epsilon must be positive, got {epsilon}")
+    if dF is not None:
+        per_sample = 1 if epsilon is None else 2
+        if dF.shape[0] % per_sample or dF.shape[0] > per_sample * samples:
+            raise ValueError(
+                f"dF must have {per_sample} of each of the trailing M ≤ {samples} samples; "
+                f"got {tuple(dF.shape)}"
+            )
+        check_like("dF", dF, dF.shape[0], "prediction", prediction)
+    return is_double(prediction, x, z)
+
+
+def _reference(prediction, x, z, a_x, a_z, a_D, a_cond, a_uncond, *target):
+    coefficients = a_x, a_z, a_D, a_cond, a_uncond
+    return reference.transition_loss(prediction, x, z, coefficients, *target)
+
+
+_call = forward_op.differentiable(_check, _reference, _setup_context, _vjp, _tangent)
 
 
 def transition_loss(
@@ -113,32 +128,7 @@ def transition_loss(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    _check(prediction, x, z, coefficients, dF, epsilon, F_cond, F_uncond)
-    if backend.is_reference(NAME, prediction, x, z):
-        return reference.transition_loss(
-            prediction, x, z, coefficients, dF, epsilon, F_cond, F_uncond
-        )
-    terms = _call(prediction, x, z, *coefficients, dF, epsilon, F_cond, F_uncond)
-    return terms[0], terms[1]
-
-
-def _check(prediction, x, z, coefficients, dF, epsilon, F_cond, F_uncond) -> None:
-    check_latents("prediction", prediction)
-    samples = prediction.shape[0]
-    for name, tensor in dict(x=x, z=z, F_cond=F_cond, F_uncond=F_uncond).items():
-        if tensor is not None:
-            check_like(name, tensor, samples, "prediction", prediction)
-    if (F_cond is None) != (F_uncond is None):
-        raise ValueError("give both F_cond and F_uncond, or neither")
-    for name, vector in zip(("x", "z", "dF", "F_cond", "F_uncond"), coefficients, strict=True):
-        check_vector(f"the coefficient of {name}", vector, samples, prediction)
-    if epsilon is not None and not epsilon > 0:
-        raise ValueError(f"epsilon must be positive, got {epsilon}")
-    if dF is not None:
-        per_sample = 1 if epsilon is None else 2
-        if dF.shape[0] % per_sample or dF.shape[0] > per_sample * samples:
-            raise ValueError(
-                f"dF must have {per_sample} of each of the trailing M ≤ {samples} samples; "
-                f"got {tuple(dF.shape)}"
-            )
-        check_like("dF", dF, dF.shape[0], "prediction", prediction)
+    squared, cosine = _call(
+        prediction, x, z, *coefficients, dF, epsilon, F_cond, F_uncond
+    )  # (2, B), or two (B,)
+    return squared, cosine

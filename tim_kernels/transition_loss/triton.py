@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 
 from ..launch.grid import kernel
-from ..launch.latents import SamplePlan, load, scaled
-from ..launch.views import sample_view, vector
+from ..launch.latents import LatentGrid, load, scaled
+from ..launch.views import POINTER, view_latents, view_vector
 from .reference import EPS
 
 
 @triton.jit
-def _target(
+def _load_target(
     sample, skipped, offset, mask, x_ptr, x_b, z_ptr, z_b, plus_ptr, plus_b, minus_ptr, minus_b,
     f_cond_ptr, f_cond_b, f_uncond_ptr, f_uncond_b, a_x, a_z, a_d, a_cond, a_uncond, rate,
     ALIGN: tl.constexpr,
@@ -71,7 +71,7 @@ def _cosine_gradient(p, t, EPS: tl.constexpr):
 
 
 @kernel
-def _forward_kernel(
+def _transition_loss_forward_kernel(
     length, programs, tiles, skipped, p_ptr, p_b,
     x_ptr, x_b, z_ptr, z_b, plus_ptr, plus_b, minus_ptr, minus_b,
     f_cond_ptr, f_cond_b, f_uncond_ptr, f_uncond_b, a_x, a_z, a_d, a_cond, a_uncond, rate,
@@ -90,7 +90,7 @@ def _forward_kernel(
         offset = channel * positions + position[None, :]
         mask = (channel < C) & is_position[None, :]
         p = load(p_ptr, sample, p_b, offset, mask, ALIGN)
-        t = _target(
+        t = _load_target(
             sample, skipped, offset, mask, x_ptr, x_b, z_ptr, z_b,
             plus_ptr, plus_b, minus_ptr, minus_b, f_cond_ptr, f_cond_b, f_uncond_ptr, f_uncond_b,
             a_x, a_z, a_d, a_cond, a_uncond, rate, ALIGN,
@@ -108,7 +108,7 @@ def _forward_kernel(
 
 
 @kernel
-def _backward_kernel(
+def _transition_loss_backward_kernel(
     length, programs, d_squared, d_cosine, skipped, p_ptr, p_b,
     x_ptr, x_b, z_ptr, z_b, plus_ptr, plus_b, minus_ptr, minus_b,
     f_cond_ptr, f_cond_b, f_uncond_ptr, f_uncond_b, a_x, a_z, a_d, a_cond, a_uncond, rate,
@@ -123,7 +123,7 @@ def _backward_kernel(
     offset = channel * positions + position[None, :]
     mask = (channel < C) & (position < positions)[None, :]
     p = load(p_ptr, sample, p_b, offset, mask, ALIGN)
-    t = _target(
+    t = _load_target(
         sample, skipped, offset, mask, x_ptr, x_b, z_ptr, z_b,
         plus_ptr, plus_b, minus_ptr, minus_b, f_cond_ptr, f_cond_b, f_uncond_ptr, f_uncond_b,
         a_x, a_z, a_d, a_cond, a_uncond, rate, ALIGN,
@@ -136,61 +136,91 @@ def _backward_kernel(
     tl.store(dp_ptr + sample * positions * C + offset, dp, mask=mask)
 
 
-def _difference(x, dF, epsilon):
-    """F_+, F_−, 1/2ε and how many leading samples have none; F_− is None where F_+ is D itself."""
-    if dF is None:
-        return (None, None), 0.0, 0
-    if epsilon is None:
-        return (dF, None), 1.0, x.shape[0] - dF.shape[0]
+def _sides(dF, epsilon):
+    """F_+ and F_−, which is None where F_+ is D itself."""
+    if dF is None or epsilon is None:
+        return dF, None
     half = dF.shape[0] // 2
-    return (dF[:half], dF[half:]), 0.5 / epsilon, x.shape[0] - half
+    return dF[:half], dF[half:]
 
 
-def _plan(prediction):
-    C = prediction.shape[1]
+def _plan(p, dF, epsilon):
+    """The grid, constants, and numbers of a loss over latents p (B, C, …): 1/2ε, how many leading
+    samples have no derivative, and one over the elements and the positions of a sample."""
+    C, positions = p.shape[1], p.shape[2:].numel()
     CHANNELS = triton.next_power_of_2(max(C, 1))
-    positions = prediction.shape[2:].numel()
-    plan = SamplePlan("transition_loss", prediction, positions, CHANNELS)
+    grid = LatentGrid("transition_loss", p, positions, CHANNELS)
+    rate = 0.5 / epsilon if epsilon is not None and dF is not None else 1.0
+    trailing = 0 if dF is None else len(dF) // (1 if epsilon is None else 2)
     per = 1 / max(1, C * positions), 1 / max(1, positions)
-    return plan, per, dict(C=C, CHANNELS=CHANNELS, EPS=EPS)
+    return grid, dict(C=C, CHANNELS=CHANNELS, EPS=EPS), rate, p.shape[0] - trailing, per
 
 
-def _terms(p, x, z, coefficients, dF, epsilon, F_cond, F_uncond, tangent=None):
-    plan, per, constants = _plan(p)
-    plan.spread()
-    sides, rate, skipped = _difference(x, dF, epsilon)
-    shape = (2, plan.samples, plan.programs)
-    if p.numel() == 0:  # the mean of nothing
-        return p.new_full(shape[:2], float("nan"), dtype=torch.float32)
-    partial = p.new_empty(shape, dtype=torch.float32)
-    plan.launch(
-        _forward_kernel, plan.tiles, skipped,
-        *map(sample_view, (p, x, z, *sides, F_cond, F_uncond)), *map(vector, coefficients), rate,
-        *per, sample_view(tangent), partial, **constants,
+def _views(p, x, z, coefficients, dF, epsilon, F_cond, F_uncond):
+    tensors = p, x, z, *_sides(dF, epsilon), F_cond, F_uncond
+    return *map(view_latents, tensors), *map(view_vector, coefficients)
+
+
+def _terms(p, target, tangent=None):
+    """The two terms, or their derivative along a tangent of the prediction."""
+    _, _, _, dF, epsilon, _, _ = target
+    grid, constants, rate, skipped, per = _plan(p, dF, epsilon)
+    grid.spread()
+    shape = 2, grid.samples, grid.programs
+    launch = grid.launch(
+        _transition_loss_forward_kernel, grid.tiles, skipped, *_views(p, *target), rate, *per,
+        view_latents(tangent), POINTER, **constants,
     )  # fmt: skip
-    return partial.sum(2) if plan.programs > 1 else partial.squeeze(2)
+
+    def run(p, target, tangent=None):
+        if launch.is_empty:  # the mean of nothing
+            return p.new_full(shape[:2], float("nan"), dtype=torch.float32)
+        partial = p.new_empty(shape, dtype=torch.float32)
+        x, z, coefficients, dF, epsilon, F_cond, F_uncond = target
+        tensors = p, x, z, *_sides(dF, epsilon), F_cond, F_uncond, *coefficients
+        launch(*tensors, tangent, partial)
+        return partial.sum(2) if shape[2] > 1 else partial.squeeze(2)
+
+    return run
 
 
-def forward(prediction, x, z, coefficients, dF, epsilon, F_cond, F_uncond):
+def _target(x, z, a_x, a_z, a_D, a_cond, a_uncond, dF, epsilon, F_cond, F_uncond):
+    return x, z, (a_x, a_z, a_D, a_cond, a_uncond), dF, epsilon, F_cond, F_uncond
+
+
+def forward(prediction, *target):
     """(2, B): the squared and the cosine term of each sample."""
-    return _terms(prediction, x, z, coefficients, dF, epsilon, F_cond, F_uncond)
+    terms = _terms(prediction, _target(*target))
+    return lambda prediction, *target: terms(prediction, _target(*target))
 
 
-def jvp(prediction, x, z, coefficients, dF, epsilon, F_cond, F_uncond, tangent):
+def jvp(prediction, *target_and_tangent):
     """The derivative of `forward` along a tangent of the prediction."""
-    return _terms(prediction, x, z, coefficients, dF, epsilon, F_cond, F_uncond, tangent)
+    *target, tangent = target_and_tangent
+    terms = _terms(prediction, _target(*target), tangent)
+
+    def run(prediction, *target_and_tangent):
+        *target, tangent = target_and_tangent
+        return terms(prediction, _target(*target), tangent)
+
+    return run
 
 
-def backward(
-    d_squared, d_cosine, prediction, x, z, coefficients, dF, epsilon, F_cond, F_uncond
-):  # fmt: skip
+def backward(d_squared, d_cosine, prediction, *target):
     """The gradient of the prediction."""
-    plan, per, constants = _plan(prediction)
-    sides, rate, skipped = _difference(x, dF, epsilon)
-    out = prediction.new_empty(prediction.shape)
-    plan.launch(
-        _backward_kernel, vector(d_squared), vector(d_cosine), skipped,
-        *map(sample_view, (prediction, x, z, *sides, F_cond, F_uncond)),
-        *map(vector, coefficients), rate, *per, out, **constants,
+    target = _target(*target)
+    _, _, _, dF, epsilon, _, _ = target
+    grid, constants, rate, skipped, per = _plan(prediction, dF, epsilon)
+    launch = grid.launch(
+        _transition_loss_backward_kernel, view_vector(d_squared), view_vector(d_cosine), skipped,
+        *_views(prediction, *target), rate, *per, POINTER, **constants,
     )  # fmt: skip
-    return out
+
+    def run(d_squared, d_cosine, prediction, *target):
+        x, z, coefficients, dF, epsilon, F_cond, F_uncond = _target(*target)
+        tensors = prediction, x, z, *_sides(dF, epsilon), F_cond, F_uncond, *coefficients
+        out = prediction.new_empty(prediction.shape)
+        launch(d_squared, d_cosine, *tensors, out)
+        return out
+
+    return run

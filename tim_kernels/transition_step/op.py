@@ -3,25 +3,25 @@
 import torch
 from torch import Tensor
 
-from ..coefficients import check_latents, check_like, check_vector
-from ..dispatch import backend
-from ..dispatch.operators import define, differentiable
+from ..checks import check_latents, check_like, check_vector
+from ..dispatch.backend import Op
+from ..dispatch.operators import Operator
 from . import reference
 
-NAME = "transition_step"
+
+def _kernels(backend: str):
+    if backend == "cuda":
+        from . import cuda as kernels
+    else:
+        from . import triton as kernels
+    return kernels
 
 
-def _forward(x, F_cond, F_uncond, noise, guidance, a, b, c):
-    return backend.kernels(NAME, x).forward(x, F_cond, F_uncond, noise, guidance, a, b, c)
+OP = Op("transition_step", _kernels)
 
 
 def _forward_fake(x, *_):
     return x.new_empty(x.shape)
-
-
-def _backward(d, x, F_cond, F_uncond, noise, guidance, a, b, c, needs):
-    kernels = backend.kernels(NAME, x)
-    return kernels.backward(d, x, F_cond, F_uncond, noise, guidance, a, b, c, needs)
 
 
 def _backward_fake(d, x, F_cond, F_uncond, noise, guidance, a, b, c, needs):
@@ -31,26 +31,21 @@ def _backward_fake(d, x, F_cond, F_uncond, noise, guidance, a, b, c, needs):
     return *made, x.new_empty((4, x.shape[0]), dtype=dtype)
 
 
-def _jvp(x, F_cond, F_uncond, noise, guidance, a, b, c, *tangents):
-    kernels = backend.kernels(NAME, x)
-    return kernels.jvp(x, F_cond, F_uncond, noise, guidance, a, b, c, *tangents)
-
-
 _INPUTS = (
     "Tensor x, Tensor F_cond, Tensor? F_uncond, Tensor? noise, Tensor? guidance, "
     "Tensor a, Tensor b, Tensor? c"
 )
-forward_op = define(f"transition_step({_INPUTS}) -> Tensor", _forward, _forward_fake)
-backward_op = define(
+forward_op = Operator(OP, f"transition_step({_INPUTS}) -> Tensor", _forward_fake)
+backward_op = Operator(
+    OP,
     f"transition_step_backward(Tensor d, {_INPUTS}, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
     _backward_fake,
 )
-jvp_op = define(
+jvp_op = Operator(
+    OP,
     f"transition_step_jvp({_INPUTS}, Tensor? tx, Tensor? tF_cond, Tensor? tF_uncond, "
     "Tensor? tnoise, Tensor? tguidance, Tensor? ta, Tensor? tb, Tensor? tc) -> Tensor",
-    _jvp,
     _forward_fake,
 )
 
@@ -63,8 +58,8 @@ def _setup_context(ctx, inputs, output):
 def _vjp(ctx, d):
     inputs = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[-8:])
-    *tensors, rows = backward_op(d, *inputs, [*needs[:4], any(needs[4:])])
-    da, db, dc, dguidance = rows.unbind(0)
+    *tensors, sums = backward_op(d, *inputs, (*needs[:4], any(needs[4:])))
+    da, db, dc, dguidance = sums.unbind(0)
     gradients = *tensors, dguidance, da, db, dc
     triples = zip(gradients, inputs, needs, strict=True)
     return tuple(g.to(value.dtype) if needed else None for g, value, needed in triples)
@@ -74,7 +69,22 @@ def _tangent(ctx, *tangents):
     return jvp_op(*ctx.saved_tensors, *tangents)
 
 
-_call = differentiable(forward_op, _setup_context, _vjp, _tangent)
+def _check(x, F_cond, F_uncond, noise, guidance, a, b, c) -> bool:
+    check_latents("x", x)
+    for name, tensor in (("F_cond", F_cond), ("F_uncond", F_uncond), ("noise", noise)):
+        if tensor is not None:
+            check_like(name, tensor, x.shape[0], "x", x)
+    for name, vector in dict(guidance=guidance, a=a, b=b, c=c).items():
+        if vector is not None:
+            check_vector(name, vector, x.shape[0], x)
+    return False  # a float64 state has kernels
+
+
+def _reference(x, F_cond, F_uncond, noise, guidance, a, b, c):
+    return reference.transition_step(x, F_cond, (a, b, c), F_uncond, guidance, noise)
+
+
+_call = forward_op.differentiable(_check, _reference, _setup_context, _vjp, _tangent)
 
 
 def transition_step(
@@ -113,17 +123,4 @@ def transition_step(
     elif not isinstance(guidance, Tensor):
         wide = torch.promote_types(x.dtype, torch.float32)
         guidance = x.new_full((x.shape[0],), guidance, dtype=wide)
-    _check(x, F_cond, F_uncond, noise, guidance=guidance, a=a, b=b, c=c)
-    if backend.choose(NAME, x) == "reference":
-        return reference.transition_step(x, F_cond, (a, b, c), F_uncond, guidance, noise)
     return _call(x, F_cond, F_uncond, noise, guidance, a, b, c)
-
-
-def _check(x, F_cond, F_uncond, noise, **vectors) -> None:
-    check_latents("x", x)
-    for name, tensor in (("F_cond", F_cond), ("F_uncond", F_uncond), ("noise", noise)):
-        if tensor is not None:
-            check_like(name, tensor, x.shape[0], "x", x)
-    for name, vector in vectors.items():
-        if vector is not None:
-            check_vector(name, vector, x.shape[0], x)

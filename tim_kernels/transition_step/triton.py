@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from ..launch.grid import kernel
-from ..launch.latents import SamplePlan, load, locate, scaled, store
-from ..launch.views import sample_view, vector
+from ..launch.latents import LatentGrid, load, locate, scaled, store
+from ..launch.views import POINTER, view_latents, view_vector
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def _guided(f_cond, f_uncond, has_uncond: tl.constexpr, guidance, sample):
 
 
 @kernel
-def _forward_kernel(
+def _transition_step_forward_kernel(
     length, programs,
     x_ptr, x_b, f_cond_ptr, f_cond_b, f_uncond_ptr, f_uncond_b, noise_ptr, noise_b,
     guidance, a, b, c, out_ptr,
@@ -42,7 +42,7 @@ def _forward_kernel(
 
 
 @kernel
-def _jvp_kernel(
+def _transition_step_jvp_kernel(
     length, programs,
     x_ptr, x_b, f_cond_ptr, f_cond_b, f_uncond_ptr, f_uncond_b, noise_ptr, noise_b,
     guidance, a, b, c,
@@ -70,7 +70,7 @@ def _jvp_kernel(
 
 
 @kernel
-def _backward_kernel(
+def _transition_step_backward_kernel(
     length, programs, d_ptr, d_b,
     x_ptr, x_b, f_cond_ptr, f_cond_b, f_uncond_ptr, f_uncond_b, noise_ptr, noise_b,
     guidance, a, b, c, dx_ptr, df_cond_ptr, df_uncond_ptr, dnoise_ptr, partial_ptr,
@@ -101,58 +101,72 @@ def _backward_kernel(
         tl.store(partial_ptr + 3 * step, tl.sum(df * (f_cond - f_uncond), 0))
 
 
-def _precision(x):
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _plan(x):
-    return SamplePlan("transition_step", x, x.shape[1:].numel())
+    """The grid over a state x, and the constant of its precision."""
+    wide = tl.float64 if x.dtype == torch.float64 else tl.float32
+    return LatentGrid("transition_step", x, x.shape[1:].numel()), dict(WIDE=wide)
 
 
-def _launch(plan, function, *arguments):
-    wide = tl.float64 if plan.x.dtype == torch.float64 else tl.float32
-    plan.launch(function, *arguments, WIDE=wide)
+def forward(x, *rest):
+    """x_r from the state, F_cond, F_uncond, the noise, and guidance, a, b, c."""
+    grid, constants = _plan(x)
+    launch = grid.launch(
+        _transition_step_forward_kernel, *map(view_latents, (x, *rest[:3])),
+        *map(view_vector, rest[3:]), POINTER, **constants,
+    )  # fmt: skip
 
+    def run(x, *rest):
+        out = x.new_empty(x.shape)
+        launch(x, *rest, out)
+        return out
 
-def forward(x, f_cond, f_uncond, noise, guidance, a, b, c):
-    out = x.new_empty(x.shape)
-    tensors, coefficients = (x, f_cond, f_uncond, noise), (guidance, a, b, c)
-    arguments = *map(sample_view, tensors), *map(vector, coefficients), out
-    _launch(_plan(x), _forward_kernel, *arguments)
-    return out
+    return run
 
 
 def jvp(x, f_cond, f_uncond, noise, guidance, a, b, c, *tangents):
     """The tangent of x_r; a tangent that is None is zero."""
     _, _, _, _, tguidance, ta, tb, tc = tangents
-    out = x.new_empty(x.shape)
     is_f_read = tb is not None or tguidance is not None
-    tensors = (
-        None if ta is None else x,
-        f_cond if is_f_read else None,
-        f_uncond if is_f_read else None,
-        None if tc is None else noise,
-    )
-    _launch(
-        _plan(x), _jvp_kernel, *map(sample_view, tensors), *map(vector, (guidance, a, b, c)),
-        *map(sample_view, tangents[:4]), *map(vector, tangents[4:]), out,
+    is_read = ta is not None, is_f_read, is_f_read, tc is not None
+
+    def read(*tensors):
+        return (x if is_it else None for x, is_it in zip(tensors, is_read, strict=True))
+
+    grid, constants = _plan(x)
+    launch = grid.launch(
+        _transition_step_jvp_kernel, *map(view_latents, read(x, f_cond, f_uncond, noise)),
+        *map(view_vector, (guidance, a, b, c)), *map(view_latents, tangents[:4]),
+        *map(view_vector, tangents[4:]), POINTER, **constants,
     )  # fmt: skip
-    return out
+
+    def run(x, f_cond, f_uncond, noise, *rest):
+        out = x.new_empty(x.shape)
+        launch(*read(x, f_cond, f_uncond, noise), *rest, out)
+        return out
+
+    return run
 
 
 def backward(d, x, f_cond, f_uncond, noise, guidance, a, b, c, needs):
-    """(dx, dF_c, dF_u, dn, rows), empty what is not needed; rows is (4, B) for a, b, c and g in
+    """(dx, dF_c, dF_u, dn, sums), empty what is not needed; sums is (4, B) for a, b, c and g in
     the state's precision, and the only one that reads the inputs."""
-    tensors, plan = (x, f_cond, f_uncond, noise), _plan(x)
-    made = [
-        tensor.new_empty(tensor.shape) if is_needed else None
-        for tensor, is_needed in zip(tensors, needs, strict=False)
-    ]
-    programs = plan.programs if needs[4] else 0
+    grid, constants = _plan(x)
+    shape = 4, grid.samples, grid.programs if needs[4] else 0
     wide = torch.promote_types(x.dtype, torch.float32)
-    partial = x.new_zeros((4, plan.samples, programs), dtype=wide)
-    _launch(
-        plan, _backward_kernel, sample_view(d), *map(sample_view, tensors),
-        *map(vector, (guidance, a, b, c)), *made, partial if needs[4] else None,
+    launch = grid.launch(
+        _transition_step_backward_kernel, *map(view_latents, (d, x, f_cond, f_uncond, noise)),
+        *map(view_vector, (guidance, a, b, c)), *[POINTER] * 5, **constants,
     )  # fmt: skip
-    return *(x.new_empty(0) if tensor is None else tensor for tensor in made), partial.sum(2)
+
+    def run(d, x, f_cond, f_uncond, noise, guidance, a, b, c, needs):
+        tensors = x, f_cond, f_uncond, noise
+        made = [
+            tensor.new_empty(tensor.shape) if is_needed else None
+            for tensor, is_needed in zip(tensors, needs, strict=False)
+        ]
+        partial = x.new_zeros(shape, dtype=wide)
+        launch(d, *tensors, guidance, a, b, c, *made, partial if needs[4] else None)
+        filled = (x.new_empty(0) if tensor is None else tensor for tensor in made)
+        return *filled, partial.sum(2)
+
+    return run

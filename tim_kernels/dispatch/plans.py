@@ -1,0 +1,53 @@
+"""What is the same for every call of the same shapes is worked out once and looked up after."""
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import Tensor
+
+MOST = 4096  # signatures of one operator; beyond them it starts anew
+_all: list["Plans"] = []
+
+
+class Plans(dict):
+    """By signature, what to do with arguments of it."""
+
+    def __init__(self):
+        super().__init__()
+        _all.append(self)
+
+    def __setitem__(self, key, plan) -> None:
+        if len(self) >= MOST:
+            self.clear()
+        super().__setitem__(key, plan)
+
+
+def forget() -> None:
+    """Drop every plan: something changed that no signature shows."""
+    for plans in _all:
+        plans.clear()
+
+
+@contextlib.contextmanager
+def forgotten_around() -> Iterator[None]:
+    """Plans made before, inside and after are made of different settings."""
+    forget()
+    try:
+        yield
+    finally:
+        forget()
+
+
+def signature(args: tuple) -> tuple:
+    """All that checks, the choice of a backend, views and launches depend on: of tensors their
+    class, shape, strides, dtype and device, anything else by its value."""
+    return tuple(
+        [
+            (type(x), x.shape, x.stride(), x.dtype, x.device)
+            if isinstance(x, Tensor)
+            else x
+            if type(x) is not list
+            else tuple(x)
+            for x in args
+        ]
+    )

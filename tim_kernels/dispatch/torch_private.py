@@ -1,0 +1,41 @@
+"""Every private name of torch that this package uses, in one place."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+is_functorch_active = torch._C._are_functorch_transforms_active
+dispatch_modes = torch._C._len_torch_dispatch_stack  # how many are active
+is_forward_mode_enabled = torch._C._is_fwd_grad_enabled
+
+
+def is_forward_mode() -> bool:
+    """Whether tensors may have tangents here."""
+    return forward_ad._current_level >= 0
+
+
+def has_tangent(tensors: Iterable) -> bool:
+    """Whether any of them, of which some may be no tensors, has a tangent."""
+    return is_forward_mode() and any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    )
+
+
+def below_autograd(op, keyset, *args):
+    """`op(*args)` by the kernel after autograd's, from inside autograd's."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def constant_when_compiled(function: Callable) -> Callable:
+    """torch.compiler.assume_constant_result, without its import of the whole compiler."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+def apply_function(function: type[torch.autograd.Function]) -> Callable:
+    """`function.apply` outside functorch, without binding the arguments to `forward`'s signature,
+    which costs more on the host than all the rest."""
+    return super(torch.autograd.Function, function).apply
