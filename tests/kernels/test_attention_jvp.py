@@ -280,9 +280,9 @@ def test_reruns_are_equal():
 def test_opcheck():
     given = inputs(5, 3, head_dim=24, heads=2)
     mask = torch.ones(1, 3, dtype=torch.bool, device=DEVICE)
-    torch.library.opcheck(op.jvp_op, (*given, mask, None, None, 0, 0))
+    torch.library.opcheck(op.jvp_op.torch_op, (*given, mask, None, None, 0, 0))
     cu, k_cu = (torch.tensor([0, n], dtype=torch.int32, device=DEVICE) for n in (5, 3))
-    torch.library.opcheck(op.jvp_op, (*(x[0] for x in given), None, cu, k_cu, 5, 3))
+    torch.library.opcheck(op.jvp_op.torch_op, (*(x[0] for x in given), None, cu, k_cu, 5, 3))
 
 
 class _Largest(TorchDispatchMode):
