@@ -5,16 +5,19 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint bench gpu wheels clean
+.PHONY: help demo test test-nightly lint bench gpu wheels clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## draw digits with the shipped model at 1 to 32 steps
 	$(BIN)/tim demo
 
 test: lint ## lint, then run every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-nightly: lint ## the same and longer sweeps over shapes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "nightly or not nightly"
 
 lint: $(VENV)/.test ## check style and formatting
 	$(BIN)/ruff check .

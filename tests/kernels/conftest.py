@@ -3,16 +3,16 @@ TIM_KERNELS_EMULATION, in a build of csrc/ for the CPU (see tests/csrc)."""
 
 import os
 
+import interpreter
 import pytest
 import torch
-from rounding import round_bfloat16_like_hardware
 
 from tim_kernels.dispatch import extension
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic GEMMs on a GPU
 torch.backends.cudnn.allow_tf32 = False  # float32 is float32 in a convolution too
 if not torch.cuda.is_available():
-    round_bfloat16_like_hardware()
+    interpreter.mend()
 if emulation := os.environ.get("TIM_KERNELS_EMULATION"):
     extension.emulate(emulation)
 elif not torch.cuda.is_available():

@@ -34,7 +34,7 @@ def noise(*shape: int, seed: int = 0, dtype=torch.float32, device="cpu") -> Tens
     return torch.randn(shape, generator=generator(seed)).to(device=device, dtype=dtype)
 
 
-def _tuple(outputs) -> tuple[Tensor, ...]:
+def as_tuple(outputs) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
@@ -54,7 +54,7 @@ def run(
     cast = (lambda x: x.to(dtype)) if dtype else (lambda x: x)
     leaves = [cast(x.detach()).requires_grad_() for x in inputs]
     primals = tuple(leaf.detach() for leaf in leaves)
-    outputs = _tuple(function(*leaves))
+    outputs = as_tuple(function(*leaves))
     result = {"outputs": [out.detach() for out in outputs]}
     gradients = []
     for seed in _seeds(100, inputs, numbers):
@@ -67,7 +67,7 @@ def run(
     tangents = []
     for seed in _seeds(200, outputs, numbers):
         along = _noise_like(inputs, seed, [x.dtype for x in inputs])
-        tangents.append(_tuple(torch.func.jvp(function, primals, tuple(map(cast, along)))[1]))
+        tangents.append(as_tuple(torch.func.jvp(function, primals, tuple(map(cast, along)))[1]))
     return result | {"tangents": _stack(tangents)}
 
 
@@ -79,46 +79,51 @@ def _noise_like(tensors: Sequence[Tensor], seed: int, dtypes: Sequence) -> list[
 
 
 def _seeds(first: int, tensors: Sequence[Tensor], numbers: int) -> range:
-    """One for each direction, so many that the smallest tensor yields `numbers` numbers of all."""
-    directions = -(-numbers // max(1, min(x.numel() for x in tensors)))
-    return range(first, first + 1000 * max(1, directions), 1000)
+    """One for each direction, so many that the smallest tensor yields `numbers` numbers of all; an
+    empty one never does."""
+    smallest = min((x.numel() for x in tensors if x.numel()), default=numbers)
+    return range(first, first + 1000 * -(-numbers // smallest), 1000)
 
 
 def _stack(directions: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [torch.stack(tensors) for tensors in zip(*directions, strict=True)]
 
 
-def assert_parity(fused: Callable, eager: Callable, inputs: Sequence[Tensor]) -> None:
+def assert_parity(
+    fused: Callable, eager: Callable, inputs: Sequence[Tensor], backend: str = BACKEND
+) -> None:
     """Hold `fused` to its float64 reference, with the error of `eager` as the yardstick."""
     with use_backend("reference"):
         oracle = run(fused, inputs, torch.float64, not EMULATED, NUMBERS)
         plain = run(eager, inputs, None, not EMULATED, NUMBERS)
-    with use_backend(BACKEND):
+    with use_backend(backend):
         ours = run(fused, inputs, None, not EMULATED, NUMBERS)
     for kind, expected in oracle.items():
         factor = FORWARD if kind == "outputs" else DERIVATIVE
-        for i, truth in enumerate(expected):
-            error, yardstick = ((r[kind][i].double() - truth).norm() for r in (ours, plain))
-            bound = factor * yardstick + FLOOR * truth.norm()
-            assert ours[kind][i].shape == truth.shape, (kind, i)
-            assert error <= bound, f"{kind}[{i}]: error {error:.3e} > {bound:.3e}"
+        for i, each in enumerate(zip(ours[kind], plain[kind], expected, strict=True)):
+            assert_as_accurate(*each, factor, f"{kind}[{i}]")
 
 
-def assert_same_every_run(function: Callable, inputs: Sequence[Tensor], runs: int = 2) -> None:
-    """Bit-for-bit the same outputs, gradients and tangents."""
+def assert_as_accurate(ours: Tensor, plain: Tensor, truth: Tensor, factor: float, what: str):
+    """‖ours − truth‖ ≤ factor·‖plain − truth‖ + FLOOR·‖truth‖."""
+    error, yardstick = ((x.double() - truth).norm() for x in (ours, plain))
+    bound = factor * yardstick + FLOOR * truth.norm()
+    assert ours.shape == truth.shape, what
+    assert error <= bound, f"{what}: error {error:.3e} > {bound:.3e}"
+
+
+def assert_same_every_run(function: Callable, inputs: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+    """Bit-for-bit the same outputs, gradients and tangents, twice; returns them."""
     with use_backend(BACKEND):
-        first = run(function, inputs, None, not EMULATED)
-        for _ in range(runs - 1):
-            again = run(function, inputs, None, not EMULATED)
-            for kind, tensors in first.items():
-                for a, b in zip(tensors, again[kind], strict=True):
-                    assert torch.equal(a, b), kind
+        first, again = run(function, inputs), run(function, inputs)
+    for kind, tensors in first.items():
+        for a, b in zip(tensors, again[kind], strict=True):
+            assert torch.equal(a, b), kind
+    return first
 
 
-def assert_adjoint(function: Callable, inputs: Sequence[Tensor]) -> None:
-    """⟨J v, w⟩ = ⟨v, Jᵀ w⟩ on the fused route, in float32."""
-    with use_backend(BACKEND):
-        result = run(function, inputs)
+def assert_adjoint(result: dict[str, list[Tensor]], inputs: Sequence[Tensor]) -> None:
+    """⟨J v, w⟩ = ⟨v, Jᵀ w⟩ of what `run` gave, in float32."""
     cotangents = [noise(*o.shape, seed=100 + i) for i, o in enumerate(result["outputs"])]
     tangents = [noise(*x.shape, seed=200 + i) for i, x in enumerate(inputs)]
     forward = _in_float64(result["tangents"], cotangents)
@@ -142,9 +147,9 @@ def assert_gradcheck(function: Callable, inputs: Sequence[Tensor]) -> None:
 def assert_nonfinite_like_reference(function: Callable, inputs: Sequence[Tensor]) -> None:
     """NaN and infinity come out where, and as, they do in the reference."""
     with use_backend("reference"):
-        expected = _tuple(function(*inputs))
+        expected = as_tuple(function(*inputs))
     with use_backend(BACKEND):
-        ours = _tuple(function(*inputs))
+        ours = as_tuple(function(*inputs))
     for a, b in zip(ours, expected, strict=True):
         assert torch.equal(a.isnan(), b.isnan())
         assert torch.equal(a.isposinf(), b.isposinf()) and torch.equal(a.isneginf(), b.isneginf())
@@ -158,7 +163,7 @@ def assert_compiles_once(function: Callable, calls: Sequence[Sequence[Tensor]]) 
         compiled = torch.compile(function, backend=frames, fullgraph=True, dynamic=True)
         for inputs in calls:
             leaves = [x.detach().clone().requires_grad_() for x in inputs]
-            outputs, expected = _tuple(compiled(*leaves)), _tuple(function(*inputs))
+            outputs, expected = as_tuple(compiled(*leaves)), as_tuple(function(*inputs))
             for a, b in zip(outputs, expected, strict=True):
                 assert torch.equal(a, b)
             sum(o.float().square().sum() for o in outputs).backward()

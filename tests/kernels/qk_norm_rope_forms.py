@@ -2,32 +2,33 @@
 
 import torch
 import torch.nn.functional as F
-from parity import DEVICE, noise
+from contract import Problem
+from parity import DEVICE, as_tuple, noise
 
 from tim_kernels import rope_tables
 from tim_kernels.qk_norm_rope import reference
 from tim_kernels.qk_norm_rope.op import qk_norm_rope, qkv_norm_rope
 
 
-def eager_one(x, weight=None, bias=None, shift=None, places=None):
+def eager_one(x, weight=None, bias=None, shift=None, at=None):
     if shift is not None:
         x = x + shift.unflatten(-1, x.shape[-2:])[:, None]
     if weight is not None:
         x = F.layer_norm(x, x.shape[-1:], weight, bias, eps=1e-5)
-    if places is None:
+    if at is None:
         return x
-    cos, sin = (table.unsqueeze(-2) for table in rope_tables(places, x.shape[-1]))
+    cos, sin = (table.unsqueeze(-2) for table in rope_tables(at, x.shape[-1]))
     return (x * cos + reference.rotate_pairs(x) * sin).to(x.dtype)
 
 
-def places(x, positions):
-    """Positions as the eager twin needs them."""
+def positions_of(x, positions):
+    """What eager PyTorch takes: the positions themselves."""
     n = torch.arange(x.shape[1], device=x.device)
     if "grid" not in positions:
         return positions.get("positions")
     h, w = positions["grid"]
-    divisor = w if positions.get("order") == "grid" else h
-    return torch.stack((n % divisor, n // divisor), -1)
+    length = w if positions.get("order") == "grid" else h
+    return torch.stack((n % length, n // length), -1)
 
 
 def both(q, k, *rows, **positions):
@@ -37,7 +38,7 @@ def both(q, k, *rows, **positions):
 
 
 def eager_both(q, k, *rows, **positions):
-    at = places(q, positions)
+    at = positions_of(q, positions)
     affine, shifts = (rows[:4] or (None,) * 4), (rows[4:] or (None,) * 2)
     return (
         eager_one(q, *affine[:2], shifts[0], at),
@@ -51,7 +52,7 @@ def alone(q, *rows, **positions):
 
 
 def eager_alone(q, *rows, **positions):
-    return eager_one(q, *rows, places=places(q, positions))
+    return eager_one(q, *rows, at=positions_of(q, positions))
 
 
 def packed_qkv(qkv, *rows, **positions):
@@ -69,7 +70,7 @@ def shift_alone(q, shift, **positions):
 
 
 def eager_shift_alone(q, shift, **positions):
-    return eager_one(q, shift=shift, places=places(q, positions))
+    return eager_one(q, shift=shift, at=positions_of(q, positions))
 
 
 FORMS = {  # the op, its eager twin, how many token tensors, affine rows and shifts; is it turned
@@ -83,22 +84,24 @@ FORMS = {  # the op, its eager twin, how many token tensors, affine rows and shi
 }
 
 
-def inputs(form, B=2, N=6, H=2, D=24, dtype=torch.float32, row_dtype=None, rows=None):
-    *_, tokens, n_affine, n_shifts, _ = FORMS[form]
-    inner = 3 * H if form == "packed_qkv" else H
-    xs = [noise(B, N, inner, D, seed=i, dtype=dtype, device=DEVICE) for i in range(tokens)]
-    row_dtype = row_dtype or dtype
-    shapes = [(D,)] * n_affine + [(rows or B, H * D)] * n_shifts
-    return xs + [
-        noise(*shape, seed=10 + i, dtype=row_dtype, device=DEVICE) for i, shape in enumerate(shapes)
-    ]
+def problem(
+    form, B=2, grid=(2, 3), H=2, D=24, dtype=torch.float32, cond_dtype=None, is_shared=False,
+    **options,
+):  # fmt: skip
+    """`is_shared` is one shift for all samples; positions given are taken, not the grid."""
+    fused, eager, n_tokens, n_affine, n_shifts, is_turned = FORMS[form]
+    cond_dtype, N, heads = cond_dtype or dtype, grid[0] * grid[1], 3 * H if "qkv" in form else H
+    inputs = [noise(B, N, heads, D, seed=i, dtype=dtype, device=DEVICE) for i in range(n_tokens)]
+    shapes = [(D,)] * n_affine + [(1 if is_shared else max(B, 1), H * D)] * n_shifts
+    for i, shape in enumerate(shapes):
+        inputs.append(noise(*shape, seed=10 + i, dtype=cond_dtype, device=DEVICE))
+    if "positions" not in options:
+        options["grid"] = grid
+    options = options if is_turned else {}
 
+    def twin(*args):
+        if cond_dtype != dtype:  # eager LayerNorm wants one dtype
+            args = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in args]
+        return tuple(out.to(dtype) for out in as_tuple(eager(*args, **options)))
 
-def bound(form, grid=None, **positions):
-    """The op and its eager twin with the form's positions."""
-    fused, eager, *_, is_turned = FORMS[form]
-    if grid is not None:
-        positions["grid"] = grid
-    if not is_turned:
-        positions = {}
-    return (lambda *args: fused(*args, **positions)), (lambda *args: eager(*args, **positions))
+    return Problem(lambda *args: fused(*args, **options), twin, inputs)

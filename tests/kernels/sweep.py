@@ -15,10 +15,10 @@ except ModuleNotFoundError:  # a bare GPU machine
 
     st = Strategies()
 
-    def sweep(max_examples: int, **strategies):
+    def sweep(max_examples: int):
         def decorate(test):
             @pytest.mark.skip(reason="hypothesis is not installed")
-            def left_out():
+            def left_out(self):
                 raise AssertionError("skipped")
 
             left_out.__name__ = test.__name__
@@ -28,8 +28,8 @@ except ModuleNotFoundError:  # a bare GPU machine
 
 else:
 
-    def sweep(max_examples: int, **strategies):
-        """Run a test on that many draws of its arguments."""
+    def sweep(max_examples: int):
+        """Run a test, a method, on that many draws of its argument `data`."""
 
         def decorate(test):
             limits = settings(
@@ -38,6 +38,6 @@ else:
                 suppress_health_check=list(HealthCheck),
                 derandomize=True,  # a failure is there again; on a GPU, what was compiled too
             )
-            return limits(given(**strategies)(test))
+            return limits(given(data=st.data())(test))
 
         return decorate

@@ -1,20 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import (
-    BACKEND,
-    DEVICE,
-    DTYPES,
-    WIDTHS,
-    assert_adjoint,
-    assert_compiles_once,
-    assert_gradcheck,
-    assert_nonfinite_like_reference,
-    assert_parity,
-    assert_same_every_run,
-    noise,
-)
-from sweep import st, sweep
+from contract import Contract, Problem, over, with_gradients
+from parity import BACKEND, DEVICE, DTYPES, WIDTHS, as_tuple, assert_parity, noise
+from sweep import st
 
 from tim_kernels import (
     Segments,
@@ -39,11 +28,13 @@ def eager_both(x, branch, gate, shift, scale, bias=None):
     return x, eager_norm(x, shift, scale)
 
 
-def both(x, branch, gate, shift, scale, bias=None):
-    return gated_residual_ada_layer_norm(x, branch, gate, shift, scale, branch_bias=bias)
+def both(x, branch, gate, shift, scale, bias=None, segments=None):
+    return gated_residual_ada_layer_norm(
+        x, branch, gate, shift, scale, branch_bias=bias, segments=segments
+    )
 
 
-FORMS = {  # the op, its eager twin, how many token tensors and rows it takes
+FORMS = {  # the op, its eager twin, how many token tensors and conditioning rows it takes
     "norm": (ada_layer_norm, eager_norm, 1, 2),
     "residual": (gated_residual, eager_residual, 2, 1),
     "residual_bias": (gated_residual, eager_residual, 2, 2),
@@ -52,56 +43,75 @@ FORMS = {  # the op, its eager twin, how many token tensors and rows it takes
 }
 
 
-def inputs(form, B=2, N=5, C=96, dtype=torch.float32, row_dtype=None, rows=None):
-    *_, tokens, n_rows = FORMS[form]
-    xs = [noise(B, N, C, seed=i, dtype=dtype, device=DEVICE) for i in range(tokens)]
-    row_dtype = row_dtype or dtype
-    return xs + [
-        noise(rows or B, C, seed=10 + i, dtype=row_dtype, device=DEVICE) for i in range(n_rows)
+def problem(form, B=2, N=5, C=96, dtype=torch.float32, cond_dtype=None, is_shared=False):
+    """B samples of N tokens; `is_shared` is one conditioning row for all samples."""
+    fused, eager, n_tokens, n_rows = FORMS[form]
+    rows = 1 if is_shared else max(B, 1)
+    inputs = [noise(B, N, C, seed=i, dtype=dtype, device=DEVICE) for i in range(n_tokens)]
+    for i in range(n_rows):
+        inputs.append(noise(rows, C, seed=10 + i, dtype=cond_dtype or dtype, device=DEVICE))
+
+    def twin(*args):
+        return tuple(out.to(dtype) for out in as_tuple(eager(*args)))
+
+    return Problem(fused, twin if cond_dtype else eager, inputs)
+
+
+class TestAdaLayerNorm(Contract):
+    problem = staticmethod(problem)
+    parity = [
+        *over(form=FORMS, dtype=[*DTYPES], C=[*WIDTHS]),
+        *over(form=FORMS, B=[1], N=[1, 9], C=72),
+        *over(form=FORMS, B=[3], N=[1, 70], C=72),
+        *over(form=FORMS, B=3, dtype=torch.bfloat16, cond_dtype=torch.float32, is_shared=True),
     ]
+    on_cpu = over(form=FORMS, dtype=[*DTYPES], N=16, C=1152)
+    empty = [*over(form=FORMS, B=0, N=[0, 3], C=8), *over(form=FORMS, B=2, N=0, C=8)]
+    layout = over(form=FORMS, B=2, N=7)
+    partial = over(form=FORMS, B=2, N=3, C=12)
+    tangent_tolerance = dict(rtol=1e-4, atol=1e-5)
+    repeated = over(form=FORMS, B=2, N=70)
+    small = over(form=FORMS, B=1, N=2, C=6)
+    nonfinite = over(form=FORMS, N=4)
+    float64 = over(form=FORMS)
+    float64_tolerance = 1e-12
+    compiled = [[dict(form=form, B=B, N=N) for B, N in ((2, 5), (3, 7), (4, 6))] for form in FORMS]
+    draws = dict(
+        form=st.sampled_from(sorted(FORMS)),
+        B=st.integers(1, 4),
+        N=st.integers(1, 40),
+        C=st.integers(3, 300),  # of two channels, LN has no derivative to speak of
+        dtype=st.sampled_from(DTYPES),
+        is_shared=st.booleans(),
+    )
+
+    def poison(self, inputs):
+        inputs[0][0, 0, 3], inputs[0][0, 2, 3] = float("nan"), float("inf")
+        inputs[-1][1, 5] = float("-inf")
+
+    def operators(self):
+        x, branch, gate, shift, scale, bias = problem("both_bias", N=3, C=24).inputs
+        rest = 1e-6, None, 0
+        yield op.forward_op, with_gradients(x, branch, gate, bias, shift, scale, *rest)
+        yield op.forward_op, with_gradients(x, None, None, None, shift, scale, *rest)
+        yield op.forward_op, with_gradients(x, branch, gate, None, None, None, 0.0, None, 0)
+        yield op.backward_op, (x, x, x, branch, gate, bias, scale, *rest)
+        tangents = x, x, gate, bias, shift, scale
+        yield op.jvp_op, (x, branch, gate, bias, scale, *tangents, *rest)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", FORMS)
-def test_parity(form, dtype):
-    fused, eager, *_ = FORMS[form]
-    for C in WIDTHS:
-        assert_parity(fused, eager, inputs(form, C=C, dtype=dtype))
-
-
-@pytest.mark.parametrize("B, N", [(1, 1), (1, 9), (3, 1), (3, 70)])
-@pytest.mark.parametrize("form", FORMS)
-def test_sizes(form, B, N):
-    fused, eager, *_ = FORMS[form]
-    assert_parity(fused, eager, inputs(form, B, N, C=72))
-
-
+@pytest.mark.parametrize("form", ["both", "both_bias"])
 @pytest.mark.parametrize("B, N", [(0, 3), (2, 0), (0, 0)])
-@pytest.mark.parametrize("form", FORMS)
-def test_nothing_to_do(form, B, N):
-    fused, *_ = FORMS[form]
-    leaves = [x.requires_grad_() for x in inputs(form, B, N, C=8, rows=max(B, 1))]
+def test_nothing_to_do_for_a_gradient_of_one_output(form, B, N):
+    fused, _, inputs = problem(form, B, N, C=8)
+    leaves = [x.requires_grad_() for x in inputs]
     with use_backend(BACKEND):
-        out = fused(*leaves)
-        for o in out if isinstance(out, tuple) else (out,):
-            assert o.shape == (B, N, 8)
-        (out[0] if isinstance(out, tuple) else out).sum().backward()
+        fused(*leaves)[0].sum().backward()
     for leaf in leaves:
         assert leaf.grad is None or not leaf.grad.any()
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_one_row_for_all_samples_and_mixed_dtypes(form):
-    fused, eager, *_ = FORMS[form]
-    args = inputs(form, B=3, dtype=torch.bfloat16, row_dtype=torch.float32, rows=1)
-    assert_parity(fused, lambda *a: _to_first_dtype(eager(*a), a[0]), args)
-
-
-def _to_first_dtype(out, x):
-    return tuple(o.to(x.dtype) for o in out) if isinstance(out, tuple) else out.to(x.dtype)
-
-
-def test_strided_input_is_read_in_place():
+def test_views_of_packed_tensors_are_read_in_place():
     packed = noise(2, 7, 3 * 96, device=DEVICE)
     x, branch = packed[..., :96], packed[..., 96:192]
     chunks = noise(2, 6 * 96, seed=1, device=DEVICE).chunk(6, dim=-1)
@@ -116,105 +126,27 @@ def test_strided_input_is_read_in_place():
 @pytest.mark.parametrize("form", FORMS)
 def test_packed_segments(form):
     """Lengths 0 and 1 among others; each segment as if it were alone."""
-    fused, *_ = FORMS[form]
-    lengths = [3, 0, 1, 6, 0]
+    fused, eager, n_tokens, n_rows = FORMS[form]
+    lengths = torch.tensor([3, 0, 1, 6, 0], device=DEVICE)
     cu = torch.tensor([0, 3, 3, 4, 10, 10], dtype=torch.int32, device=DEVICE)
     segments = Segments(cu, max_length=8)
-    *_, tokens, n_rows = FORMS[form]
-    xs = [noise(10, 72, seed=i, device=DEVICE) for i in range(tokens)]
+    tokens = [noise(10, 72, seed=i, device=DEVICE) for i in range(n_tokens)]
     rows = [noise(5, 72, seed=10 + i, device=DEVICE) for i in range(n_rows)]
 
     def packed(*args):
-        if form.startswith("residual"):
-            return gated_residual(*args, segments=segments)
-        if form == "norm":
-            return ada_layer_norm(*args, segments=segments)
-        x, branch, gate, shift, scale, *bias = args
-        return gated_residual_ada_layer_norm(
-            x, branch, gate, shift, scale, 1e-6, *(bias or [None]), segments=segments
-        )
+        return fused(*args, segments=segments)
 
-    def eager(*args):
-        xs, rows = args[:tokens], args[tokens:]
-        rows = [r.repeat_interleave(torch.tensor(lengths, device=DEVICE), dim=0) for r in rows]
-        out = FORMS[form][1](*(x[:, None] for x in xs), *rows)
-        return tuple(o[:, 0] for o in out) if isinstance(out, tuple) else out[:, 0]
+    def apart(*args):
+        tokens = [x[:, None] for x in args[:n_tokens]]
+        rows = [row.repeat_interleave(lengths, dim=0) for row in args[n_tokens:]]
+        return tuple(out[:, 0] for out in as_tuple(eager(*tokens, *rows)))
 
-    assert_parity(packed, eager, xs + rows)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_reruns_are_equal_and_derivatives_adjoint(form):
-    fused, *_ = FORMS[form]
-    args = inputs(form, B=3, N=150)
-    assert_same_every_run(fused, args)
-    assert_adjoint(fused, args)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_gradcheck(form):
-    assert_gradcheck(FORMS[form][0], inputs(form, B=1, N=2, C=6))
+    assert_parity(packed, apart, tokens + rows)
 
 
 def test_mean_far_from_zero():
-    x, shift, scale = inputs("norm", C=1152)
+    x, shift, scale = problem("norm", C=1152).inputs
     assert_parity(ada_layer_norm, eager_norm, [x + 1e4, shift, scale])
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_nan_and_infinity(form):
-    args = inputs(form, N=4)
-    for row, value in ((0, float("nan")), (2, float("inf"))):
-        args[0][0, row, 3] = value
-    args[-1][1, 5] = float("-inf")
-    assert_nonfinite_like_reference(FORMS[form][0], args)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_compiles_once_for_all_lengths(form):
-    calls = [inputs(form, B, N) for B, N in ((2, 5), (3, 7), (4, 6))]
-    assert_compiles_once(FORMS[form][0], calls)
-
-
-def test_opcheck():
-    x, branch, gate, shift, scale, bias = inputs("both_bias", N=3, C=24)
-    with use_backend(BACKEND):
-        for args in (
-            (x, branch, gate, bias, shift, scale, 1e-6, None, 0),
-            (x, None, None, None, shift, scale, 1e-6, None, 0),
-            (x, branch, gate, None, None, None, 0.0, None, 0),
-        ):
-            args = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
-            torch.library.opcheck(op.forward_op.torch_op, tuple(args))
-        torch.library.opcheck(
-            op.backward_op.torch_op, (x, x, x, branch, gate, bias, scale, 1e-6, None, 0)
-        )
-        torch.library.opcheck(
-            op.jvp_op, (x, branch, gate, bias, scale, x, x, gate, bias, shift, scale, 1e-6, None, 0)
-        )
-
-
-@sweep(
-    25,
-    form=st.sampled_from(sorted(FORMS)),
-    B=st.integers(1, 4),
-    N=st.integers(1, 40),
-    C=st.integers(3, 300),  # of two channels, LN has no derivative to speak of
-    dtype=st.sampled_from(DTYPES),
-    shared=st.booleans(),
-)
-def test_any_shape(form, B, N, C, dtype, shared):
-    fused, eager, *_ = FORMS[form]
-    assert_parity(fused, eager, inputs(form, B, N, C, dtype, rows=1 if shared else B))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_float64_runs_on_the_reference(form):
-    fused, eager, *_ = FORMS[form]
-    args = inputs(form, dtype=torch.float64)
-    with use_backend(BACKEND):
-        ours = fused(*args)
-    torch.testing.assert_close(ours, eager(*args), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -230,11 +162,11 @@ def test_float64_runs_on_the_reference(form):
 )
 def test_refusals(change, message):
     with pytest.raises(ValueError, match=message):
-        both(*change(*inputs("both")))
+        both(*change(*problem("both").inputs))
 
 
 def test_other_ranks_and_gaps_are_refused():
-    x, shift, scale = inputs("norm", B=2, N=6)
+    x, shift, scale = problem("norm", B=2, N=6).inputs
     with pytest.raises(ValueError, match=r"x must be \(B, N, C\), got \(2, 2, 3, 96\)"):
         ada_layer_norm(x.unflatten(1, (2, 3)), shift, scale)
     offsets = torch.tensor([[0, 9], [2, 9], [6, 9]], dtype=torch.int32, device=DEVICE)

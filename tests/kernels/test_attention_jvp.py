@@ -9,7 +9,17 @@ from unittest.mock import patch
 import pytest
 import torch
 from eager import attend
-from parity import BACKEND, DERIVATIVE, DEVICE, DTYPES, FLOOR, FORWARD, noise
+from parity import (
+    BACKEND,
+    DERIVATIVE,
+    DEVICE,
+    DTYPES,
+    FORWARD,
+    assert_adjoint,
+    assert_as_accurate,
+    noise,
+    run,
+)
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -60,13 +70,11 @@ def check(function, plain, inputs):
     with patch.object(op, "jvp_op", wraps=op.jvp_op) as kernel:
         result = dual(function, inputs)
     assert kernel.call_count == 1
-    for kind, factor, truth, ours, theirs in zip(
-        ("output", "tangent"), (FORWARD, DERIVATIVE), oracle, result, yardstick, strict=True
+    assert all(ours.dtype == inputs[0].dtype for ours in result)
+    for kind, factor, *each in zip(
+        ("output", "tangent"), (FORWARD, DERIVATIVE), result, yardstick, oracle, strict=True
     ):
-        bound = factor * (theirs.double() - truth).norm() + FLOOR * truth.norm()
-        error = (ours.double() - truth).norm()
-        assert ours.shape == truth.shape and ours.dtype == inputs[0].dtype
-        assert error <= bound, f"{kind}: error {error:.3e} > {bound:.3e}"
+        assert_as_accurate(*each, factor, kind)
 
 
 @pytest.mark.parametrize("N", [1, 7, 64, 100, 257])
@@ -199,16 +207,8 @@ def test_nothing_to_attend(N, M):
 
 
 def test_adjoint_of_pytorch_s_backward():
-    given = inputs(70, 33, head_dim=72, heads=2)
-    leaves = [x.clone().requires_grad_() for x in given[:3]]
-    w = noise(*given[0].shape, seed=7, device=DEVICE)
-    gradients = torch.autograd.grad(attention(*leaves), leaves, w)
-    _, tangent = dual(attention, given)
-    pairs = list(zip(gradients, given[3:], strict=True))
-    left = float((tangent.double() * w).sum())
-    right = sum(float((g.double() * t).sum()) for g, t in pairs)
-    scale = float(tangent.norm() * w.norm()) + sum(float(g.norm() * t.norm()) for g, t in pairs)
-    assert abs(left - right) <= 1e-6 * scale
+    primals = inputs(70, 33, head_dim=72, heads=2)[:3]
+    assert_adjoint(run(attention, primals), primals)
 
 
 def test_central_difference():

@@ -1,12 +1,13 @@
 import subprocess
 import sys
 import threading
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 import tim_kernels
-from tim_kernels.dispatch import backend
+from tim_kernels.dispatch import backend, extension
 
 
 def rows(device="cpu"):
@@ -27,11 +28,20 @@ def test_choice_nests_and_ends():
 def test_auto_takes_triton_where_csrc_has_only_a_slow_kernel(monkeypatch, width, chosen):
     monkeypatch.setattr(backend, "_first", lambda *_: "cuda")
     monkeypatch.setattr(backend, "obstacle", lambda *_: None)
-    tokens = torch.empty(2, 3, width, device="meta")
-    assert backend.fused(backend.OPS["ada_layer_norm"], tokens) == chosen
-    assert backend.fused(backend.OPS["swiglu"], tokens) == "cuda"
+    monkeypatch.setattr(extension, "ops", MagicMock())  # no library here
+    x = torch.empty(2, 3, width, device="meta")
+    row = x[:, 0]
+
+    def module(name, launcher, *args):
+        op = backend.OPS[name]
+        run = backend.plan(op, launcher, args, backend.fused(op, x))
+        return run.__module__.rpartition(".")[2]
+
+    norm = x, None, None, None, row, row, 1e-6, None, 0
+    assert module("ada_layer_norm", "forward", *norm) == chosen
+    assert module("swiglu", "forward", x, x) == "cuda"
     with tim_kernels.use_backend("cuda"):
-        assert backend.fused(backend.OPS["ada_layer_norm"], tokens) == "cuda"
+        assert module("ada_layer_norm", "forward", *norm) == "cuda"
 
 
 def test_use_backend_is_the_thread_s_own():

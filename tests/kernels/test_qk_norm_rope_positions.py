@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from parity import BACKEND, DEVICE, assert_parity, noise
-from qk_norm_rope_forms import FORMS, both, bound, eager_packed_qkv, inputs, packed_qkv
+from parity import BACKEND, DEVICE, as_tuple, assert_parity, noise
+from qk_norm_rope_forms import FORMS, both, eager_packed_qkv, packed_qkv, problem
 
 from tim_kernels import Segments
 from tim_kernels.dispatch.backend import use_backend
@@ -14,7 +14,7 @@ from tim_kernels.qk_norm_rope.op import qk_norm_rope
 @pytest.mark.parametrize("order", reference.ORDERS)
 @pytest.mark.parametrize("h, w", [(3, 5), (5, 3), (1, 4)])
 def test_positions_from_every_source_agree(order, h, w):
-    q, k, *rows = inputs("both", N=h * w)
+    q, k, *rows = problem("both", grid=(h, w)).inputs
     grid = reference.grid_positions(h, w, order, DEVICE)
     sizes = torch.tensor([[h, w]] * 2, dtype=torch.int32, device=DEVICE)
     sources = (
@@ -32,7 +32,7 @@ def test_positions_from_every_source_agree(order, h, w):
 
 
 def test_every_sample_with_its_own_positions():
-    q, k, *rows = inputs("both", N=3)
+    q, k, *rows = problem("both", grid=(1, 3)).inputs
     at = torch.tensor([[[0, 1], [7, 2], [3, 3]], [[9, 9], [-4, 0], [1, 2]]], device=DEVICE)
     with use_backend(BACKEND):
         together = both(q, k, *rows, positions=at)
@@ -45,8 +45,7 @@ def test_every_sample_with_its_own_positions():
 @pytest.mark.parametrize("top", [1023, 4096, 100_003, 2**24 - 1])
 def test_far_positions(top):
     at = torch.tensor([[top, 0], [1, top], [top - 1, top - 2], [top // 3, top // 7]], device=DEVICE)
-    x = inputs("both_unnormed", N=4, D=72)
-    assert_parity(*bound("both_unnormed", positions=at), x)
+    assert_parity(*problem("both_unnormed", grid=(2, 2), D=72, positions=at))
     with use_backend(BACKEND):
         cos, sin = qk_norm_rope(torch.tensor([1.0, 0.0]).repeat(36).expand(1, 4, 1, 72).to(DEVICE),
                                 positions=at).unflatten(-1, (36, 2)).unbind(-1)  # fmt: skip
@@ -58,7 +57,7 @@ def test_far_positions(top):
 def test_packed_qkv_is_read_in_place():
     H, D = 2, 72
     qkv = noise(2, 6, 3, H, D, device=DEVICE)
-    rows = inputs("both", D=D)[2:]
+    rows = problem("both", D=D).inputs[2:]
     wide = noise(2, 4 * H * D, seed=9, device=DEVICE)
     rows[4:] = wide[:, : H * D], wide[:, H * D : 2 * H * D]
     q, k, _ = qkv.unbind(2)
@@ -100,7 +99,7 @@ def test_packed_segments(form, source):
         none={},
     )[source]
     fused, eager, tokens, n_affine, *_ = FORMS[form]
-    args = inputs(form, B=5)
+    args = problem(form, B=5).inputs
     args[:tokens] = [noise(10, 2, 24, seed=i, device=DEVICE) for i in range(tokens)]
 
     def packed(*args):
@@ -111,14 +110,13 @@ def test_packed_segments(form, source):
         index = torch.tensor(LENGTHS, device=DEVICE)
         rows[n_affine:] = [r.repeat_interleave(index, dim=0) for r in rows[n_affine:]]
         where = {} if source == "none" else dict(positions=at[:, None])
-        out = eager(*xs, *rows, **where)
-        return tuple(o[:, 0] for o in out) if isinstance(out, tuple) else out[:, 0]
+        return tuple(out[:, 0] for out in as_tuple(eager(*xs, *rows, **where)))
 
     assert_parity(packed, apart, args)
 
 
 def test_packed_qkv_returns_a_view_and_fills_one_gradient():
-    qkv, *rows = inputs("packed_qkv", D=8)
+    qkv, *rows = problem("packed_qkv", D=8).inputs
     for used in ((0,), (1, 2), (2,), (0, 1, 2)):
         gradients = []
         for function, backend in ((packed_qkv, "triton"), (eager_packed_qkv, "reference")):

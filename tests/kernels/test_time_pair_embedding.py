@@ -3,20 +3,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from contract import Contract, Problem, over
 from parity import (
     BACKEND,
     DEVICE,
     DTYPES,
-    assert_adjoint,
-    assert_compiles_once,
-    assert_gradcheck,
     assert_nonfinite_like_reference,
     assert_parity,
-    assert_same_every_run,
     noise,
     run,
 )
-from sweep import st, sweep
+from sweep import st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tim_kernels.dispatch.backend import use_backend
@@ -75,18 +72,40 @@ def inputs(B=5, C=48, dtype=torch.float32, embedders=2, largest=1.0):
     return pair(B, largest) + [w for i in range(embedders) for w in weights(C, dtype, 10 * i)]
 
 
-@pytest.mark.parametrize("embedders", [1, 2])
-@pytest.mark.parametrize("condition", CONDITIONS)
-def test_parity(condition, embedders):
-    for dtype in DTYPES:
-        args = inputs(dtype=dtype, embedders=embedders)
-        assert_parity(fused(condition), eager(condition), args)
+def problem(form="t,r,t-r", **sizes):
+    """The forms are the conditions."""
+    return Problem(fused(form), eager(form), inputs(**sizes))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("B, C", [(1, 768), (4, 1152), (33, 72), (7, 65)])
-def test_sizes(B, C, dtype):
-    assert_parity(fused("t-r"), eager("t-r"), inputs(B, C, dtype))
+class TestTimePairEmbedding(Contract):
+    problem = staticmethod(problem)
+    parity = [
+        *over(form=[*CONDITIONS], embedders=[1, 2], dtype=[*DTYPES]),
+        *over(form="t-r", B=1, C=768, dtype=[*DTYPES]),
+        *over(form="t-r", B=4, C=1152, dtype=[*DTYPES]),
+        *over(form="t-r", B=33, C=72, dtype=[*DTYPES]),
+        *over(form="t-r", B=7, C=65, dtype=[*DTYPES]),
+    ]
+    empty = over(form=[*CONDITIONS], B=0, C=8)
+    repeated = over(form=[*CONDITIONS], B=4)
+    small = over(form=[*CONDITIONS], B=2, C=4)
+    compiled = [over(embedders=n, B=[2, 5, 3], C=16) for n in (1, 2)]
+    draws = dict(
+        form=st.sampled_from(CONDITIONS),
+        B=st.integers(2, 5),
+        C=st.integers(8, 80),
+        dtype=st.sampled_from(DTYPES),
+        embedders=st.integers(1, 2),
+        largest=st.sampled_from([1.0, 80.0, 999.0]),
+    )
+
+    def operators(self):
+        t, r = pair(3)
+        leaves = t.clone().requires_grad_(), r.clone().requires_grad_()
+        yield op.forward_op, (*leaves, "t,t-r", torch.float32)
+        yield op.forward_op, (t, r, "t,r,t-r", torch.bfloat16)
+        yield op.backward_op, (noise(2, 3, 256, device=DEVICE), t, r, "t,t-r")
+        yield op.jvp_op, (t, r, r, None, "t,r", torch.float16)
 
 
 @pytest.mark.parametrize("largest", [1e-3, 80.0, 999.0])
@@ -112,18 +131,6 @@ def test_low_precision_times_lose_nothing_more():
         ours = fused("t-r")(t, r, *args)
         exact = fused("t-r")(t.float(), r.float(), *args)
     assert all(torch.equal(a, b) for a, b in zip(ours, exact, strict=True))
-
-
-@pytest.mark.parametrize("condition", CONDITIONS)
-def test_no_samples(condition):
-    leaves = [x.requires_grad_() for x in inputs(0, 8)]
-    with use_backend(BACKEND):
-        out = fused(condition)(*leaves)
-        assert [o.shape for o in out] == [(0, 8), (0, 8)]
-        sum(o.sum() for o in out).backward()
-        plain = tuple(leaf.detach() for leaf in leaves)
-        torch.func.jvp(fused(condition), plain, plain)
-    assert not any(leaf.grad.any() for leaf in leaves)
 
 
 def test_strided_times_are_read_in_place():
@@ -172,54 +179,11 @@ def test_launches(condition, embedders, launches):
     assert len(kernels.names) == launches, kernels.names
 
 
-@pytest.mark.parametrize("condition", CONDITIONS)
-def test_reruns_are_equal_and_derivatives_adjoint(condition):
-    args = inputs(4)
-    assert_same_every_run(fused(condition), args)
-    assert_adjoint(fused(condition), args)
-
-
-@pytest.mark.parametrize("condition", CONDITIONS)
-def test_gradcheck(condition):
-    assert_gradcheck(fused(condition), inputs(2, 4))
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_nan_and_infinity(value):
     args = inputs(4)
     args[1][2] = value
     assert_nonfinite_like_reference(fused("t,r,t-r"), args)
-
-
-@pytest.mark.parametrize("embedders", [1, 2])
-def test_compiles_once_for_all_batches(embedders):
-    calls = [inputs(B, 16, embedders=embedders) for B in (2, 5, 3)]
-    assert_compiles_once(fused("t,r,t-r"), calls)
-
-
-def test_opcheck():
-    t, r = pair(3)
-    leaves = t.clone().requires_grad_(), r.clone().requires_grad_()
-    dout = noise(2, 3, 256, device=DEVICE)
-    with use_backend(BACKEND):
-        torch.library.opcheck(op.forward_op.torch_op, (*leaves, "t,t-r", torch.float32))
-        torch.library.opcheck(op.forward_op.torch_op, (t, r, "t,r,t-r", torch.bfloat16))
-        torch.library.opcheck(op.backward_op.torch_op, (dout, t, r, "t,t-r"))
-        torch.library.opcheck(op.jvp_op.torch_op, (t, r, r, None, "t,r", torch.float16))
-
-
-@sweep(
-    10,
-    condition=st.sampled_from(CONDITIONS),
-    B=st.integers(2, 5),
-    C=st.integers(8, 80),
-    dtype=st.sampled_from(DTYPES),
-    embedders=st.integers(1, 2),
-    largest=st.sampled_from([1.0, 80.0, 999.0]),
-)
-def test_any_shape(condition, B, C, dtype, embedders, largest):
-    args = inputs(B, C, dtype, embedders, largest)
-    assert_parity(fused(condition), eager(condition), args)
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,8 @@
 import pytest
 import torch
-from parity import (
-    BACKEND,
-    DEVICE,
-    DTYPES,
-    assert_adjoint,
-    assert_compiles_once,
-    assert_gradcheck,
-    assert_nonfinite_like_reference,
-    assert_parity,
-    assert_same_every_run,
-    noise,
-)
-from sweep import st, sweep
+from contract import Contract, Problem, over, with_gradients
+from parity import BACKEND, DEVICE, DTYPES, noise
+from sweep import st
 
 from tim_kernels.coefficients import per_sample
 from tim_kernels.dispatch.backend import use_backend
@@ -43,60 +33,87 @@ def eager(x, z, alpha, sigma, *rest, form, trailing):
     return tuple(outputs)
 
 
-def inputs(form, shape=(3, 4, 5, 8), trailing=2, dtype=torch.float32, row_dtype=None):
+def problem(form, shape=(3, 4, 5, 8), trailing=2, dtype=torch.float32, cond_dtype=None):
+    """Latents of `dtype`, coefficients of `cond_dtype`; so many trailing samples."""
+
     def vector(n, seed):
-        return noise(n, seed=seed, dtype=row_dtype or dtype, device=DEVICE)
+        return noise(n, seed=seed, dtype=cond_dtype or dtype, device=DEVICE)
 
-    latents = [noise(*shape, seed=i, dtype=dtype, device=DEVICE) for i in range(2)]
-    rows = [vector(shape[0], 10), vector(shape[0], 11)]
+    inputs = [noise(*shape, seed=i, dtype=dtype, device=DEVICE) for i in range(2)]
+    inputs += [vector(shape[0], 10), vector(shape[0], 11)]
     for sides in FORMS[form]:
-        rows += [vector(sides * trailing, 20 + sides), vector(sides * trailing, 30 + sides)]
-    return latents + rows
+        inputs += [vector(sides * trailing, 20 + sides), vector(sides * trailing, 30 + sides)]
 
-
-def check(form, shape, trailing, dtype=torch.float32, row_dtype=None):
     def twin(*args):
         return eager(*args, form=form, trailing=trailing)
 
-    assert_parity(function(form), twin, inputs(form, shape, trailing, dtype, row_dtype))
+    return Problem(function(form), twin, inputs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", FORMS)
-def test_parity(form, dtype):
-    check(form, (3, 4, 16, 18), 2, dtype)
-    check(form, (2, 3, 5, 7), 1, dtype)
-    check(form, (2, 4, 6), 2, dtype, torch.float32)
+class TestTransitionInputs(Contract):
+    problem = staticmethod(problem)
+    parity = [
+        *over(form=FORMS, dtype=[*DTYPES], shape=(3, 4, 16, 18)),
+        *over(form=FORMS, dtype=[*DTYPES], shape=(2, 3, 5, 7), trailing=1),
+        *over(form=FORMS, dtype=[*DTYPES], shape=(2, 4, 6), cond_dtype=torch.float32),
+        *over(form="all", shape=[(1, 1)], trailing=1),
+        *over(form="all", shape=[(1, 1, 1, 1), (2, 2, 33, 17)], trailing=0),
+        *over(form="all", shape=[(4, 3)], trailing=4),
+    ]
+    empty = [
+        *over(form=FORMS, shape=(0, 4, 2, 2), trailing=0),
+        *over(form=FORMS, shape=(2, 4, 0, 3), trailing=1),
+    ]
+    layout = over(form=FORMS, shape=(3, 4, 3, 8))
+    partial = over(form=FORMS)
+    repeated = over(form=FORMS, shape=(3, 4, 17, 20))
+    small = over(form=FORMS, shape=(2, 1, 2, 2), trailing=1)
+    nonfinite = over(form="all")
+    float64 = over(form=FORMS)
+    compiled = [  # sizes that are equal by chance in the first call are taken to be equal always
+        [
+            dict(form=form, shape=shape, trailing=n)
+            for shape, n in (((7, 4, 10, 5), 3), ((5, 4, 3, 8), 2), ((6, 4, 7, 9), 4))
+        ]
+        for form in FORMS
+    ]
+    draws = dict(
+        form=st.sampled_from(sorted(FORMS)),
+        B=st.integers(6, 9),  # so many that no sum cancels by chance, in which eager may be lucky
+        shape=st.lists(st.integers(3, 9), min_size=1, max_size=2),
+        skipped=st.sampled_from((0, 2, None)),
+        dtype=st.sampled_from(DTYPES),
+    )
 
+    def draw(self, data):
+        case = super().draw(data)
+        B, skipped = case.pop("B"), case.pop("skipped")
+        trailing = 0 if skipped is None else B - skipped
+        return case | dict(shape=(B, *case["shape"]), trailing=trailing)
 
-@pytest.mark.parametrize(
-    "shape, trailing", [((1, 1), 1), ((1, 1, 1, 1), 0), ((4, 3), 4), ((2, 2, 33, 17), 0)]
-)
-def test_sizes(shape, trailing):
-    check("all", shape, trailing)
+    def poison(self, inputs):
+        inputs[0][1, 0, 0, 0], inputs[1][2, 1, 2, 3] = float("nan"), float("inf")
+        inputs[2][0], inputs[5][1] = float("-inf"), float("nan")
 
-
-@pytest.mark.parametrize("shape", [(0, 4, 2, 2), (2, 4, 0, 3)])
-def test_nothing_to_do(shape):
-    leaves = [x.requires_grad_() for x in inputs("all", shape, min(shape[0], 1))]
-    with use_backend(BACKEND):
-        x_t, v_t, x_pm = function("all")(*leaves)
-        assert x_t.shape == shape and v_t.shape[1:] == x_pm.shape[1:] == shape[1:]
-        (x_t.sum() + v_t.sum() + x_pm.sum()).backward()
-    assert not any(leaf.grad.any() for leaf in leaves)
+    def operators(self):
+        args = problem("all", (2, 3, 2, 2), 1).inputs
+        yield op.forward_op, with_gradients(*args)
+        yield op.forward_op, with_gradients(*args[:4], None, None, *args[6:])
+        yield op.backward_op, (*op.forward_op(*args), *args, True, False, True)
+        yield op.jvp_op, (*args, *args)
 
 
 def test_what_was_not_asked_for_is_none():
     for backend in ("reference", BACKEND):
         with use_backend(backend):
-            outputs = transition_inputs(*inputs("state"))
+            outputs = transition_inputs(*problem("state").inputs)
         assert outputs.v_t is None and outputs.x_pm is None
 
 
-def test_strided_input_is_read_in_place():
+def test_channels_of_a_wider_tensor_are_read_in_place():
     packed = noise(4, 8, 3, 8, device=DEVICE)
     x, z = packed[1:, :4], packed[1:, 4:]
-    _, _, *rows = inputs("all", (3, 4, 3, 8))
+    _, _, *rows = problem("all", (3, 4, 3, 8)).inputs
     with use_backend(BACKEND):
         strided = function("all")(x, z, *rows)
         dense = function("all")(x.contiguous(), z.contiguous(), *rows)
@@ -106,91 +123,12 @@ def test_strided_input_is_read_in_place():
         assert torch.equal(a, b) and torch.equal(a, c)
 
 
-def test_only_the_gradients_that_are_needed():
-    """Each argument alone has the gradient that it has beside the others."""
-    args = inputs("all")
+def test_the_gradient_of_one_output():
+    leaf, z, alpha, *rest = problem("all").inputs
+    leaf.requires_grad_()
     with use_backend(BACKEND):
-        leaves = [x.clone().requires_grad_() for x in args]
-        sum(o.square().sum() for o in function("all")(*leaves)).backward()
-        for i, leaf in enumerate(leaves):
-            alone = [x.clone().requires_grad_(i == j) for j, x in enumerate(args)]
-            sum(o.square().sum() for o in function("all")(*alone)).backward()
-            assert torch.equal(alone[i].grad, leaf.grad)
-        (only_x_t,) = torch.autograd.grad(function("all")(*leaves)[0].sum(), leaves[0])
-        assert torch.equal(only_x_t, per_sample(args[2], only_x_t).expand_as(only_x_t))
-
-
-def test_a_tangent_of_one_argument_alone():
-    args = inputs("all")
-    for i in (0, 2, 7):
-
-        def alone(value, i=i):
-            return function("all")(*args[:i], value, *args[i + 1 :])
-
-        tangents = []
-        for backend in ("reference", BACKEND):
-            with use_backend(backend):
-                tangents.append(torch.func.jvp(alone, (args[i],), (args[i] + 1,))[1])
-        for a, b in zip(*tangents, strict=True):
-            torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_reruns_are_equal_and_derivatives_adjoint(form):
-    args = inputs(form, (3, 4, 17, 20))
-    assert_same_every_run(function(form), args)
-    assert_adjoint(function(form), args)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_gradcheck(form):
-    assert_gradcheck(function(form), inputs(form, (2, 1, 2, 2), 1))
-
-
-def test_float64_runs_on_the_reference():
-    args = [a.double() for a in inputs("all")]
-    with use_backend(BACKEND):
-        ours = function("all")(*args)
-    for a, b in zip(ours, eager(*args, form="all", trailing=2), strict=True):
-        assert a.dtype == torch.float64 and torch.equal(a, b)
-
-
-def test_nan_and_infinity():
-    args = inputs("all")
-    args[0][1, 0, 0, 0], args[1][2, 1, 2, 3] = float("nan"), float("inf")
-    args[2][0], args[5][1] = float("-inf"), float("nan")
-    assert_nonfinite_like_reference(function("all"), args)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_compiles_once_for_all_lengths(form):
-    """Sizes that are equal by chance in the first call would be taken to be equal always."""
-    sizes = ((7, 4, 10, 5), 3), ((5, 4, 3, 8), 2), ((6, 4, 7, 9), 4)
-    assert_compiles_once(function(form), [inputs(form, *size) for size in sizes])
-
-
-def test_opcheck():
-    args = inputs("all", (2, 3, 2, 2), 1)
-    leaves = [a.detach().requires_grad_() for a in args]
-    with use_backend(BACKEND):
-        torch.library.opcheck(op.forward_op.torch_op, tuple(leaves))
-        torch.library.opcheck(op.forward_op.torch_op, (*leaves[:4], None, None, *leaves[6:]))
-        outputs = op.forward_op(*args)
-        torch.library.opcheck(op.backward_op.torch_op, (*outputs, *args, True, False, True))
-        torch.library.opcheck(op.jvp_op.torch_op, (*args, *args))
-
-
-@sweep(
-    15,
-    form=st.sampled_from(sorted(FORMS)),
-    B=st.integers(6, 9),
-    shape=st.lists(st.integers(3, 9), min_size=1, max_size=2),
-    skipped=st.sampled_from((0, 2, None)),
-    dtype=st.sampled_from(DTYPES),
-)
-def test_any_shape(form, B, shape, skipped, dtype):
-    """Samples enough that no sum cancels by chance, in which eager may be lucky."""
-    check(form, (B, *shape), 0 if skipped is None else B - skipped, dtype)
+        (only_x_t,) = torch.autograd.grad(function("all")(leaf, z, alpha, *rest)[0].sum(), leaf)
+    assert torch.equal(only_x_t, per_sample(alpha, only_x_t).expand_as(only_x_t))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +145,7 @@ def test_any_shape(form, B, shape, skipped, dtype):
 )
 def test_refusals(change, message):
     names = ("x", "z", "alpha", "sigma", "d_alpha", "d_sigma", "alpha_pm", "sigma_pm")
-    args = dict(zip(names, inputs("all"), strict=True))
+    args = dict(zip(names, problem("all").inputs, strict=True))
     for name, index in change.items():
         args[name] = None if index is None else args[name][index]
     with pytest.raises(ValueError, match=message):

@@ -1,21 +1,20 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from contract import Contract, Problem, over
 from parity import (
     BACKEND,
     DEVICE,
     DTYPES,
-    assert_adjoint,
     assert_compiles_once,
-    assert_gradcheck,
     assert_nonfinite_like_reference,
     assert_parity,
-    assert_same_every_run,
     noise,
 )
-from sweep import st, sweep
+from sweep import st
 
 from tim_kernels.coefficients import per_sample
+from tim_kernels.dispatch import plans
 from tim_kernels.dispatch.backend import use_backend
 from tim_kernels.transition_loss import op
 from tim_kernels.transition_loss.op import transition_loss
@@ -29,7 +28,7 @@ FORMS = {  # networks a trailing sample, whether the target is enhanced
 EPSILON = 0.005
 
 
-def problem(form, shape=(3, 4, 5, 8), trailing=2, dtype=torch.float32, latents=None):
+def arguments(form, shape=(3, 4, 5, 8), trailing=2, dtype=torch.float32, latents=None):
     """The prediction, and the other arguments of `transition_loss` by name."""
 
     def draw(seed, *size, dtype=latents or dtype):
@@ -79,50 +78,91 @@ def eager(rest):
     return call
 
 
-def check(*args, **kwargs):
-    prediction, rest = problem(*args, **kwargs)
-    assert_parity(fused(rest), eager(rest), [prediction])
+def problem(*args, **kwargs):
+    """In which only the prediction is differentiated."""
+    prediction, rest = arguments(*args, **kwargs)
+    return Problem(fused(rest), eager(rest), [prediction])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", FORMS)
-def test_parity(form, dtype):
-    check(form, dtype=dtype)
-    check(form, (2, 3, 5, 7), 1, dtype)
-    check(form, (2, 4, 24), 2, dtype, torch.float32)
+class TestTransitionLoss(Contract):
+    problem = staticmethod(problem)
+    parity = [
+        *over(form=FORMS, dtype=[*DTYPES]),
+        *over(form=FORMS, dtype=[*DTYPES], shape=(2, 3, 5, 7), trailing=1),
+        *over(form=FORMS, dtype=[*DTYPES], shape=(2, 4, 24), latents=torch.float32),
+        *over(form="enhanced", shape=[(2, C, 6, 12) for C in (1, 2, 4, 16, 32, 33, 64, 96)],
+              trailing=1),
+        dict(form="enhanced", shape=(1, 1), trailing=1),
+        dict(form="enhanced", shape=(1, 4, 1), trailing=0),
+        dict(form="enhanced", shape=(3, 4, 50, 50), trailing=3),
+    ]  # fmt: skip
+    empty = [  # no sample, or the mean of nothing
+        *over(form=FORMS, shape=(0, 4, 2, 2), trailing=0),
+        *over(form=FORMS, shape=(2, 4, 0, 3), trailing=1),
+    ]
+    repeated = over(form=FORMS, shape=(3, 4, 17, 32))
+    small = over(form=FORMS, shape=(2, 3, 2, 2), trailing=1)
+    compiled = [
+        [
+            dict(form=form, shape=shape, trailing=n)
+            for shape, n in (((7, 4, 10, 5), 3), ((5, 4, 3, 8), 2), ((6, 4, 7, 9), 5))
+        ]
+        for form in FORMS
+    ]
+    draws = dict(
+        form=st.sampled_from(sorted(FORMS)),
+        C=st.integers(2, 40),
+        B=st.integers(6, 9),  # so many that no sum cancels by chance, in which eager may be lucky
+        shape=st.lists(st.integers(2, 9), min_size=1, max_size=2),
+        dtype=st.sampled_from(DTYPES),
+    )
 
+    def draw(self, data):
+        case = super().draw(data)
+        B, C = case.pop("B"), case.pop("C")
+        trailing = data.draw(st.integers(0, B))
+        return case | dict(shape=(B, C, *case["shape"]), trailing=trailing)
 
-@pytest.mark.parametrize("C", [1, 2, 4, 16, 32, 33, 64, 96])
-def test_channels(C):
-    check("enhanced", (2, C, 6, 12), 1)
+    def test_compiles_once_for_all_lengths(self, compiled):
+        """Every tensor's lengths change, not the prediction's alone."""
+        calls = [arguments(**case) for case in compiled]
+        rest = calls[0][1]
+        keys = [name for name in rest if name not in ("epsilon", "coefficients")]
 
+        def function(prediction, *tensors):
+            coefficients, others = tensors[:5], dict(zip(keys, tensors[5:], strict=True))
+            epsilon = EPSILON if "epsilon" in rest else None
+            squared, cosine = transition_loss(
+                prediction, coefficients=coefficients, epsilon=epsilon, **others
+            )
+            return squared, cosine + 0 * sum(t.sum() for t in tensors)  # each has a gradient
 
-@pytest.mark.parametrize("shape, trailing", [((1, 1), 1), ((1, 4, 1), 0), ((3, 4, 50, 50), 3)])
-def test_sizes(shape, trailing):
-    check("enhanced", shape, trailing)
+        assert_compiles_once(
+            function, [[p, *r["coefficients"], *(r[key] for key in keys)] for p, r in calls]
+        )
+
+    def operators(self):
+        prediction, rest = arguments("enhanced", (2, 3, 2, 2), 1)
+        leaf = prediction.clone().requires_grad_()
+        others = rest["x"], rest["z"], *rest["coefficients"]
+        networks = [rest[name] for name in ("dF", "epsilon", "F_cond", "F_uncond")]
+        yield op.forward_op, (leaf, *others, *networks)
+        yield op.forward_op, (leaf, *others, None, None, None, None)
+        gradients = noise(2, 2, device=DEVICE).unbind(0)
+        yield op.backward_op, (*gradients, prediction, *others, *networks)
+        yield op.jvp_op, (prediction, *others, *networks, prediction)
 
 
 def test_a_program_of_several_tiles(monkeypatch):
-    for module in ("samples", "extension"):
-        monkeypatch.setattr(f"tim_kernels.{module}.multiprocessors", lambda device: 1)
-    check("difference", (5, 32, 20, 20), 3)
-    check("difference", (5, 3, 30, 15), 3)
+    for module in ("latents", "dense"):
+        monkeypatch.setattr(f"tim_kernels.launch.{module}.multiprocessors", lambda device: 1)
+    with plans.forgotten_around():
+        assert_parity(*problem("difference", (5, 32, 20, 20), 3))
+        assert_parity(*problem("difference", (5, 3, 30, 15), 3))
 
 
-@pytest.mark.parametrize("shape", [(0, 4, 2, 2), (2, 4, 0, 3)])
-def test_nothing_to_do(shape):
-    """No sample, or the mean of nothing."""
-    prediction, rest = problem("enhanced", shape, min(shape[0], 1))
-    prediction.requires_grad_()
-    with use_backend(BACKEND):
-        squared, cosine = transition_loss(prediction, **rest)
-        (squared + cosine).sum().backward()
-    assert squared.shape == cosine.shape == shape[:1] and bool(squared.isnan().all())
-    assert prediction.grad.shape == shape
-
-
-def test_strided_input_is_read_in_place():
-    prediction, rest = problem("difference", (3, 4, 3, 8), 2)
+def test_channels_of_a_wider_tensor_are_read_in_place():
+    prediction, rest = arguments("difference", (3, 4, 3, 8), 2)
     packed = torch.cat((prediction, rest["x"], rest["z"]), 1)
     views = dict(zip(("x", "z"), packed.chunk(3, 1)[1:], strict=True))
     with use_backend(BACKEND):
@@ -136,21 +176,8 @@ def test_strided_input_is_read_in_place():
         assert torch.equal(a, b) and torch.equal(a, c)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_reruns_are_equal_and_derivatives_adjoint(form):
-    prediction, rest = problem(form, (3, 4, 17, 32))
-    assert_same_every_run(fused(rest), [prediction])
-    assert_adjoint(fused(rest), [prediction])
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_gradcheck(form):
-    prediction, rest = problem(form, (2, 3, 2, 2), 1)
-    assert_gradcheck(fused(rest), [prediction])
-
-
 def test_the_target_is_a_constant():
-    prediction, rest = problem("difference")
+    prediction, rest = arguments("difference")
     for backend in ("reference", BACKEND):
         leaves = {name: rest[name].clone().requires_grad_() for name in ("x", "z", "dF")}
         with use_backend(backend):
@@ -167,7 +194,7 @@ def test_the_target_is_a_constant():
 
 def test_one_term_alone():
     """The gradient of each output is its own share of both."""
-    prediction, rest = problem("enhanced")
+    prediction, rest = arguments("enhanced")
     with use_backend(BACKEND):
         leaf = prediction.requires_grad_()
         terms = transition_loss(leaf, **rest)
@@ -181,7 +208,7 @@ def test_one_term_alone():
 @pytest.mark.parametrize("scale", [0.0, 1e-9, 1e-7])
 def test_small_norms_are_raised_to_eps(scale):
     """Against PyTorch's own cosine; its gradient is right on both sides of eps, not just above."""
-    prediction, rest = problem("diffusion")
+    prediction, rest = arguments("diffusion")
     prediction = prediction * scale
     rest = rest | dict(coefficients=tuple(c.abs() + 1 for c in rest["coefficients"]))
     assert_parity(fused(rest), fused(rest), [prediction])
@@ -191,58 +218,10 @@ def test_small_norms_are_raised_to_eps(scale):
 
 def test_nan_and_infinity():
     for name in ("prediction", "x", "dF", "F_cond"):
-        prediction, rest = problem("enhanced", (4, 4, 3, 5))
+        prediction, rest = arguments("enhanced", (4, 4, 3, 5))
         tensor = prediction if name == "prediction" else rest[name]
         tensor[1, 2, 1, 3], tensor[2, 0, 0, 0] = float("nan"), float("inf")
         assert_nonfinite_like_reference(fused(rest), [prediction])
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_compiles_once_for_all_lengths(form):
-    sizes = ((7, 4, 10, 5), 3), ((5, 4, 3, 8), 2), ((6, 4, 7, 9), 5)
-    problems = [problem(form, *size) for size in sizes]
-    keys = [name for name in problems[0][1] if name not in ("epsilon", "coefficients")]
-
-    def function(prediction, *tensors):
-        coefficients, others = tensors[:5], dict(zip(keys, tensors[5:], strict=True))
-        epsilon = EPSILON if "epsilon" in problems[0][1] else None
-        squared, cosine = transition_loss(
-            prediction, coefficients=coefficients, epsilon=epsilon, **others
-        )
-        return squared, cosine + 0 * sum(t.sum() for t in tensors)  # so that each has a gradient
-
-    calls = [[p, *rest["coefficients"], *(rest[key] for key in keys)] for p, rest in problems]
-    assert_compiles_once(function, calls)
-
-
-def test_opcheck():
-    prediction, rest = problem("enhanced", (2, 3, 2, 2), 1)
-    names = ("dF", "epsilon", "F_cond", "F_uncond")
-    args = prediction, rest["x"], rest["z"], *rest["coefficients"], *(rest[n] for n in names)
-    with use_backend(BACKEND):
-        torch.library.opcheck(
-            op.forward_op.torch_op, (prediction.clone().requires_grad_(), *args[1:])
-        )
-        torch.library.opcheck(
-            op.forward_op, (prediction.clone().requires_grad_(), *args[1:8], None, None, None, None)
-        )
-        gradients = noise(2, 2, device=DEVICE).unbind(0)
-        torch.library.opcheck(op.backward_op.torch_op, (*gradients, *args))
-        torch.library.opcheck(op.jvp_op.torch_op, (*args, prediction))
-
-
-@sweep(
-    15,
-    form=st.sampled_from(sorted(FORMS)),
-    C=st.integers(2, 40),
-    B=st.integers(6, 9),
-    shape=st.lists(st.integers(2, 9), min_size=1, max_size=2),
-    data=st.data(),
-    dtype=st.sampled_from(DTYPES),
-)
-def test_any_shape(form, C, B, shape, data, dtype):
-    """Samples enough that no sum cancels by chance, in which eager may be lucky."""
-    check(form, (B, C, *shape), data.draw(st.integers(0, B)), dtype)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +237,6 @@ def test_any_shape(form, C, B, shape, data, dtype):
     ],
 )
 def test_refusals(change, message):
-    prediction, rest = problem("enhanced")
+    prediction, rest = arguments("enhanced")
     with pytest.raises(ValueError, match=message):
         transition_loss(prediction, **rest | change(rest))

@@ -1,18 +1,8 @@
 import pytest
 import torch
-from parity import (
-    BACKEND,
-    DEVICE,
-    DTYPES,
-    assert_adjoint,
-    assert_compiles_once,
-    assert_gradcheck,
-    assert_nonfinite_like_reference,
-    assert_parity,
-    assert_same_every_run,
-    noise,
-)
-from sweep import st, sweep
+from contract import Contract, Problem, over, with_gradients
+from parity import BACKEND, DEVICE, DTYPES, noise
+from sweep import st
 
 from tim_kernels.coefficients import per_sample
 from tim_kernels.dispatch.backend import use_backend
@@ -57,32 +47,67 @@ def eager(form):
     return call
 
 
-def inputs(form, shape=(3, 4, 5, 8), dtype=torch.float32, network=None, row_dtype=None):
-    def draw(seed, *size, dtype):
+def problem(form, shape=(3, 4, 5, 8), dtype=torch.float32, network=None):
+    """State and coefficients of `dtype`, predictions of the dtype `network`."""
+
+    def draw(seed, *size, dtype=dtype):
         return noise(*size, seed=seed, dtype=dtype, device=DEVICE)
 
     is_guided, is_noisy = FORMS[form]
-    args = [draw(0, *shape, dtype=dtype), draw(1, *shape, dtype=network or dtype)]
-    args += [draw(2, *shape, dtype=network or dtype)] * is_guided
-    args += [draw(3, *shape, dtype=dtype)] * is_noisy
-    rows = 2 + is_guided + is_noisy
-    return args + [draw(10 + i, shape[0], dtype=row_dtype or dtype) for i in range(rows)]
+    inputs = [draw(0, *shape), draw(1, *shape, dtype=network or dtype)]
+    inputs += [draw(2, *shape, dtype=network or dtype)] * is_guided
+    inputs += [draw(3, *shape)] * is_noisy
+    inputs += [draw(10 + i, shape[0]) for i in range(2 + is_guided + is_noisy)]
+    return Problem(function(form), eager(form), inputs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", FORMS)
-def test_parity(form, dtype):
-    for shape in ((3, 4, 16, 18), (2, 3, 5, 7)):
-        assert_parity(function(form), eager(form), inputs(form, shape, dtype))
-    mixed = inputs(form, (2, 4, 24), torch.float32, network=dtype)
-    assert_parity(function(form), eager(form), mixed)
+class TestTransitionStep(Contract):
+    problem = staticmethod(problem)
+    parity = [
+        *over(form=FORMS, dtype=[*DTYPES], shape=[(3, 4, 16, 18), (2, 3, 5, 7)]),
+        *over(form=FORMS, network=[*DTYPES], shape=(2, 4, 24)),
+        *over(form="both", shape=[(1, 1), (4, 1), (1, 1, 1, 1), (2, 2, 33, 17)]),
+    ]
+    empty = over(form=FORMS, shape=[(0, 4, 2, 2), (2, 4, 0, 3)])
+    layout = over(form=FORMS, shape=(2, 4, 3, 8))
+    partial = over(form=FORMS, shape=(2, 3, 4))
+    repeated = over(form=FORMS, shape=(3, 4, 17, 20))
+    small = over(form=FORMS, shape=(2, 1, 2, 2))
+    nonfinite = over(form="both")
+    compiled = [
+        over(form=form, shape=[(7, 4, 10, 5), (5, 4, 3, 8), (6, 4, 7, 9)]) for form in FORMS
+    ]
+    draws = dict(
+        form=st.sampled_from(sorted(FORMS)),
+        B=st.integers(6, 9),  # so many that no sum cancels by chance, in which eager may be lucky
+        shape=st.lists(st.integers(3, 9), min_size=1, max_size=2),
+        dtype=st.sampled_from(DTYPES),
+        network=st.sampled_from(DTYPES),
+    )
+
+    def draw(self, data):
+        case = super().draw(data)
+        B = case.pop("B")
+        return case | dict(shape=(B, *case["shape"]))
+
+    def poison(self, inputs):
+        inputs[0][1, 0, 0, 0], inputs[2][2, 1, 2, 3] = float("nan"), float("inf")
+        inputs[4][0], inputs[6][1] = float("-inf"), float("nan")
+
+    def operators(self):
+        x, F_cond, F_uncond, noise, a, b, guidance, c = problem("both", (2, 3, 2)).inputs
+        args = x, F_cond, F_uncond, noise, guidance, a, b, c
+        yield op.forward_op, with_gradients(*args)
+        yield op.forward_op, with_gradients(x, F_cond, None, None, None, a, b, None)
+        yield op.backward_op, (x, *args, [True, False, True, True, True])
+        yield op.jvp_op, (*args, *args)
 
 
 @pytest.mark.parametrize("network", (torch.float64, *DTYPES), ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_float64_state(form, network):
     """Derivatives too are those of float64, rounded once where the network's dtype is narrower."""
-    args = inputs(form, (2, 3, 5, 7), torch.float64, network)
+    args = problem(form, (2, 3, 5, 7), torch.float64, network).inputs
     results = []
     for backend in ("reference", BACKEND):
         leaves = [x.clone().requires_grad_() for x in args]
@@ -97,23 +122,9 @@ def test_float64_state(form, network):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (4, 1), (1, 1, 1, 1), (2, 2, 33, 17)])
-def test_sizes(shape):
-    assert_parity(function("both"), eager("both"), inputs("both", shape))
-
-
-@pytest.mark.parametrize("shape", [(0, 4, 2, 2), (2, 4, 0, 3)])
-def test_nothing_to_do(shape):
-    leaves = [x.requires_grad_() for x in inputs("both", shape)]
-    with use_backend(BACKEND):
-        out = function("both")(*leaves)
-        out.sum().backward()
-    assert out.shape == shape and not any(leaf.grad.any() for leaf in leaves)
-
-
 @pytest.mark.parametrize("backend", ["reference", BACKEND])
 def test_guidance_as_a_number(backend):
-    x, F_cond, F_uncond, a, b, guidance = inputs("guided", dtype=torch.float64)
+    x, F_cond, F_uncond, a, b, guidance = problem("guided", dtype=torch.float64).inputs
     with use_backend(backend):
         number = transition_step(x, F_cond, (a, b, None), F_uncond, 1.1)
         tensor = transition_step(x, F_cond, (a, b, None), F_uncond, torch.full_like(guidance, 1.1))
@@ -122,9 +133,9 @@ def test_guidance_as_a_number(backend):
     assert torch.equal(number, tensor)
 
 
-def test_strided_input_is_read_in_place():
+def test_halves_and_channels_last_are_read_in_place():
     """The two halves of one doubled batch, and channels of a wider tensor."""
-    x, F_cond, F_uncond, *rows = inputs("guided", (2, 4, 3, 8))
+    x, F_cond, F_uncond, *rows = problem("guided", (2, 4, 3, 8)).inputs
     halves = torch.cat((F_cond, F_uncond)).chunk(2)
     wide = torch.cat((x, x), 1)[:, :4]
     gaps = x.contiguous(memory_format=torch.channels_last)
@@ -132,83 +143,6 @@ def test_strided_input_is_read_in_place():
         dense = function("guided")(x, F_cond, F_uncond, *rows)
         assert torch.equal(dense, function("guided")(wide, *halves, *rows))
         assert torch.equal(dense, function("guided")(gaps, *halves, *rows))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_only_the_gradients_that_are_needed(form):
-    args = inputs(form, (2, 3, 4))
-    with use_backend(BACKEND):
-        leaves = [x.clone().requires_grad_() for x in args]
-        function(form)(*leaves).square().sum().backward()
-        for i, leaf in enumerate(leaves):
-            alone = [x.clone().requires_grad_(i == j) for j, x in enumerate(args)]
-            function(form)(*alone).square().sum().backward()
-            assert torch.equal(alone[i].grad, leaf.grad)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_tangent_of_one_argument_alone(form):
-    args = inputs(form, (2, 3, 4))
-    for i, argument in enumerate(args):
-
-        def alone(value, i=i):
-            return function(form)(*args[:i], value, *args[i + 1 :])
-
-        tangents = []
-        for backend in ("reference", BACKEND):
-            with use_backend(backend):
-                tangents.append(torch.func.jvp(alone, (argument,), (argument + 1,))[1])
-        torch.testing.assert_close(*tangents)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_reruns_are_equal_and_derivatives_adjoint(form):
-    args = inputs(form, (3, 4, 17, 20))
-    assert_same_every_run(function(form), args)
-    assert_adjoint(function(form), args)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_gradcheck(form):
-    assert_gradcheck(function(form), inputs(form, (2, 1, 2, 2)))
-
-
-def test_nan_and_infinity():
-    args = inputs("both")
-    args[0][1, 0, 0, 0], args[2][2, 1, 2, 3] = float("nan"), float("inf")
-    args[4][0], args[6][1] = float("-inf"), float("nan")
-    assert_nonfinite_like_reference(function("both"), args)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_compiles_once_for_all_lengths(form):
-    calls = [inputs(form, shape) for shape in ((7, 4, 10, 5), (5, 4, 3, 8), (6, 4, 7, 9))]
-    assert_compiles_once(function(form), calls)
-
-
-def test_opcheck():
-    x, F_cond, F_uncond, noise, a, b, guidance, c = inputs("both", (2, 3, 2))
-    args = x, F_cond, F_uncond, noise, guidance, a, b, c
-    with use_backend(BACKEND):
-        leaves = tuple(arg.detach().requires_grad_() for arg in args)
-        torch.library.opcheck(op.forward_op.torch_op, leaves)
-        plain = (*leaves[:2], None, None, None, *leaves[5:7], None)
-        torch.library.opcheck(op.forward_op.torch_op, plain)
-        torch.library.opcheck(op.backward_op.torch_op, (x, *args, [True, False, True, True, True]))
-        torch.library.opcheck(op.jvp_op.torch_op, (*args, *args))
-
-
-@sweep(
-    15,
-    form=st.sampled_from(sorted(FORMS)),
-    B=st.integers(6, 9),
-    shape=st.lists(st.integers(3, 9), min_size=1, max_size=2),
-    dtype=st.sampled_from(DTYPES),
-    network=st.sampled_from(DTYPES),
-)
-def test_any_shape(form, B, shape, dtype, network):
-    """Samples enough that no sum cancels by chance, in which eager may be lucky."""
-    assert_parity(function(form), eager(form), inputs(form, (B, *shape), dtype, network, dtype))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +159,7 @@ def test_any_shape(form, B, shape, dtype, network):
 )
 def test_refusals(change, message):
     names = ("x", "F_cond", "coefficients", "F_uncond", "guidance", "noise")
-    args = dict(zip(names, arguments("both", inputs("both")), strict=True))
+    args = dict(zip(names, arguments("both", problem("both").inputs), strict=True))
     change = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in change.items()}
     with pytest.raises(ValueError, match=message):
         transition_step(**args | change)
