@@ -25,8 +25,8 @@ def load(split: Literal["train", "held_out"]) -> tuple[Tensor, Tensor]:
         raise ValueError(f"split must be 'train' or 'held_out', got {split!r}")
     images, labels = _all_images()
     of_class = slice(0, TRAIN_PER_CLASS) if split == "train" else slice(-HELD_OUT_PER_CLASS, None)
-    rows = torch.cat([torch.where(labels == k)[0][of_class] for k in range(NUM_CLASSES)])
-    return images[rows], labels[rows]
+    chosen = torch.cat([torch.where(labels == k)[0][of_class] for k in range(NUM_CLASSES)])
+    return images[chosen], labels[chosen]
 
 
 @cache

@@ -7,8 +7,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from tim import config, demo
-from tim.cli import app
+from tim import config
+from tim.app import demo
+from tim.app.cli import app
 from tim.images import labelled_grid
 from tim.training import save_export
 
