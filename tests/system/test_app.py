@@ -1,5 +1,8 @@
 """The commands, end to end on a network of a few weights."""
 
+import runpy
+import sys
+
 import pytest
 import torch
 from PIL import Image
@@ -29,6 +32,15 @@ def exported(tmp_path_factory):
 
 def tim(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_python_m_tim_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["-m", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("tim", run_name="__main__")
+    assert ended.value.code == 0
+    help_text = capsys.readouterr().out
+    assert "Usage: tim" in help_text and "demo" in help_text and "train" in help_text
 
 
 def test_train_takes_overrides_and_resumes(tmp_path):

@@ -130,6 +130,11 @@ def transport_of(cfg: DictConfig) -> tuple[str, dict[str, Any]]:
 
 
 def folder_of(cfg: DictConfig, name: str, argument: str) -> str:
+    """`model.<name>` of a configuration.
+
+    Raises:
+        ValueError: it names none; the message asks for `argument` instead.
+    """
     folder = cfg.model.get(name)
     if not folder:
         raise ValueError(f"the configuration has no model.{name}, got {folder!r}: give {argument}")
