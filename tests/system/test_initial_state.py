@@ -55,8 +55,7 @@ def noise_of(seed, *shape):
 
 def test_class_pipeline(asked):
     class_pipeline(transport="VE_SDE")([1, 7], num_inference_steps=1, generator=seeded())
-    noise = torch.randn(2, 4, 4, 4, generator=seeded())
-    assert_starts_from(asked, noise.repeat(2, 1, 1, 1)[: len(asked[0][0])])
+    assert_starts_from(asked, torch.randn(2, 4, 4, 4, generator=seeded()))
 
 
 def test_text_pipeline_with_latents_given(asked):

@@ -20,8 +20,16 @@ class Prediction(NamedTuple):
     features: Tensor | None = None
 
 
-def predict(model, transport: Transport, x_t, t, r, y, with_features: bool = False) -> Prediction:
-    """Ask a network of the transport's times c(t) and c(r)."""
+def predict(
+    model: nn.Module,
+    transport: Transport,
+    x_t: Tensor,
+    t: Tensor,
+    r: Tensor,
+    y: Tensor,
+    with_features: bool = False,
+) -> Prediction:
+    """Ask a network about states x_t (B, C, H, W) at the transport's times c(t) and c(r), (B,)."""
     times = transport.network_time(t), transport.network_time(r)
     if with_features:
         return Prediction(*model(x_t, *times, y, return_features=True))
@@ -62,7 +70,14 @@ class Derivative(ABC):
         """dF/dt (B, C, H, W) for x and z (B, C, H, W), t and r (B,)."""
 
     def predict(
-        self, model, inputs: TransitionInputs, y, t, r, n_diffusion: int, with_features: bool
+        self,
+        model: nn.Module,
+        inputs: TransitionInputs,
+        y: Tensor,
+        t: Tensor,
+        r: Tensor,
+        n_diffusion: int,
+        with_features: bool,
     ) -> tuple[Prediction, Tensor | None]:
         """The prediction of all samples, and dF of all but the first n_diffusion or None."""
         prediction = predict(model, self.transport, inputs.x_t, t, r, y, with_features)
@@ -85,7 +100,7 @@ class Difference(Derivative):
 
     def inputs(self, x, z, t, n_diffusion=0):
         batch, around = len(t), self._around(t[n_diffusion:])
-        alpha, sigma, _, _ = self.transport.interpolant(torch.cat((t, around)))
+        alpha, sigma, *_ = self.transport.interpolant(torch.cat((t, around)))
         return transition_inputs(
             x, z, alpha[:batch], sigma[:batch], alpha_pm=alpha[batch:], sigma_pm=sigma[batch:]
         )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .base import StepCoefficients, TargetCoefficients, Transport
+from .base import Interpolant, StepCoefficients, TargetCoefficients, Transport
 from .edm import EDM
 from .ot_fm import OTFM
 from .trigflow import TrigFlow
@@ -11,6 +11,7 @@ from .vp_sde import VPSDE
 
 __all__ = [
     "EDM",
+    "Interpolant",
     "OTFM",
     "TRANSPORTS",
     "VESDE",

@@ -1,12 +1,21 @@
 """What a transport is, and what all transports share (arXiv 2509.04394, section 3)."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tim_kernels.coefficients import weighted_sum
+
+
+class Interpolant(NamedTuple):
+    """x_t = alpha x + sigma z and v_t = d_alpha x + d_sigma z; each shaped as t."""
+
+    alpha: Tensor
+    sigma: Tensor
+    d_alpha: Tensor
+    d_sigma: Tensor
 
 
 class TargetCoefficients(NamedTuple):
@@ -68,6 +77,25 @@ class Transport(ABC):
         self.w_gt, self.w_cond, self.w_start, self.w_end = w_gt, w_cond, w_start, w_end
 
     @abstractmethod
+    def interpolant(self, t: Tensor) -> Interpolant:
+        """α(t), σ(t) and their derivatives."""
+
+    @abstractmethod
+    def network_time(self, t: Tensor) -> Tensor:
+        """c(t), the time that the network is given."""
+
+    @abstractmethod
+    def _sample_t(self, batch: int, **options: Any) -> Tensor:
+        """(batch,) training times; `options` are those of torch.randn and torch.rand."""
+
+    @abstractmethod
+    def _target_parts(self, t: Tensor, r: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """(a_x, a_z) of the diffusion part, then what (a_x, a_z, a_D) have beside it."""
+
+    @abstractmethod
+    def _step(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) of the deterministic step."""
+
     def sample_t(
         self,
         batch: int,
@@ -76,22 +104,7 @@ class Transport(ABC):
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Draw (batch,) training times."""
-
-    @abstractmethod
-    def interpolant(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(alpha, sigma, d_alpha, d_sigma): α(t), σ(t) and their derivatives, each shaped as t."""
-
-    @abstractmethod
-    def network_time(self, t: Tensor) -> Tensor:
-        """c(t), the time that the network is given."""
-
-    @abstractmethod
-    def _target_parts(self, t: Tensor, r: Tensor):
-        """(a_x, a_z) of the diffusion part, then what (a_x, a_z, a_D) have beside it."""
-
-    @abstractmethod
-    def _step(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        """(a, b) of the deterministic step."""
+        return self._sample_t(batch, generator=generator, device=device, dtype=dtype)
 
     def initial_state(self, noise: Tensor) -> Tensor:
         """The state at T_max, from which sampling starts: σ(T_max)·noise.
@@ -101,8 +114,7 @@ class Transport(ABC):
         it beside a noise of a hundred times its scale.
         """
         T_max = torch.tensor(self.T_max, dtype=torch.float64)
-        _, sigma, _, _ = self.interpolant(T_max)
-        return noise * float(sigma)
+        return noise * float(self.interpolant(T_max).sigma)
 
     def target_coefficients(self, t: Tensor, r: Tensor) -> TargetCoefficients:
         """The coefficients of `target` for times t and r ≤ t, (B,) each."""
@@ -171,16 +183,3 @@ class Transport(ABC):
             raise ValueError("a stochastic step needs noise shaped as x_t")
         coefficients = self.step_coefficients(t, r, stochasticity)
         return weighted_sum(coefficients, (x_t, F, noise if stochasticity else None))
-
-
-def normal(
-    batch: int,
-    mean: float,
-    std: float,
-    generator: torch.Generator | None,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    """(batch,) draws from N(mean, std²)."""
-    draw = torch.randn(batch, generator=generator, device=device, dtype=dtype)
-    return draw * std + mean

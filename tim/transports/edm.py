@@ -1,6 +1,11 @@
 """EDM, the preconditioned diffusion (arXiv 2206.00364)."""
 
-from .base import Transport, normal
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Interpolant, Transport
 
 
 class EDM(Transport):
@@ -21,22 +26,31 @@ class EDM(Transport):
     elsewhere that would take σ_d² and σ_d in place of its σ_d³ and σ_d².
     """
 
-    def __init__(self, P_mean=-1.2, P_std=1.2, sigma_d=0.5, T_max=80.0, T_min=0.01, **enhancement):
+    def __init__(
+        self,
+        P_mean: float = -1.2,
+        P_std: float = 1.2,
+        sigma_d: float = 0.5,
+        T_max: float = 80.0,
+        T_min: float = 0.01,
+        **enhancement: Any,
+    ):
         super().__init__(sigma_d, T_max, T_min, **enhancement)
         self.P_mean, self.P_std = P_mean, P_std
 
-    def sample_t(self, batch, generator=None, device=None, dtype=None):
-        return normal(batch, self.P_mean, self.P_std, generator, device, dtype).exp()
-
-    def interpolant(self, t):
+    def interpolant(self, t: Tensor) -> Interpolant:
         V = t**2 + self.sigma_d**2
         alpha, d_alpha = V.rsqrt(), -t * V**-1.5
-        return alpha, t * alpha, d_alpha, alpha + t * d_alpha
+        return Interpolant(alpha, t * alpha, d_alpha, alpha + t * d_alpha)
 
-    def network_time(self, t):
+    def network_time(self, t: Tensor) -> Tensor:
         return t.log() / 4
 
-    def _target_parts(self, t, r):
+    def _sample_t(self, batch: int, **options: Any) -> Tensor:
+        n = torch.randn(batch, **options)
+        return (n * self.P_std + self.P_mean).exp()
+
+    def _target_parts(self, t: Tensor, r: Tensor):
         sigma_d, dt = self.sigma_d, t - r
         alpha, sigma, d_alpha, d_sigma = self.interpolant(t)
         V, K = t**2 + sigma_d**2, t**2 + sigma_d**3
@@ -45,7 +59,7 @@ class EDM(Transport):
         B = dt * V * K / (V * K - t * dt * (2 * V - K))
         return part, (B * d_part[0], B * d_part[1], -B)
 
-    def _step(self, t, r):
+    def _step(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         d2, d3 = self.sigma_d**2, self.sigma_d**3
         rho = ((t**2 + d2) / (r**2 + d2)).sqrt() / (d3 + t**2)
         return rho * (d3 + t * r), rho * d2 * (t - r)

@@ -1,8 +1,11 @@
 """Flow matching along straight lines, also called optimal transport (arXiv 2210.02747)."""
 
-import torch
+from typing import Any
 
-from .base import StepCoefficients, Transport, normal
+import torch
+from torch import Tensor
+
+from .base import Interpolant, StepCoefficients, Transport
 
 
 class OTFM(Transport):
@@ -16,28 +19,39 @@ class OTFM(Transport):
     x_r = x_t − dt F − s dt (x_t + (1 − t) F) + √(2 s t dt) noise
     """
 
-    def __init__(self, P_mean=0.0, P_std=1.0, sigma_d=1.0, T_max=1.0, T_min=0.0, **enhancement):
+    def __init__(
+        self,
+        P_mean: float = 0.0,
+        P_std: float = 1.0,
+        sigma_d: float = 1.0,
+        T_max: float = 1.0,
+        T_min: float = 0.0,
+        **enhancement: Any,
+    ):
         super().__init__(sigma_d, T_max, T_min, **enhancement)
         self.P_mean, self.P_std = P_mean, P_std
 
-    def sample_t(self, batch, generator=None, device=None, dtype=None):
-        return torch.sigmoid(normal(batch, self.P_mean, self.P_std, generator, device, dtype))
-
-    def interpolant(self, t):
+    def interpolant(self, t: Tensor) -> Interpolant:
         one = torch.ones_like(t)
-        return 1 - t, t, -one, one
+        return Interpolant(1 - t, t, -one, one)
 
-    def network_time(self, t):
+    def network_time(self, t: Tensor) -> Tensor:
         return t
 
-    def _target_parts(self, t, r):
+    def _sample_t(self, batch: int, **options: Any) -> Tensor:
+        n = torch.randn(batch, **options)
+        return torch.sigmoid(n * self.P_std + self.P_mean)
+
+    def _target_parts(self, t: Tensor, r: Tensor):
         zero, one = torch.zeros_like(t), torch.ones_like(t)
         return (-one, one), (zero, zero, r - t)
 
-    def _step(self, t, r):
+    def _step(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(t), r - t
 
-    def step_coefficients(self, t, r, stochasticity=0.0):
+    def step_coefficients(
+        self, t: Tensor, r: Tensor, stochasticity: float = 0.0
+    ) -> StepCoefficients:
         if stochasticity < 0:
             raise ValueError(f"stochasticity must not be negative, got {stochasticity}")
         s = torch.where((t < self.T_max) & (r > self.T_min), stochasticity, 0.0).to(t.dtype)

@@ -1,8 +1,11 @@
 """TrigFlow, interpolation along a quarter of a circle (arXiv 2410.11081)."""
 
-import torch
+from typing import Any
 
-from .base import Transport, normal
+import torch
+from torch import Tensor
+
+from .base import Interpolant, Transport
 
 
 class TrigFlow(Transport):
@@ -13,25 +16,33 @@ class TrigFlow(Transport):
     x_r = cos(t − r) x_t − sin(t − r) F
     """
 
-    def __init__(self, P_mean=-1.0, P_std=1.6, sigma_d=0.5, T_max=1.57, T_min=0.0, **enhancement):
+    def __init__(
+        self,
+        P_mean: float = -1.0,
+        P_std: float = 1.6,
+        sigma_d: float = 0.5,
+        T_max: float = 1.57,
+        T_min: float = 0.0,
+        **enhancement: Any,
+    ):
         super().__init__(sigma_d, T_max, T_min, **enhancement)
         self.P_mean, self.P_std = P_mean, P_std
 
-    def sample_t(self, batch, generator=None, device=None, dtype=None):
-        draw = normal(batch, self.P_mean, self.P_std, generator, device, dtype)
-        return torch.atan(draw.exp())
-
-    def interpolant(self, t):
+    def interpolant(self, t: Tensor) -> Interpolant:
         cos, sin = t.cos(), t.sin()
-        return cos, sin, -sin, cos
+        return Interpolant(cos, sin, -sin, cos)
 
-    def network_time(self, t):
+    def network_time(self, t: Tensor) -> Tensor:
         return t
 
-    def _target_parts(self, t, r):
+    def _sample_t(self, batch: int, **options: Any) -> Tensor:
+        n = torch.randn(batch, **options)
+        return torch.atan((n * self.P_std + self.P_mean).exp())
+
+    def _target_parts(self, t: Tensor, r: Tensor):
         alpha, sigma, d_alpha, d_sigma = self.interpolant(t)
         tan = torch.tan(t - r)
         return (d_alpha, d_sigma), (-tan * alpha, -tan * sigma, -tan)
 
-    def _step(self, t, r):
+    def _step(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cos(t - r), -torch.sin(t - r)

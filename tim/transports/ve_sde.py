@@ -1,8 +1,11 @@
 """The variance-exploding SDE (arXiv 2011.13456)."""
 
-import torch
+from typing import Any
 
-from .base import Transport
+import torch
+from torch import Tensor
+
+from .base import Interpolant, Transport
 
 
 class VESDE(Transport):
@@ -14,24 +17,30 @@ class VESDE(Transport):
     """
 
     def __init__(
-        self, sigma_min=0.02, sigma_max=100.0, sigma_d=1.0, T_max=100.0, T_min=0.02, **enhancement
+        self,
+        sigma_min: float = 0.02,
+        sigma_max: float = 100.0,
+        sigma_d: float = 1.0,
+        T_max: float = 100.0,
+        T_min: float = 0.02,
+        **enhancement: Any,
     ):
         super().__init__(sigma_d, T_max, T_min, **enhancement)
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
-    def sample_t(self, batch, generator=None, device=None, dtype=None):
-        u = torch.rand(batch, generator=generator, device=device, dtype=dtype)
-        return self.sigma_min * (self.sigma_max / self.sigma_min) ** u
+    def interpolant(self, t: Tensor) -> Interpolant:
+        return Interpolant(torch.ones_like(t), t, torch.zeros_like(t), torch.ones_like(t))
 
-    def interpolant(self, t):
-        return torch.ones_like(t), t, torch.zeros_like(t), torch.ones_like(t)
-
-    def network_time(self, t):
+    def network_time(self, t: Tensor) -> Tensor:
         return (t / 2).log()
 
-    def _target_parts(self, t, r):
+    def _sample_t(self, batch: int, **options: Any) -> Tensor:
+        u = torch.rand(batch, **options)
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** u
+
+    def _target_parts(self, t: Tensor, r: Tensor):
         zero, one = torch.zeros_like(t), torch.ones_like(t)
         return (zero, -one), (zero, zero, r - t)
 
-    def _step(self, t, r):
+    def _step(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(t), t - r

@@ -1,9 +1,11 @@
 """The variance-preserving SDE (arXiv 2011.13456)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .base import Transport
+from .base import Interpolant, Transport
 
 
 class VPSDE(Transport):
@@ -17,14 +19,14 @@ class VPSDE(Transport):
 
     def __init__(
         self,
-        beta_min=0.1,
-        beta_d=19.9,
-        epsilon_t=1e-5,
-        T=1000,
-        sigma_d=1.0,
-        T_max=1.0,
-        T_min=1e-5,
-        **enhancement,
+        beta_min: float = 0.1,
+        beta_d: float = 19.9,
+        epsilon_t: float = 1e-5,
+        T: int = 1000,
+        sigma_d: float = 1.0,
+        T_max: float = 1.0,
+        T_min: float = 1e-5,
+        **enhancement: Any,
     ):
         super().__init__(sigma_d, T_max, T_min, **enhancement)
         self.beta_min, self.beta_d, self.epsilon_t, self.T = beta_min, beta_d, epsilon_t, T
@@ -36,23 +38,23 @@ class VPSDE(Transport):
         b = self._b(t)
         return (self.beta_d * t + self.beta_min) * (b**2 + 1) / (2 * b)
 
-    def sample_t(self, batch, generator=None, device=None, dtype=None):
-        u = torch.rand(batch, generator=generator, device=device, dtype=dtype)
-        return 1 + u * (self.epsilon_t - 1)
-
-    def interpolant(self, t):
+    def interpolant(self, t: Tensor) -> Interpolant:
         b, d_b = self._b(t), self._d_b(t)
         alpha = (b**2 + 1).rsqrt()
-        return alpha, b * alpha, -b * d_b * alpha**3, d_b * alpha**3
+        return Interpolant(alpha, b * alpha, -b * d_b * alpha**3, d_b * alpha**3)
 
-    def network_time(self, t):
+    def network_time(self, t: Tensor) -> Tensor:
         return (self.T - 1) * t
 
-    def _target_parts(self, t, r):
+    def _sample_t(self, batch: int, **options: Any) -> Tensor:
+        u = torch.rand(batch, **options)
+        return 1 + u * (self.epsilon_t - 1)
+
+    def _target_parts(self, t: Tensor, r: Tensor):
         zero, one = torch.zeros_like(t), torch.ones_like(t)
         return (zero, one), (zero, zero, -(self._b(t) - self._b(r)) / self._d_b(t))
 
-    def _step(self, t, r):
+    def _step(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         b_t, b_r = self._b(t), self._b(r)
         alpha_r = (b_r**2 + 1).rsqrt()
         return (b_t**2 + 1).sqrt() * alpha_r, (b_r - b_t) * alpha_r
