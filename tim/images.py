@@ -46,8 +46,9 @@ def step_label(num_steps: int) -> str:
 
 
 def step_grid(
-    network: nn.Module, transport: Transport, z: Tensor, y: Tensor, steps: Sequence[int]
+    network: nn.Module, transport: Transport, noise: Tensor, y: Tensor, steps: Sequence[int]
 ) -> Image.Image:
-    """Samples of the same noise z (B, C, H, W) and labels y (B,), a row for each step count."""
+    """Samples of labels y (B,) from one noise (B, C, H, W) of variance 1, a row a step count."""
+    z = transport.initial_state(noise)
     rows = {step_label(count): sample(network, transport, z, y, num_steps=count) for count in steps}
     return labelled_grid(rows, [str(label) for label in y.tolist()])

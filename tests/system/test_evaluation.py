@@ -19,11 +19,19 @@ def held_out():
     return mnist.load("held_out")
 
 
-def test_classifier_learns_and_is_reproducible(trained, held_out):
-    classifier, accuracy = trained
+def test_classifier_learns(trained):
+    _, accuracy = trained
     assert accuracy > 0.6
-    again, _ = evaluation.train_classifier(epochs=1)
-    assert torch.equal(again.head.weight, classifier.head.weight)
+
+
+def test_classifier_is_reproducible(monkeypatch):
+    """In four steps of an epoch of 400 images; another seed gives another."""
+    load = mnist.load
+    monkeypatch.setattr(mnist, "load", lambda split: tuple(each[::10] for each in load(split)))
+    first, again, other = (
+        evaluation.train_classifier(epochs=1, seed=seed)[0].head.weight for seed in (0, 0, 1)
+    )
+    assert torch.equal(again, first) and not torch.equal(other, first)
 
 
 def test_share_of_recognised_digits(trained, held_out):
@@ -38,12 +46,12 @@ def test_share_of_recognised_digits(trained, held_out):
 
 def test_frechet_distance_orders_real_blurred_and_noise(trained, held_out):
     classifier, _ = trained
-    real, labels = held_out
-    train, _ = mnist.load("train")
+    real, labels = (each[::2] for each in held_out)
+    train = mnist.load("train")[0][::8]
     same = evaluation.frechet_distance(classifier, real, real)
     floor = evaluation.frechet_distance(classifier, train, real)
     one_digit = evaluation.frechet_distance(classifier, real[labels == 3], real)
-    noise = evaluation.frechet_distance(classifier, torch.randn(500, 1, 28, 28).clamp(-1, 1), real)
+    noise = evaluation.frechet_distance(classifier, torch.randn(250, 1, 28, 28).clamp(-1, 1), real)
     assert abs(same) < 1e-3 * noise
     assert same < floor < one_digit / 10
     assert floor < noise / 10

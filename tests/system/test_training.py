@@ -4,10 +4,9 @@ import json
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from small_mnist import small
 
-from tim import config
 from tim.training import draws, load_export, loop, snapshots
 from tim.training.log import LossLog, read_log
 
@@ -20,37 +19,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def tiny(**training):
-    """The MNIST configuration, shrunk until a step takes milliseconds."""
-    small = {
-        "model": {
-            "ema_decay": 0.9,
-            "network": {
-                "params": {
-                    "patch_size": 14,
-                    "hidden_size": 32,
-                    "depth": 2,
-                    "encoder_depth": 1,
-                    "num_heads": 2,
-                    "lora_hidden_size": 8,
-                }
-            },
-        },
-        "data": {"dataloader": {"batch_size": 16}},
-        "training": {
-            "max_train_steps": 8,
-            "checkpointing_steps": 4,
-            "log_steps": 2,
-            "validation_steps": 100,
-            "lr_scheduler": "constant_with_warmup",
-            "lr_scheduler_params": None,
-            "lr_warmup_steps": 2,
-            **training,
-        },
-    }
-    return OmegaConf.merge(config.load("mnist"), small)
 
 
 def stop_after(monkeypatch, steps):
@@ -76,7 +44,7 @@ def weights(output):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_resumed_run_equals_unbroken_run(tmp_path, monkeypatch, accumulation):
-    cfg = tiny(gradient_accumulation_steps=accumulation)
+    cfg = small(gradient_accumulation_steps=accumulation)
     loop.train(cfg, tmp_path / "unbroken")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(patch, 7)
@@ -100,14 +68,14 @@ def test_resumed_run_equals_unbroken_run(tmp_path, monkeypatch, accumulation):
 
 def test_draws_are_used(tmp_path):
     """Another seed gives other weights: the equality above is not that of constants."""
-    loop.train(tiny(max_train_steps=2), tmp_path / "a")
-    loop.train(tiny(max_train_steps=2, seed=1), tmp_path / "b")
+    loop.train(small(max_train_steps=2), tmp_path / "a")
+    loop.train(small(max_train_steps=2, seed=1), tmp_path / "b")
     a, b = weights(tmp_path / "a")["network"], weights(tmp_path / "b")["network"]
     assert not torch.equal(a["x_embedder.proj.weight"], b["x_embedder.proj.weight"])
 
 
 def test_loss_falls_and_export_is_the_average(tmp_path):
-    loop.train(tiny(max_train_steps=120, log_steps=20, learning_rate=3e-3), tmp_path)
+    loop.train(small(max_train_steps=120, log_steps=20, learning_rate=3e-3), tmp_path)
     log = read_log(tmp_path / "log.jsonl")
     assert log[-1]["denoising"] < 0.8 * log[0]["denoising"]
 
@@ -122,7 +90,7 @@ def test_loss_falls_and_export_is_the_average(tmp_path):
 
 
 def test_incomplete_checkpoint_is_ignored(tmp_path):
-    cfg = tiny()
+    cfg = small()
     loop.train(cfg, tmp_path)
     before = weights(tmp_path)["network"]
     broken = tmp_path / "checkpoints" / "step-00000012"
@@ -135,9 +103,9 @@ def test_incomplete_checkpoint_is_ignored(tmp_path):
 
 
 def test_checkpoints_are_refused_unless_resuming(tmp_path):
-    loop.train(tiny(max_train_steps=1), tmp_path)
+    loop.train(small(max_train_steps=1), tmp_path)
     with pytest.raises(FileExistsError, match="resume_from_checkpoint=latest"):
-        loop.train(tiny(max_train_steps=1, resume_from_checkpoint=None), tmp_path)
+        loop.train(small(max_train_steps=1, resume_from_checkpoint=None), tmp_path)
 
 
 def test_old_checkpoints_go_only_when_the_new_one_is_complete(tmp_path):
@@ -176,15 +144,15 @@ def test_non_finite_values_stop_the_run(tmp_path, monkeypatch, broken, value):
 
     monkeypatch.setattr(loop.Trainer, "_loss", spoilt)
     with pytest.raises(FloatingPointError, match="not finite at step 6"):
-        loop.train(tiny(), tmp_path)
+        loop.train(small(), tmp_path)
     assert list(snapshots.complete(tmp_path / "checkpoints")) == [4]
     assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [2, 4]
 
 
 def test_unknown_precision_and_data_are_refused(tmp_path):
     with pytest.raises(ValueError, match="mixed_precision .* got 'fp8'"):
-        loop.train(tiny(mixed_precision="fp8"), tmp_path)
-    cfg = tiny()
+        loop.train(small(mixed_precision="fp8"), tmp_path)
+    cfg = small()
     cfg.data.data_type = "pictures"
     with pytest.raises(ValueError, match="data_type .* got 'pictures'"):
         loop.train(cfg, tmp_path)

@@ -1,5 +1,7 @@
 """Transports against the published implementation, and against their own calculus."""
 
+import math
+
 import pytest
 import torch
 from golden_files import relative_error
@@ -21,9 +23,9 @@ def test_interpolant_and_network_time(golden_transport):
     for name in names:
         torch.testing.assert_close(values[name], expected[name], rtol=FORWARD, atol=1e-7)
     check(transport.network_time(given["t"]), expected["c_noise"], "c_noise")
-    row = {name: value.view(-1, 1, 1, 1) for name, value in values.items()}
-    check(row["alpha"] * given["x"] + row["sigma"] * given["z"], expected["x_t"], "x_t")
-    check(row["d_alpha"] * given["x"] + row["d_sigma"] * given["z"], expected["v_t"], "v_t")
+    alpha, sigma, d_alpha, d_sigma = (values[name].view(-1, 1, 1, 1) for name in names)
+    check(alpha * given["x"] + sigma * given["z"], expected["x_t"], "x_t")
+    check(d_alpha * given["x"] + d_sigma * given["z"], expected["v_t"], "v_t")
 
 
 def test_target_and_step(golden_transport):
@@ -56,6 +58,54 @@ def test_derivatives_and_draws(name):
         else:
             expected = torch.zeros_like(t)
         torch.testing.assert_close(derivative, expected)
+
+
+SIGMA_AT_T_MAX = {
+    "OT_FM": 1.0,
+    "TrigFlow": math.sin(1.57),
+    "EDM": 80 / math.hypot(80, 0.5),
+    "VP_SDE": (1 - math.exp(-0.5 * 19.9 - 0.1)) ** 0.5,
+    "VE_SDE": 100.0,
+}
+
+
+@pytest.mark.parametrize("name", TRANSPORTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_initial_state(name, dtype):
+    """The noise's share of x_t at T_max; all but VE-SDE's is of variance 1."""
+    noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = noise.clone()
+    state = make(name).initial_state(noise)
+    assert state.dtype == dtype and torch.equal(noise, before)
+    torch.testing.assert_close(state, noise * SIGMA_AT_T_MAX[name])
+    transport = make(name, T_max=0.7)
+    sigma = transport.interpolant(torch.tensor([0.7], dtype=torch.float64))[1]
+    torch.testing.assert_close(transport.initial_state(noise), noise * float(sigma))
+
+
+@pytest.mark.parametrize("name", TRANSPORTS)
+def test_the_derivative_s_coefficient_is_that_of_the_step(name):
+    """a_D = −b / (∂b/∂t): the derivative of x_r = a x_t + b F vanishes at the target."""
+    transport = make(name)
+    t = torch.linspace(0.2, 0.9, 5, dtype=torch.float64, requires_grad=True)
+    r = t.detach() / 3
+    b = transport.step_coefficients(t, r).b
+    (d_b,) = torch.autograd.grad(b.sum(), t)
+    torch.testing.assert_close(transport.target_coefficients(t, r).a_D, -b / d_b)
+
+
+@pytest.mark.parametrize("name", TRANSPORTS)
+def test_a_perfect_prediction_at_t_steps_along_the_trajectory(name):
+    transport = make(name, sigma_d=1.0)  # EDM's published step is exact there alone
+    x, z = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    t = torch.linspace(0.2, 0.9, 5, dtype=torch.float64)
+
+    def state(time):
+        alpha, sigma, _, _ = (v.view(-1, 1, 1) for v in transport.interpolant(time))
+        return alpha * x + sigma * z
+
+    stepped = transport.step(state(t), t, t / 3, transport.target(x, z, t, t, None))
+    torch.testing.assert_close(stepped, state(t / 3))
 
 
 @pytest.mark.parametrize("name", TRANSPORTS)

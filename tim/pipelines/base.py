@@ -89,7 +89,7 @@ class TiMPipeline(DiffusionPipeline):
         return size
 
     def _initial_state(self, batch: int, height: int, width: int, generator, latents) -> Tensor:
-        """The noise at T_max: σ times that which is drawn or given."""
+        """The state at T_max of the noise that is drawn or given, (B, in_channels, H/f, W/f)."""
         factor = self.vae_scale_factor
         shape = (batch, self.transformer.config.in_channels, height // factor, width // factor)
         if isinstance(generator, (list, tuple)) and len(generator) != batch:
@@ -101,9 +101,7 @@ class TiMPipeline(DiffusionPipeline):
                 f"latents must be floating-point {shape}, got {latents.dtype} "
                 f"{tuple(latents.shape)}"
             )
-        time = torch.tensor([self._transport.T_max], dtype=torch.float64)
-        sigma = float(self._transport.interpolant(time)[1])
-        return latents.to(self._execution_device) * sigma
+        return self._transport.initial_state(latents.to(self._execution_device))
 
     def _decode(self, x: Tensor, output_type: str):
         images = self.vae.decode(x.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
@@ -132,6 +130,11 @@ def transport_of(cfg: DictConfig) -> tuple[str, dict[str, Any]]:
 
 
 def folder_of(cfg: DictConfig, name: str, argument: str) -> str:
+    """`model.<name>` of a configuration.
+
+    Raises:
+        ValueError: it names none; the message asks for `argument` instead.
+    """
     folder = cfg.model.get(name)
     if not folder:
         raise ValueError(f"the configuration has no model.{name}, got {folder!r}: give {argument}")

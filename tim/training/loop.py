@@ -223,8 +223,8 @@ class Trainer:
         y = torch.arange(min(10, self.cfg.model.network.params.num_classes), device=device)
         shape = (len(y), *self.dataset[0][0].shape)
         generator = draws.generator(self.run_cfg.seed)
-        z = torch.randn(shape, generator=generator).to(device)
-        grid = step_grid(self.ema_network, self.objective.transport, z, y, SAMPLE_STEPS)
+        noise = torch.randn(shape, generator=generator).to(device)
+        grid = step_grid(self.ema_network, self.objective.transport, noise, y, SAMPLE_STEPS)
         folder = self.output / "samples"
         folder.mkdir(exist_ok=True)
         grid.save(folder / f"step-{self.step:08d}.png")

@@ -1,4 +1,4 @@
-"""Any-step sampling (arXiv 2509.04394, section 3.4)."""
+"""The sampler's loop: one network evaluation and one step at a time."""
 
 from collections.abc import Callable
 
@@ -7,10 +7,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tim.checks import check_finite
+from tim.transports import Transport
 from tim_kernels import transition_step
-
-from .checks import check_finite
-from .transports import Transport
 
 SAMPLE_TYPES = ("transition", "ddiffusion")
 
@@ -36,42 +35,42 @@ def sample(
     progress: bool = False,
     on_step: Callable[[int, float, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Carry noise z at T_max to data at T_min in `num_steps` network evaluations.
+    """Carry the state z at T_max to data at T_min in `num_steps` network evaluations.
 
-    z is (B, C, H, W); y is the model's conditioning and y_null, shaped alike, the one that means
-    "nothing". Times run linearly from T_max to T_min (the transport's unless given). Classifier-
-    free guidance (arXiv 2207.12598) acts where cfg_low·T_max < t < cfg_high·T_max, if
-    cfg_scale > 1. "transition" asks the network for F(x, t, r), "ddiffusion" for F(x, t, t).
-    `stochasticity_ratio` > 0 adds noise between the first and the last step (OT_FM only), drawn
-    from `generator`. The state is kept in float64, the network runs in its own dtype. After each
-    step `on_step` is given its index, the time reached and the state; what it returns goes on.
-    Returns the data (B, C, H, W) in z's dtype, or with `return_trajectory` all
-    (num_steps + 1, B, C, H, W) states. Raises ValueError for inputs that do not fit.
+    Args:
+        z: the state itself, (B, C, H, W): `transport.initial_state(noise)` for noise of variance 1.
+        y, y_null: the model's conditioning and, shaped alike, the one that means "nothing".
+        num_steps: times run linearly from T_max to T_min.
+        T_max, T_min: the transport's unless given.
+        cfg_scale: classifier-free guidance (arXiv 2207.12598), two evaluations a step; 1 is none.
+        cfg_low, cfg_high: guidance acts where cfg_low·T_max < t < cfg_high·T_max.
+        stochasticity_ratio: noise added between the first and the last step (OT_FM only).
+        sample_type: "transition" asks the network for F(x, t, r), "ddiffusion" for F(x, t, t).
+        generator: of the added noise; one, or one a sample.
+        return_trajectory: return all num_steps + 1 states.
+        progress: show a bar.
+        on_step: given each step's index, the time reached and the state; what it returns goes on.
+
+    Returns the data (B, C, H, W) or the trajectory (num_steps + 1, B, C, H, W), in z's dtype. In
+    between the state is float64; the network runs in its own dtype.
+
+    Raises:
+        ValueError: options out of range, y_null missing or not shaped as y, z not finite.
     """
     T_max = transport.T_max if T_max is None else T_max
     T_min = transport.T_min if T_min is None else T_min
     guided = cfg_scale > 1
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    if not T_max > T_min:
-        raise ValueError(f"T_max must exceed T_min, got {T_max} and {T_min}")
-    if sample_type not in SAMPLE_TYPES:
-        raise ValueError(f"sample_type must be one of {SAMPLE_TYPES}, got {sample_type!r}")
-    if guided and y_null is None:
-        raise ValueError(f"guidance (cfg_scale = {cfg_scale}) needs y_null")
-    if guided and y_null.shape != y.shape:
-        raise ValueError(f"y_null must be shaped as y, {tuple(y.shape)}; got {tuple(y_null.shape)}")
-    if stochasticity_ratio < 0:
-        raise ValueError(f"stochasticity_ratio must not be negative, got {stochasticity_ratio}")
-    check_finite("the initial latents z", z)
+    _check_options(num_steps, T_max, T_min, sample_type, stochasticity_ratio)
+    if guided:
+        _check_guidance(cfg_scale, y, y_null)
+    check_finite("the initial state z", z)
 
-    dtype = next(model.parameters()).dtype
-    batch = z.shape[0]
+    dtype, batch = next(model.parameters()).dtype, z.shape[0]
     both_y = torch.cat((y, y_null)) if guided else None
-    times = torch.linspace(T_max, T_min, num_steps + 1, dtype=torch.float64).tolist()
     x = z.to(torch.float64)
     guidance = x.new_full((batch,), cfg_scale)
     states = [x]
+    times = torch.linspace(T_max, T_min, num_steps + 1, dtype=torch.float64).tolist()
     pairs = list(zip(times[:-1], times[1:], strict=True))
     for step, (t, r) in enumerate(tqdm(pairs, disable=not progress)):
         t_batch, r_batch = x.new_full((batch,), t), x.new_full((batch,), r)
@@ -98,3 +97,21 @@ def sample(
 def _network_time(transport: Transport, t: Tensor, dtype: torch.dtype) -> Tensor:
     """c(t), never rounded below float32: t − r is small where steps are many."""
     return transport.network_time(t).to(torch.promote_types(dtype, torch.float32))
+
+
+def _check_options(num_steps, T_max, T_min, sample_type, stochasticity_ratio) -> None:
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    if not T_max > T_min:
+        raise ValueError(f"T_max must exceed T_min, got {T_max} and {T_min}")
+    if sample_type not in SAMPLE_TYPES:
+        raise ValueError(f"sample_type must be one of {SAMPLE_TYPES}, got {sample_type!r}")
+    if stochasticity_ratio < 0:
+        raise ValueError(f"stochasticity_ratio must not be negative, got {stochasticity_ratio}")
+
+
+def _check_guidance(cfg_scale: float, y: Tensor, y_null: Tensor | None) -> None:
+    if y_null is None:
+        raise ValueError(f"guidance (cfg_scale = {cfg_scale}) needs y_null")
+    if y_null.shape != y.shape:
+        raise ValueError(f"y_null must be shaped as y, {tuple(y.shape)}; got {tuple(y_null.shape)}")

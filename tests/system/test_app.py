@@ -1,25 +1,26 @@
 """The commands, end to end on a network of a few weights."""
 
+import runpy
+import sys
+
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
+from small_mnist import NETWORK, small
 from typer.testing import CliRunner
 
-from tim import config, demo
-from tim.cli import app
+from tim import config
+from tim.app import demo
+from tim.app.cli import app
 from tim.images import labelled_grid
 from tim.training import save_export
-
-TINY = {"patch_size": 14, "hidden_size": 32, "depth": 2, "num_heads": 2, "lora_hidden_size": 8}
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "model"
-    tiny = {"model": {"network": {"params": {**TINY, "encoder_depth": 1}}}}
-    cfg = OmegaConf.merge(config.load("mnist"), tiny)
+    cfg = small()
     torch.manual_seed(0)
     network = config.build_network(cfg)
     final = network.final_layer  # zero at initialisation, when no input matters
@@ -33,9 +34,18 @@ def tim(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+def test_python_m_tim_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["-m", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("tim", run_name="__main__")
+    assert ended.value.code == 0
+    help_text = capsys.readouterr().out
+    assert "Usage: tim" in help_text and "demo" in help_text and "train" in help_text
+
+
 def test_train_takes_overrides_and_resumes(tmp_path):
-    overrides = [f"model.network.params.{name}={value}" for name, value in TINY.items()]
-    overrides += ["model.network.params.encoder_depth=1", "data.dataloader.batch_size=4"]
+    overrides = [f"model.network.params.{name}={value}" for name, value in NETWORK.items()]
+    overrides += ["data.dataloader.batch_size=4"]
     command = ["train", "--config", "mnist", "--output", tmp_path, *overrides]
     for steps in (1, 2):
         result = tim(*command, f"training.max_train_steps={steps}")

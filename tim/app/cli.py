@@ -78,9 +78,9 @@ def sample(
         network.to(device)
         size, channels = network.config.input_size, network.config.in_channels
         generator = torch.Generator().manual_seed(seed)
-        z = torch.randn(len(y), channels, size, size, generator=generator)
+        noise = torch.randn(len(y), channels, size, size, generator=generator)
         y_null = torch.full_like(y, network.config.num_classes)
-        inputs = (tensor.to(device) for tensor in (z, y, y_null))
+        inputs = (tensor.to(device) for tensor in (transport.initial_state(noise), y, y_null))
         x = run(network, transport, *inputs, num_steps=steps, cfg_scale=cfg_scale).cpu()
         output.parent.mkdir(parents=True, exist_ok=True)
         if output.suffix == ".png":
@@ -96,11 +96,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
 ) -> None:
     """Draw the digits 0 to 9 at 1, 2, 4, 8 and 32 steps with the shipped network."""
-    from tim.demo import draw
+    from tim.app.demo import draw
 
     with _errors_without_traceback():
         typer.echo(draw(output, seed=seed).resolve())
-
-
-if __name__ == "__main__":
-    app()

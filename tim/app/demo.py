@@ -7,7 +7,7 @@ import torch
 from tim.images import step_grid
 from tim.training import load_export
 
-WEIGHTS = Path(__file__).parent / "assets" / "mnist"
+WEIGHTS = Path(__file__).parents[1] / "assets" / "mnist"
 STEPS = (1, 2, 4, 8, 32)
 
 
@@ -18,8 +18,8 @@ def draw(output: Path, *, seed: int = 0, weights: Path = WEIGHTS) -> Path:
         FileNotFoundError: `weights` does not hold an exported network.
     """
     network, transport, _ = load_export(weights)
-    z = torch.randn(10, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
-    grid = step_grid(network, transport, z, torch.arange(10), STEPS)
+    noise = torch.randn(10, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
+    grid = step_grid(network, transport, noise, torch.arange(10), STEPS)
     output.parent.mkdir(parents=True, exist_ok=True)
     grid.save(output)
     return output

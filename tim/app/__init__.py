@@ -1,0 +1,1 @@
+"""What people start: the command `tim` and the demo."""
