@@ -1,4 +1,5 @@
-"""Two processes: every rank gets the mean of both ranks' gradients, whatever gives dF/dt."""
+"""Two processes, by DistributedDataParallel and FSDP2: every rank gets the mean of both ranks'
+gradients, whatever gives dF/dt."""
 
 import datetime
 import itertools
@@ -9,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.eager import randomise
@@ -22,21 +25,29 @@ KINDS = {
     "jvp": dict(derivative_type="jvp"),
     "jvp shared": dict(derivative_type="jvp", share_primal=True),
 }
-CASES = list(itertools.product(KINDS, (False, True)))
+CASES = [
+    (wrapper, condition, kind, checkpointing)
+    for wrapper, condition in (("ddp", "class"), ("fsdp2", "class"), ("fsdp2", "text"))
+    for kind, checkpointing in itertools.product(KINDS, (False, True))
+]
 
 
-def problem(rank: int):
+def problem(rank: int, condition: str):
+    is_text = condition == "text"
     model = randomise(
         TiMTransformer2DModel(
             patch_size=1, in_channels=3, hidden_size=16, encoder_depth=1, depth=2, num_heads=2,
             num_classes=4, z_dim=6, projector_dim=8, lora_hidden_size=8,
+            cap_feat_dim=5 if is_text else None,
         )
     )  # fmt: skip
     g = torch.Generator().manual_seed(rank)
     x, z = torch.randn(2, 4, 3, 2, 2, generator=g)
     t = torch.rand(4, generator=g) * 0.5 + 0.3
     r = torch.where(torch.arange(4) < 2, t, t / 2)
-    return model, (x, z, torch.arange(4), torch.randn(4, 4, 6, generator=g)), t, r
+    features = torch.randn(4, 4, 6, generator=g)
+    y = torch.randn(4, 3, 5, generator=g) if is_text else torch.arange(4)
+    return model, (x, z, y, features), t, r
 
 
 def backward(model, batch, t, r, kind):
@@ -46,7 +57,16 @@ def backward(model, batch, t, r, kind):
 
 
 def gradients(model) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    whole = (getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in model.parameters())
+    return torch.cat([gradient.flatten() for gradient in whole if gradient is not None])
+
+
+def wrap(model, wrapper: str, mesh):
+    if wrapper == "ddp":
+        return DistributedDataParallel(model, find_unused_parameters=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def work(rank: int, folder: str):
@@ -55,16 +75,17 @@ def work(rank: int, folder: str):
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS,
         timeout=datetime.timedelta(minutes=2),
     )  # fmt: skip
-    found = {}
-    for kind, checkpointing in CASES:
-        model, batch, t, r = problem(rank)
+    found, mesh = {}, init_device_mesh("cpu", (RANKS,))
+    for case in CASES:
+        wrapper, condition, kind, checkpointing = case
+        model, batch, t, r = problem(rank, condition)
         if checkpointing:
             model.enable_gradient_checkpointing()
-        wrapped = DistributedDataParallel(model, find_unused_parameters=False)
+        wrapped = wrap(model, wrapper, mesh)
         for _ in range(2):  # a second step would hang or raise if the first left something behind
             wrapped.zero_grad()
             backward(wrapped, batch, t, r, kind)
-        found[kind, checkpointing] = gradients(model)
+        found[case] = gradients(model)
     torch.save(found, f"{folder}/{rank}.unfinished")
     os.rename(f"{folder}/{rank}.unfinished", f"{folder}/{rank}.pt")
     while not all(os.path.exists(f"{folder}/{other}.pt") for other in range(RANKS)):
@@ -79,15 +100,23 @@ def ranks(tmp_path_factory):
     return [torch.load(f"{folder}/{rank}.pt") for rank in range(RANKS)]
 
 
-@pytest.mark.parametrize("kind, checkpointing", CASES)
-def test_gradients_are_equal_and_the_mean(ranks, kind, checkpointing):
-    first, second = (found[kind, checkpointing] for found in ranks)
+@pytest.fixture(scope="module")
+def alone():
+    """Each rank's gradients without the other, by condition and kind."""
+    found = {}
+    for condition, kind in itertools.product(("class", "text"), KINDS):
+        for rank in range(RANKS):
+            model, batch, t, r = problem(rank, condition)
+            backward(model, batch, t, r, kind)
+            found.setdefault((condition, kind), []).append(gradients(model))
+    return found
+
+
+@pytest.mark.parametrize("wrapper, condition, kind, checkpointing", CASES)
+def test_gradients_are_equal_and_the_mean(ranks, alone, wrapper, condition, kind, checkpointing):
+    first, second = (found[wrapper, condition, kind, checkpointing] for found in ranks)
     assert torch.equal(first, second)
-    alone = []
-    for rank in range(RANKS):
-        model, batch, t, r = problem(rank)
-        backward(model, batch, t, r, kind)
-        alone.append(gradients(model))
-    mean = sum(alone) / RANKS
-    assert not torch.allclose(alone[0], alone[1], rtol=0.1)
+    one, other = alone[condition, kind]
+    mean = (one + other) / RANKS
+    assert not torch.allclose(one, other, rtol=0.1)
     assert (first - mean).norm() < 1e-5 * mean.norm()

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of a function under forward mode."""
+"""Gradient checkpointing of a block, under forward mode too."""
 
 import contextlib
 from collections.abc import Callable
@@ -9,6 +9,28 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import get_device_states, set_device_states
+
+from tim_kernels import use_backend
+from tim_kernels.dispatch.backend import requested
+
+
+def checkpointed(function: Callable, block: nn.Module, *args):
+    """function(block, *args), whose activations are made again in backward if `block` asks for it.
+
+    Called inside the block's forward: what hangs on the module, such as the hooks by which FSDP2
+    gathers its parameters, then works around both runs.
+    """
+    if not (block.gradient_checkpointing and torch.is_grad_enabled()):
+        return function(block, *args)
+    backend = requested()  # on a GPU the second run is in autograd's thread
+
+    def run(*args):
+        with use_backend(backend):
+            return function(*args)
+
+    if forward_ad._current_level >= 0:
+        return checkpoint_dual(run, block, *args)
+    return block._gradient_checkpointing_func(run, block, *args)
 
 
 def checkpoint_dual(function, *args):
@@ -34,11 +56,6 @@ def checkpoint_dual(function, *args):
     )  # fmt: skip
     pairs = zip(primals, outputs, strict=True)
     return rebuild_outputs([_dual(primal, out.tangent) for primal, out in pairs])
-
-
-def is_forward_mode() -> bool:
-    """Whether tensors may have tangents here."""
-    return forward_ad._current_level >= 0
 
 
 def _tensors(tree) -> tuple[list[Tensor], Callable]:

@@ -1,10 +1,15 @@
 """The modules of TiM: weights under the published names. What is computed with them stands in
-`tim_kernels.network.forward`, which runs the whole network on the fused ops."""
+`tim_kernels.network`, which runs the whole network on the fused ops."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tim_kernels.network import forward as fused
+from tim_kernels.network.blocks import Pending, Rope, class_block, text_block
+from tim_kernels.network.layers import swiglu_mlp
+
+from .checkpointing import checkpointed
 
 
 class SwiGLU(nn.Module):
@@ -17,7 +22,7 @@ class SwiGLU(nn.Module):
         self.fc2 = nn.Linear(hidden_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return fused.swiglu_mlp(self, x)
+        return swiglu_mlp(self, x)
 
 
 def _head_norm(head_dim: int, qk_norm: bool) -> nn.Module:
@@ -54,39 +59,44 @@ def _layer_norm(dim: int) -> nn.LayerNorm:
     return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
 
 
+class BlockShape(NamedTuple):
+    dim: int
+    num_heads: int
+    mlp_hidden: int
+    lora_hidden: int
+    qk_norm: bool
+    distance_aware: bool
+
+
 class ClassBlock(nn.Module):
     """Self-attention and MLP, modulated by six rows of the conditioning."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_hidden: int,
-        lora_hidden: int,
-        qk_norm: bool,
-        distance_aware: bool,
-    ):
+    gradient_checkpointing = False  # `enable_gradient_checkpointing` of the model sets it
+
+    def __init__(self, shape: BlockShape):
         super().__init__()
+        dim, num_heads, mlp_hidden, lora_hidden, qk_norm, distance_aware = shape
         self.norm1 = _layer_norm(dim)
         self.attn = Attention(dim, num_heads, qk_norm, distance_aware)
         self.norm2 = _layer_norm(dim)
         self.mlp = SwiGLU(dim, mlp_hidden, dim)
         self.adaLN_modulation = SwiGLU(dim, lora_hidden, 6 * dim)
 
+    def forward(
+        self, x: Tensor, pending: Pending | None, c, delta, text, rope: Rope, rows=None
+    ) -> tuple[Tensor, Pending]:
+        """See `class_block` of `tim_kernels.network.blocks`."""
+        return checkpointed(class_block, self, x, pending, c, delta, text, rope, rows)
+
 
 class TextBlock(nn.Module):
     """Self-attention, cross-attention to the text and MLP, modulated by nine rows."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_hidden: int,
-        lora_hidden: int,
-        qk_norm: bool,
-        distance_aware: bool,
-    ):
+    gradient_checkpointing = False  # `enable_gradient_checkpointing` of the model sets it
+
+    def __init__(self, shape: BlockShape):
         super().__init__()
+        dim, num_heads, mlp_hidden, lora_hidden, qk_norm, distance_aware = shape
         self.norm1 = _layer_norm(dim)
         self.attn = Attention(dim, num_heads, qk_norm, distance_aware)
         self.norm2_i = _layer_norm(dim)
@@ -95,6 +105,12 @@ class TextBlock(nn.Module):
         self.norm3 = _layer_norm(dim)
         self.mlp = SwiGLU(dim, mlp_hidden, dim)
         self.adaLN_modulation = SwiGLU(dim, lora_hidden, 9 * dim)
+
+    def forward(
+        self, x: Tensor, pending: Pending | None, c, delta, text, rope: Rope, rows=None
+    ) -> tuple[Tensor, Pending]:
+        """See `text_block` of `tim_kernels.network.blocks`."""
+        return checkpointed(text_block, self, x, pending, c, delta, text, rope, rows)
 
 
 class FinalLayer(nn.Module):

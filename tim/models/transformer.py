@@ -6,15 +6,13 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from tim_kernels import CONDITIONS, use_backend
-from tim_kernels.dispatch.backend import requested
-from tim_kernels.network import forward as fused
+from tim_kernels import CONDITIONS
+from tim_kernels.network.forward import tim
 from tim_kernels.qk_norm_rope.reference import ORDERS
 
 from ..checks import check_times
-from .checkpointing import checkpoint_dual, is_forward_mode
 from .embeddings import CaptionEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder
-from .layers import ClassBlock, FinalLayer, TextBlock, projector, zero_
+from .layers import BlockShape, ClassBlock, FinalLayer, TextBlock, projector, zero_
 
 
 @dataclass
@@ -75,14 +73,11 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
         else:
             self.y_embedder = CaptionEmbedder(cap_feat_dim, hidden_size)
         block = ClassBlock if cap_feat_dim is None else TextBlock
-        self.blocks = nn.ModuleList(
-            block(hidden_size, num_heads, mlp_hidden, lora_hidden, qk_norm, distance_aware)
-            for _ in range(depth)
-        )
+        shape = BlockShape(hidden_size, num_heads, mlp_hidden, lora_hidden, qk_norm, distance_aware)
+        self.blocks = nn.ModuleList(block(shape) for _ in range(depth))
         has_projector = z_dim is not None and projector_dim is not None
         self.projector = projector(hidden_size, projector_dim, z_dim) if has_projector else None
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels)
-        self.gradient_checkpointing = False
         self.initialize_weights()
 
     @torch.no_grad()
@@ -118,7 +113,7 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
         block `encoder_depth`, (B, N, z_dim). Raises ValueError for inputs that do not fit.
         """
         self._check_inputs(x, t, r, y, return_features)
-        sample, features = fused.tim(
+        sample, features = tim(
             self,
             x,
             t,
@@ -127,25 +122,10 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
             new_condition=self.config.new_condition,
             rope_order=self.config.rope_order,
             features_depth=self.config.encoder_depth if return_features else None,
-            checkpoint=self._checkpoint if self._is_checkpointing() else None,
         )
         if return_dict:
             return TiMTransformer2DModelOutput(sample, features)
         return (sample, features) if return_features else sample
-
-    def _is_checkpointing(self) -> bool:
-        return self.gradient_checkpointing and torch.is_grad_enabled()
-
-    def _checkpoint(self, function, *args):
-        backend = requested()  # on a GPU the second run is in autograd's thread
-
-        def run(*args):
-            with use_backend(backend):
-                return function(*args)
-
-        if is_forward_mode():
-            return checkpoint_dual(run, *args)
-        return self._gradient_checkpointing_func(run, *args)
 
     def _check_inputs(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, features: bool) -> None:
         channels, patch = self.config.in_channels, self.config.patch_size

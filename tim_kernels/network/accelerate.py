@@ -5,7 +5,6 @@ stay where they are; only `forward` of the instance is replaced, and `restore` p
 """
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import MethodType
@@ -16,7 +15,10 @@ from torch import Tensor, nn
 
 from ..qk_norm_rope.reference import ORDERS
 from ..time_pair_embedding.reference import CONDITIONS
-from . import forward as fused
+from .blocks import Rope, class_block, text_block
+from .forward import tim
+from .layers import swiglu_mlp
+from .tree import is_swiglu, obstacles
 
 # A model's own forwards, by the names of its modules: a reference to the model would keep it alive.
 _ORIGINAL: WeakKeyDictionary[nn.Module, dict[str, object]] = WeakKeyDictionary()
@@ -64,18 +66,15 @@ def accelerate(
     if rope_order not in ORDERS:
         raise ValueError(f"rope_order must be one of {ORDERS}, got {rope_order!r}")
 
-    obstacles = dict(_obstacles(model, new_condition))
-    if not obstacles:
-        forward = _published_forward(new_condition, rope_order)
-        if difference := _difference(model, forward):
-            obstacles[""] = difference
+    report = Report(left=dict(obstacles(model, new_condition)))
+    if not report.left:
+        if why := _fuse(model, _published_forward(new_condition, rope_order)):
+            report.left[""] = why
         else:
-            _replace(model, "", forward)
             return Report(fused=[""])
-    report = Report(left=obstacles)
     for name, module in model.named_modules():
-        if _is_swiglu(module):
-            _replace(model, name, fused.swiglu_mlp)
+        if is_swiglu(module) and _computes_swiglu(module):
+            _replace(model, name, swiglu_mlp)
             report.fused.append(name)
     return report
 
@@ -101,11 +100,23 @@ def _replace(model: nn.Module, name: str, function) -> None:
     module.forward = MethodType(function, module)
 
 
+def _block_forward(block: nn.Module):
+    """The fused block for the fused network, which calls it with a `Rope`; to others its own."""
+    own, fused = block.forward, text_block if hasattr(block, "cross_attn") else class_block
+
+    def forward(self, *args, **kwargs):
+        if len(args) > 5 and isinstance(args[5], Rope):
+            return fused(self, *args)
+        return own(*args, **kwargs)
+
+    return forward
+
+
 def _published_forward(new_condition: str, rope_order: str):
     def forward(
         self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, attn_type=None, return_zs=False, jvp=False
     ):
-        sample, zs = fused.tim(
+        sample, zs = tim(
             self,
             x,
             t,
@@ -132,32 +143,50 @@ def _exact_convolution() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _difference(model: nn.Module, forward) -> str | None:
-    """Why the fused forward is not the model's own, by trying both on a 2×3 grid of tokens."""
-    proj = model.x_embedder.proj
-    weight, patch = proj.weight, proj.kernel_size[0]
-    if weight.is_meta:
-        return None
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(*shape):
-        return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
-
-    x = noise(2, proj.in_channels, 2 * patch, 3 * patch)
-    t, r = (torch.tensor(time, device=weight.device) for time in ((0.9, 0.5), (0.3, 0.1)))
-    if hasattr(model.y_embedder, "embedding_table"):
-        y = torch.tensor([0, model.y_embedder.embedding_table.num_embeddings - 1]).to(x.device)
-    else:
-        y = noise(2, 3, model.y_embedder.norm.normalized_shape[0])
+def _fuse(model: nn.Module, forward) -> str | None:
+    """Replace the forwards of model and blocks; if that makes it another function, undo it and
+    say why."""
+    inputs = None if model.x_embedder.proj.weight.is_meta else _trial_inputs(model)
     was_training = model.training
     model.eval()
     try:
         with _exact_convolution():
-            own, ours = model(x, t, r, y), forward(model, x, t, r, y)
+            own = None if inputs is None else model(*inputs)
+            _replace(model, "", forward)
+            for i, block in enumerate(model.blocks):
+                _replace(model, f"blocks.{i}", _block_forward(block))
+            why = None if inputs is None else _difference(own, model.forward(*inputs))
     except Exception as error:
-        return f"the trial of both forwards failed: {error!r}"
+        why = f"the trial of both forwards failed: {error!r}"
     finally:
         model.train(was_training)
+    if why and model in _ORIGINAL:
+        restore(model)
+    return why
+
+
+def _trial_inputs(model: nn.Module) -> tuple[Tensor, ...]:
+    """A small batch: a 2×3 grid of tokens, or the one size that the model takes."""
+    embedder, proj = model.x_embedder, model.x_embedder.proj
+    size = 2 * proj.kernel_size[0], 3 * proj.kernel_size[0]
+    if getattr(embedder, "strict_img_size", False):  # timm's
+        size = getattr(embedder, "img_size", None) or size
+    x = _noise((2, proj.in_channels, *size), proj.weight)
+    t, r = (torch.tensor(time, device=x.device) for time in ((0.9, 0.5), (0.3, 0.1)))
+    if hasattr(model.y_embedder, "embedding_table"):
+        y = torch.tensor([0, model.y_embedder.embedding_table.num_embeddings - 1]).to(x.device)
+    else:
+        y = _noise((2, 3, model.y_embedder.norm.normalized_shape[0]), proj.weight)
+    return x, t, r, y
+
+
+def _noise(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).to(like.device, like.dtype)
+
+
+def _difference(own: Tensor, ours: Tensor) -> str | None:
+    """Why the fused result is not the model's own."""
     if not isinstance(own, Tensor) or own.shape != ours.shape:
         return f"its forward returns {type(own).__name__}, not a sample shaped like x"
     error = (own.double() - ours.double()).norm()
@@ -169,100 +198,14 @@ def _difference(model: nn.Module, forward) -> str | None:
     return None
 
 
-def _obstacles(model: nn.Module, new_condition: str | None) -> Iterator[tuple[str, str]]:
-    """Each (module, reason) for which the tree is not the published one."""
+@torch.no_grad()
+def _computes_swiglu(mlp: nn.Module) -> bool:
+    """Whether layers named as SwiGLU's are used as SwiGLU's."""
+    weight = mlp.fc1_g.weight
+    if weight.is_meta:
+        return True
+    x = _noise((3, weight.shape[1]), weight)
     try:
-        expected = _expected_parameters(model)
-    except AttributeError as error:
-        yield "", f"it is not the published tree: {error}"
-        return
-    actual = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    for name in sorted(expected.keys() | actual.keys()):
-        if expected.get(name) != actual.get(name):
-            owner, _, leaf = name.rpartition(".")
-            yield (
-                owner,
-                (
-                    f"{leaf} is {actual.get(name, 'missing')}, "
-                    f"TiM has {expected.get(name, 'no such parameter')}"
-                ),
-            )
-    for name, module in model.named_modules():
-        leaf = name.rpartition(".")[2]
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            yield name, f"dropout of {module.p} is not fused"
-        if leaf.startswith("norm") and "." in name and not isinstance(module, nn.LayerNorm):
-            yield name, f"it is a {type(module).__name__}, TiM has a LayerNorm"
-        if leaf in ("q_norm", "k_norm") and not isinstance(module, (nn.LayerNorm, nn.Identity)):
-            yield name, f"it is a {type(module).__name__}, TiM has LayerNorm or Identity"
-    arguments = inspect.signature(model.forward).parameters
-    if not {"x", "t", "r", "y", "return_zs"} <= arguments.keys():
-        yield "", f"forward takes ({', '.join(arguments)}), needed are (x, t, r, y, …, return_zs)"
-    if new_condition is None:
-        yield "", "it has no attribute new_condition: say accelerate(model, new_condition=…)"
-    if not isinstance(getattr(model, "encoder_depth", None), int):
-        yield "", "it has no integer attribute encoder_depth"
-
-
-def _expected_parameters(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the published tree with this model's sizes."""
-    proj = model.x_embedder.proj
-    C, channels, patch, _ = proj.weight.shape
-    shapes: dict[str, tuple[int, ...]] = {"x_embedder.proj.weight": (C, channels, patch, patch)}
-    shapes["x_embedder.proj.bias"] = (C,)
-
-    def linear(name: str, out: int, inner: int, bias: bool = True) -> None:
-        shapes[f"{name}.weight"] = (out, inner)
-        if bias:
-            shapes[f"{name}.bias"] = (out,)
-
-    def layer_norm(name: str, width: int) -> None:
-        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
-
-    def swiglu(name: str, inner: int, out: int) -> None:
-        hidden = model.get_submodule(name).fc1_g.weight.shape[0]
-        linear(f"{name}.fc1_g", hidden, inner)
-        linear(f"{name}.fc1_x", hidden, inner)
-        linear(f"{name}.fc2", out, hidden)
-
-    for name in ("t_embedder", "delta_embedder"):
-        if getattr(model, name, None) is not None:
-            linear(f"{name}.mlp.0", C, 256)
-            linear(f"{name}.mlp.2", C, C)
-    is_text = not hasattr(model.y_embedder, "embedding_table")
-    if is_text:
-        width = model.y_embedder.norm.weight.shape[0]
-        layer_norm("y_embedder.norm", width)
-        swiglu("y_embedder.mlp", width, C)
-    else:
-        rows = model.y_embedder.embedding_table.weight.shape[0]
-        shapes["y_embedder.embedding_table.weight"] = (rows, C)
-    for i, block in enumerate(model.blocks):
-        root = f"blocks.{i}"
-        swiglu(f"{root}.adaLN_modulation", C, (9 if is_text else 6) * C)
-        swiglu(f"{root}.mlp", C, C)
-        linear(f"{root}.attn.qkv", 3 * C, C)
-        if getattr(block.attn, "qkv_d", None) is not None:
-            linear(f"{root}.attn.qkv_d", 3 * C, C, bias=False)
-        for name in ("attn", "cross_attn") if is_text else ("attn",):
-            attention = getattr(block, name)
-            linear(f"{root}.{name}.proj", C, C)
-            for norm in ("q_norm", "k_norm"):
-                if isinstance(getattr(attention, norm), nn.LayerNorm):
-                    layer_norm(f"{root}.{name}.{norm}", getattr(attention, norm).weight.shape[0])
-        if is_text:
-            linear(f"{root}.cross_attn.q", C, C)
-            linear(f"{root}.cross_attn.kv", 2 * C, C)
-    swiglu("final_layer.adaLN_modulation", C, 2 * C)
-    linear("final_layer.linear", model.final_layer.linear.weight.shape[0], C)
-    if getattr(model, "projector", None) is not None:
-        for layer in (0, 2, 4):
-            linear(f"projector.{layer}", *model.projector[layer].weight.shape)
-    return shapes
-
-
-def _is_swiglu(module: nn.Module) -> bool:
-    layers = dict(module.named_children())
-    return layers.keys() == {"fc1_g", "fc1_x", "fc2"} and all(
-        type(layer) is nn.Linear for layer in layers.values()
-    )
+        return _difference(mlp.forward(x), swiglu_mlp(mlp, x)) is None
+    except Exception:  # whatever a stranger's forward raises
+        return False
