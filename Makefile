@@ -19,6 +19,7 @@ test: lint ## lint, then run every test
 lint: $(VENV)/.test ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/* tests/csrc/emulation/*
 
 bench: $(VENV)/.bench ## count, read the compiled kernels, time what runs here, and report
 	$(BIN)/python -m benchmarks.traffic

@@ -1,8 +1,8 @@
 """The compiled extension, `tim_kernels/_cuda.so`: loaded when somebody first asks, and why not.
 
 setup.py leaves beside it `_cuda.json`, which says for which architectures it was built, or why it
-was not. The library's operators, torch.ops.tim_kernels_cuda, fill tensors that are made here in
-Python; csrc/registration.cpp lists them.
+was not. The library's operators, `ops()`, fill tensors that are made in Python;
+csrc/registration.cpp lists them.
 """
 
 import ctypes
@@ -19,6 +19,7 @@ from ..launch.views import multiprocessors, row_view, sample_view, share_of, tok
 
 LIBRARY = Path(__file__).parents[1].joinpath("_cuda.so")
 BUILD = Path(__file__).parents[1].joinpath("_cuda.json")
+NAMESPACE = "tim_kernels_cuda"  # of torch.ops, unless the build chose another
 SAMPLE_BLOCK = 2048  # elements of latents that a block has, ELEMENTS of csrc/samples.cuh
 
 _emulated = False
@@ -45,10 +46,15 @@ def obstacle(device: str) -> str | None:
     return _not_built_for(capability) or _not_driven(_driver()) or _not_loaded()
 
 
+def ops():
+    """The library's operators, torch.ops.<the namespace that its build chose>."""
+    return getattr(torch.ops, NAMESPACE if _emulated else build().get("namespace", NAMESPACE))
+
+
 @functools.cache
 def build() -> dict:
     """What setup.py noted: {"architectures": ["80", …, "100+PTX"], "nvcc": "13.0", "sources": a
-    hash of csrc/}, or {"reason": why there is no extension}."""
+    hash of csrc/, "namespace": of torch.ops}, or {"reason": why there is no extension}."""
     if not BUILD.exists():
         return {"reason": "it was not built (python setup.py build_ext --inplace builds it)"}
     return json.loads(BUILD.read_text())

@@ -15,7 +15,7 @@ def forward(t, r, times, dtype):
     t, r = one_dtype(t, r)
     out = torch.empty((slots, t.shape[0], DIM), dtype=dtype, device=t.device)
     if out.numel():
-        torch.ops.tim_kernels_cuda.time_sinusoids_forward(t, r, codes, out)
+        torch.ops.tim_kernels_cuda.time_pair_embedding_forward(t, r, codes, out)
     return out
 
 
@@ -27,7 +27,7 @@ def backward(dout, t, r, times):
     dt, dr = t.new_empty(t.shape), r.new_empty(r.shape)
     if t.numel():
         dout = dout.contiguous()
-        torch.ops.tim_kernels_cuda.time_sinusoids_backward(dout, t, r, codes, dt, dr)
+        torch.ops.tim_kernels_cuda.time_pair_embedding_backward(dout, t, r, codes, dt, dr)
     return dt.to(dtypes[0]), dr.to(dtypes[1])
 
 
