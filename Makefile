@@ -22,6 +22,7 @@ test-nightly: lint ## the same and longer sweeps over shapes
 lint: $(VENV)/.test ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/* tests/csrc/emulation/*
 
 bench: $(VENV)/.bench ## count, read the compiled kernels, time what runs here, and report
 	$(BIN)/python -m benchmarks.traffic

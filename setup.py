@@ -5,6 +5,8 @@ CUDA build it, and one file serves every later torch and every Python. Without t
 installs all the same; tim_kernels/_cuda.json says what was built, or why nothing was.
 
     TIM_KERNELS_CUDA_ARCHS   "80 90 100+PTX" by default; "none" builds no extension
+    TIM_KERNELS_NAMESPACE    of torch.ops for the extension, "tim_kernels_cuda" by default: two
+                             builds under names of their own can live in one process
 """
 
 import hashlib
@@ -68,6 +70,14 @@ def architectures() -> list[str]:
     return names
 
 
+def namespace() -> str:
+    """In which the extension registers its operators."""
+    name = os.environ.get("TIM_KERNELS_NAMESPACE") or "tim_kernels_cuda"
+    if re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) is None:
+        sys.exit(f"TIM_KERNELS_NAMESPACE must be a name like 'tim_kernels_cuda', got {name!r}")
+    return name
+
+
 def obstacle() -> str | None:
     """Why the extension is not built; None if it is."""
     if os.environ.get("TIM_KERNELS_CUDA_ARCHS", "").strip().lower() == "none":
@@ -89,6 +99,7 @@ def compile_flags(torch: Path) -> list[str]:
     """nvcc's, for every source and architecture."""
     return [
         "-std=c++17", "-O3", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}",
+        f"-DTIM_KERNELS_NAMESPACE={namespace()}",
         f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}",
         "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v",
     ]  # fmt: skip
@@ -108,7 +119,7 @@ class BuildExtension(build_ext):
             note(folder, {"reason": reason})
         else:
             built = {"architectures": architectures(), "nvcc": nvcc_version(nvcc())}
-            note(folder, built | {"sources": source_hash()})
+            note(folder, built | {"sources": source_hash(), "namespace": namespace()})
 
     def build_extension(self, extension: Extension) -> None:
         torch, names = torch_folder(), architectures()

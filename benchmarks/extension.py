@@ -23,7 +23,7 @@ CUDA_TYPES = {"__nv_bfloat16": "bf16", "__half": "fp16", "float": "fp32", "doubl
 class Kernel:
     """A __global__ function with its template arguments, compiled for one architecture."""
 
-    name: str  # ada_layer_norm.forward_rows<1152, bf16, bf16>
+    name: str  # ada_layer_norm.forward_kernel<1152, bf16, bf16>
     arch: int
     threads: int  # a block, at most
     resources: Resources  # dynamic shared memory is not in them: a launch decides it
@@ -66,15 +66,15 @@ def _compile(source: Path, arch: int) -> list[Kernel]:
     shared = {name: int(re.search(r"SHARED:(\d+)", line)[1]) for name, line in of_usage.items()}
     return [
         Kernel(
-            f"{source.stem}.{short_name(name)}", arch, threads[name],
-            resources(line, code[name], shared[name]),
+            f"{source.stem}.{short_name(name).removeprefix(f'{source.stem}_')}", arch,
+            threads[name], resources(line, code[name], shared[name]),
         )
         for name, line in of_usage.items()
     ]  # fmt: skip
 
 
 def short_name(mangled: str) -> str:
-    """forward_rows<1152, bf16, fp32> of a mangled kernel of an unnamed namespace."""
+    """ada_layer_norm_forward_kernel<…, bf16, fp32> of a mangled kernel of an unnamed namespace."""
     name = _run("c++filt", mangled).strip()
     name = re.search(r"(?:\(anonymous namespace\)|_GLOBAL__N_\w*)::(.*?)\(", name)[1]
     for type_name, short in CUDA_TYPES.items():

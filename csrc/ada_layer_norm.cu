@@ -3,13 +3,14 @@
 //     x' = x + gate·(branch + bias)      left out when there is no branch
 //     y  = LN(x')·(1 + scale) + shift    left out when there is no scale
 //
-// Widths 768 and 1152 have kernels whose rows stay in registers, with 16-byte accesses and every
-// lane busy. Forward: a row belongs to 16 lanes, 6 or 9 chunks of 8 channels each, so that sums
-// need no barrier and a warp has two rows in flight. Backward: a thread keeps the sums over tokens
-// of its 8 channels, so a row belongs to C/8 threads and a block of 288 has 3 or 2 rows at a time.
-// Any other width, or a view that is not aligned, takes the kernels of ada_layer_norm.cuh.
+// Widths 768 and 1152 have kernels whose tokens stay in registers, with 16-byte accesses and every
+// lane busy. Forward: a token belongs to 16 lanes, 6 or 9 chunks of 8 channels each, so that sums
+// need no barrier and a warp has two tokens in flight. Backward: a thread keeps the sums over
+// tokens of its 8 channels, so a token belongs to C/8 threads and a block of 288 has 3 or 2 tokens
+// at a time. Any other width, or a view that is not aligned, takes the kernels of
+// ada_layer_norm.cuh.
 //
-// Statistics are recomputed in backward: the row is read anyway. They are taken of the row less
+// Statistics are recomputed in backward: the token is read anyway. They are taken of the token less
 // its first mean, so that a mean far from zero loses nothing.
 #include <algorithm>
 
@@ -22,7 +23,8 @@ namespace {
 constexpr int TEAM = 16, FORWARD_THREADS = 128;
 
 template <int C, typename T, typename S>
-__global__ void __launch_bounds__(FORWARD_THREADS, 4) forward_rows(Forward<T, S> in, Grid grid) {
+__global__ void __launch_bounds__(FORWARD_THREADS, 4)
+    ada_layer_norm_forward_kernel(Forward<T, S> in, Grid grid) {
   constexpr int CHUNKS = C / CHUNK / TEAM, TEAMS = FORWARD_THREADS / TEAM;
   // Chunks of the branch that are loaded before the first of them is stored, past which no load
   // moves: all of them, where there are registers for it.
@@ -30,20 +32,20 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 4) forward_rows(Forward<T, S>
   constexpr int GROUP = IS_SHORT ? CHUNKS : 1;
   static_assert(CHUNKS * CHUNK * TEAM == C && CHUNKS % GROUP == 0);
   constexpr float PER_CHANNEL = 1.f / C;
-  const Rows at = grid.locate();
+  const Range at = grid.locate();
   const int lane = threadIdx.x % TEAM, team = threadIdx.x / TEAM;
   const S *gate = in.gate.at(at.sample), *bias = in.bias.at(at.sample);
   const S *shift = in.shift.at(at.sample), *scale = in.scale.at(at.sample);
 
   for (int64_t begin = at.begin; begin < at.end; begin += TEAMS) {
-    const bool is_row = begin + team < at.end;  // a team without a row reads the last one again
-    const int64_t n = is_row ? begin + team : at.end - 1;
-    const T* row = in.x.at(at.sample, at.first + n);
+    const bool has_token = begin + team < at.end;  // a team without one reads the last one again
+    const int64_t n = has_token ? begin + team : at.end - 1;
+    const T* of_x = in.x.at(at.sample, at.first + n);
     const int64_t out = (at.first_out + n) * C;
     Raw<CHUNK, T> x_raw[CHUNKS], r_raw[GROUP];
     float x[CHUNKS][CHUNK];
 #pragma unroll
-    for (int j = 0; j < CHUNKS; j++) x_raw[j].load(row + (j * TEAM + lane) * CHUNK);
+    for (int j = 0; j < CHUNKS; j++) x_raw[j].load(of_x + (j * TEAM + lane) * CHUNK);
     if (!IS_SHORT || in.branch.data == nullptr) {
 #pragma unroll
       for (int j = 0; j < CHUNKS; j++) x_raw[j].widen(x[j]);
@@ -62,7 +64,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 4) forward_rows(Forward<T, S>
         if (IS_SHORT) x_raw[j].widen(x[j]);
 #pragma unroll
         for (int i = 0; i < CHUNK; i++) x[j][i] += g[i] * r[i];
-        if (is_row) store(in.out + out + column, x[j]);
+        if (has_token) store(in.out + out + column, x[j]);
       }
     }
     if (in.y == nullptr) continue;
@@ -93,20 +95,20 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 4) forward_rows(Forward<T, S>
       load(shift + column, b);
 #pragma unroll
       for (int i = 0; i < CHUNK; i++) x[j][i] = (x[j][i] - small) * rstd * (1.f + a[i]) + b[i];
-      if (is_row) store(in.y + out + column, x[j]);
+      if (has_token) store(in.y + out + column, x[j]);
     }
   }
 }
 
 constexpr int BACKWARD_THREADS = 288, HALF_WARPS = BACKWARD_THREADS / TEAM;
 
-struct alignas(16) Scratch {  // of a row's sums; the barriers of the next sums free each again
+struct alignas(16) Scratch {  // of a token's sums; the barriers of the next sums free each again
   float mean[1][HALF_WARPS], rest[2][HALF_WARPS], gradient[2][HALF_WARPS];
 };
 
-// Sums over the C/8 threads of each row that a block holds. A half-warp never spans two rows.
+// Sums over the C/8 threads of each token that a block has. A half-warp never spans two tokens.
 template <int C, int N>
-__device__ __forceinline__ void row_sum(float (&x)[N], float (&scratch)[N][HALF_WARPS]) {
+__device__ __forceinline__ void token_sum(float (&x)[N], float (&scratch)[N][HALF_WARPS]) {
   constexpr int PARTS = C / CHUNK / TEAM;
   team_sum<TEAM>(x);
   const int part = threadIdx.x / TEAM;
@@ -124,12 +126,12 @@ __device__ __forceinline__ void row_sum(float (&x)[N], float (&scratch)[N][HALF_
 }
 
 template <int C, typename T, typename S>
-__global__ void __launch_bounds__(BACKWARD_THREADS, sizeof(T) + sizeof(S) == 4 ? 2 : 1) backward_rows(
-    Backward<T, S> in, Grid grid) {
-  constexpr int LANES = C / CHUNK, ROWS = BACKWARD_THREADS / LANES;
+__global__ void __launch_bounds__(BACKWARD_THREADS, sizeof(T) + sizeof(S) == 4 ? 2 : 1)
+    ada_layer_norm_backward_kernel(Backward<T, S> in, Grid grid) {
+  constexpr int LANES = C / CHUNK, TOKENS = BACKWARD_THREADS / LANES;
   constexpr float PER_CHANNEL = 1.f / C;
-  static_assert(ROWS * LANES == BACKWARD_THREADS && LANES % TEAM == 0);
-  const Rows at = grid.locate();
+  static_assert(TOKENS * LANES == BACKWARD_THREADS && LANES % TEAM == 0);
+  const Range at = grid.locate();
   const int slot = threadIdx.x / LANES, column = threadIdx.x % LANES * CHUNK;
   Scratch& scratch = *shared<Scratch>();
 
@@ -137,17 +139,18 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, sizeof(T) + sizeof(S) == 4 ?
   const S* scale = in.scale.at(at.sample);
   float dshift[CHUNK] = {}, dscale[CHUNK] = {}, dgate[CHUNK] = {}, dbias[CHUNK] = {};
 
-  for (int64_t begin = at.begin; begin < at.end; begin += ROWS) {
-    const bool is_row = begin + slot < at.end;
-    const int64_t n = is_row ? begin + slot : at.end - 1, row = at.first + n;
+  for (int64_t begin = at.begin; begin < at.end; begin += TOKENS) {
+    const bool has_token = begin + slot < at.end;
+    const int64_t n = has_token ? begin + slot : at.end - 1, token = at.first + n;
     Raw<CHUNK, T> d_raw = {}, r_raw = {}, y_raw;  // as they are, for half the registers
     float d[CHUNK], x[CHUNK], rstd = 0.f, along[2] = {0.f, 0.f};
-    if (in.dy.data != nullptr) y_raw.load(in.dy.at(at.sample, row) + column);  // first, or it sinks
-    if (in.dout.data != nullptr) d_raw.load(in.dout.at(at.sample, row) + column);
-    if (in.branch.data != nullptr) r_raw.load(in.branch.at(at.sample, row) + column);
+    if (in.dy.data != nullptr)
+      y_raw.load(in.dy.at(at.sample, token) + column);  // first, or it sinks
+    if (in.dout.data != nullptr) d_raw.load(in.dout.at(at.sample, token) + column);
+    if (in.branch.data != nullptr) r_raw.load(in.branch.at(at.sample, token) + column);
     if (in.dy.data != nullptr) {
       float sum[1] = {0.f}, rest[2] = {0.f, 0.f};
-      load(in.x.at(at.sample, row) + column, x);
+      load(in.x.at(at.sample, token) + column, x);
       if (in.branch.data != nullptr) {
         float g[CHUNK], r[CHUNK];
         gated(r_raw, gate, bias, column, g, r);
@@ -156,7 +159,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, sizeof(T) + sizeof(S) == 4 ?
       }
 #pragma unroll
       for (int i = 0; i < CHUNK; i++) sum[0] += x[i];
-      row_sum<C>(sum, scratch.mean);
+      token_sum<C>(sum, scratch.mean);
       const float mean = sum[0] * PER_CHANNEL;
 #pragma unroll
       for (int i = 0; i < CHUNK; i++) {
@@ -164,7 +167,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, sizeof(T) + sizeof(S) == 4 ?
         rest[0] += x[i];
         rest[1] += x[i] * x[i];
       }
-      row_sum<C>(rest, scratch.rest);
+      token_sum<C>(rest, scratch.rest);
       const float small = rest[0] * PER_CHANNEL;
       rstd = rsqrtf(rest[1] * PER_CHANNEL - small * small + in.eps);
       float a[CHUNK], y[CHUNK];
@@ -173,7 +176,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, sizeof(T) + sizeof(S) == 4 ?
 #pragma unroll
       for (int i = 0; i < CHUNK; i++) {
         x[i] = (x[i] - small) * rstd;
-        if (is_row) {
+        if (has_token) {
           dshift[i] += y[i];
           dscale[i] += y[i] * x[i];
         }
@@ -181,9 +184,9 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, sizeof(T) + sizeof(S) == 4 ?
         along[0] += y[i];
         along[1] += y[i] * x[i];
       }
-      row_sum<C>(along, scratch.gradient);
+      token_sum<C>(along, scratch.gradient);
     }
-    if (!is_row) continue;
+    if (!has_token) continue;
     d_raw.widen(d);
     if (in.dy.data != nullptr) {
       float a[CHUNK], y[CHUNK];
@@ -209,15 +212,15 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, sizeof(T) + sizeof(S) == 4 ?
   }
 
   // The slots' sums meet in shared memory; slot 0 writes the block's.
-  float* sums = reinterpret_cast<float*>(&scratch + 1);  // (ROWS, C)
-  const auto write = [&](int which, const float(&x)[CHUNK]) {
+  float* sums = reinterpret_cast<float*>(&scratch + 1);  // (TOKENS, C)
+  const auto write = [&](int which, const float (&x)[CHUNK]) {
     __syncthreads();
     store(sums + slot * C + column, x);
     __syncthreads();
     if (slot != 0) return;
     float total[CHUNK];
     load(sums + column, total);
-    for (int other = 1; other < ROWS; other++) {
+    for (int other = 1; other < TOKENS; other++) {
       float part[CHUNK];
       load(sums + other * C + column, part);
 #pragma unroll
@@ -233,8 +236,10 @@ template <typename T, typename S>
 Inputs<T, S> inputs(
     const Tensor& x, const Maybe& branch, const Maybe& gate, const Maybe& bias, const Maybe& shift,
     const Maybe& scale, double eps, bool is_packed) {
-  return {tokens<const T>(x, is_packed), tokens<const T>(branch, is_packed), row<S>(gate),
-          row<S>(bias), row<S>(shift), row<S>(scale), static_cast<float>(eps)};
+  return {tokens<const T>(x, is_packed), tokens<const T>(branch, is_packed),
+          per_sample<S>(gate),           per_sample<S>(bias),
+          per_sample<S>(shift),          per_sample<S>(scale),
+          static_cast<float>(eps)};
 }
 
 template <typename T, typename S>
@@ -243,9 +248,9 @@ bool all_aligned(const Inputs<T, S>& in) {
          is_aligned(in.shift) && is_aligned(in.scale);
 }
 
-ScalarType rows_dtype(const Tensor& x, std::initializer_list<const Maybe*> rows) {
-  for (const Maybe* row : rows)
-    if (row->has_value()) return (*row)->scalar_type();
+ScalarType cond_dtype(const Tensor& x, std::initializer_list<const Maybe*> cond) {
+  for (const Maybe* tensor : cond)
+    if (tensor->has_value()) return (*tensor)->scalar_type();
   return x.scalar_type();
 }
 
@@ -253,56 +258,66 @@ int general_threads(int C) { return std::min(GENERAL_THREADS, (C + WARP - 1) / W
 
 void forward(
     Tensor x, Maybe branch, Maybe gate, Maybe bias, Maybe shift, Maybe scale, Maybe out, Maybe y,
-    double eps, Maybe cu, int64_t max_length, int64_t rows) {
+    double eps, Maybe cu, int64_t max_length, int64_t tokens_per_block) {
   const int C = static_cast<int>(x.size(-1));
   const Stream stream(x);
-  const Grid grid = grid_of(x, cu, max_length, rows);
+  const Grid grid = grid_of(x, cu, max_length, tokens_per_block);
   const int64_t blocks = samples_of(x, cu) * grid.tiles;
-  with_dtypes(x.scalar_type(), rows_dtype(x, {&gate, &scale}), [&](auto t, auto s) {
+  with_dtypes(x.scalar_type(), cond_dtype(x, {&gate, &scale}), [&](auto t, auto s) {
     using T = typename decltype(t)::type;
     using S = typename decltype(s)::type;
     Forward<T, S> in{
-        inputs<T, S>(x, branch, gate, bias, shift, scale, eps, cu.has_value()),
-        pointer<T>(out), pointer<T>(y)};
+        inputs<T, S>(x, branch, gate, bias, shift, scale, eps, cu.has_value()), pointer<T>(out),
+        pointer<T>(y)};
     const bool is_fast = all_aligned<T, S>(in) && is_aligned(in.out) && is_aligned(in.y);
     if (is_fast && C == 1152)
-      return launch(stream, forward_rows<1152, T, S>, blocks, FORWARD_THREADS, 0, in, grid);
+      return launch(
+          stream, ada_layer_norm_forward_kernel<1152, T, S>, blocks, FORWARD_THREADS, 0, in, grid);
     if (is_fast && C == 768)
-      return launch(stream, forward_rows<768, T, S>, blocks, FORWARD_THREADS, 0, in, grid);
+      return launch(
+          stream, ada_layer_norm_forward_kernel<768, T, S>, blocks, FORWARD_THREADS, 0, in, grid);
     const size_t bytes = (2 * WARP + C) * sizeof(float);
-    launch(stream, forward_any<T, S>, blocks, general_threads(C), bytes, in, grid, C);
+    launch(
+        stream, ada_layer_norm_forward_any_kernel<T, S>, blocks, general_threads(C), bytes, in,
+        grid, C);
   });
 }
 
 void backward(
     Maybe dout, Maybe dy, Tensor x, Maybe branch, Maybe gate, Maybe bias, Maybe scale, Tensor dx,
-    Maybe dbranch, Tensor partial, double eps, Maybe cu, int64_t max_length, int64_t rows) {
+    Maybe dbranch, Tensor partial, double eps, Maybe cu, int64_t max_length,
+    int64_t tokens_per_block) {
   const int C = static_cast<int>(x.size(-1));
   const Stream stream(x);
-  const Grid grid = grid_of(x, cu, max_length, rows);
+  const Grid grid = grid_of(x, cu, max_length, tokens_per_block);
   const int64_t blocks = samples_of(x, cu) * grid.tiles;
   STD_TORCH_CHECK(partial.numel() == 4 * blocks * C, "tim_kernels_cuda: partial is (4, blocks, C)");
-  with_dtypes(x.scalar_type(), rows_dtype(x, {&gate, &scale}), [&](auto t, auto s) {
+  with_dtypes(x.scalar_type(), cond_dtype(x, {&gate, &scale}), [&](auto t, auto s) {
     using T = typename decltype(t)::type;
     using S = typename decltype(s)::type;
     const bool is_packed = cu.has_value();
     Backward<T, S> in{
         inputs<T, S>(x, branch, gate, bias, std::nullopt, scale, eps, is_packed),
-        tokens<const T>(dout, is_packed), tokens<const T>(dy, is_packed), pointer<T>(dx),
-        pointer<T>(dbranch), pointer<float>(partial)};
+        tokens<const T>(dout, is_packed),
+        tokens<const T>(dy, is_packed),
+        pointer<T>(dx),
+        pointer<T>(dbranch),
+        pointer<float>(partial)};
     const bool is_fast = all_aligned<T, S>(in) && is_aligned(in.dout) && is_aligned(in.dy) &&
                          is_aligned(in.dx) && is_aligned(in.dbranch);
     const size_t fast_bytes = sizeof(Scratch) + BACKWARD_THREADS * CHUNK * sizeof(float);
     if (is_fast && C == 1152)
       return launch(
-          stream, backward_rows<1152, T, S>, blocks, BACKWARD_THREADS, fast_bytes, in,
-          grid);
+          stream, ada_layer_norm_backward_kernel<1152, T, S>, blocks, BACKWARD_THREADS, fast_bytes,
+          in, grid);
     if (is_fast && C == 768)
       return launch(
-          stream, backward_rows<768, T, S>, blocks, BACKWARD_THREADS, fast_bytes, in,
-          grid);
+          stream, ada_layer_norm_backward_kernel<768, T, S>, blocks, BACKWARD_THREADS, fast_bytes,
+          in, grid);
     const size_t bytes = (2 * WARP + 2 * C) * sizeof(float);
-    launch(stream, backward_any<T, S>, blocks, general_threads(C), bytes, in, grid, C);
+    launch(
+        stream, ada_layer_norm_backward_any_kernel<T, S>, blocks, general_threads(C), bytes, in,
+        grid, C);
   });
 }
 

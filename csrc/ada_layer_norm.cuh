@@ -1,5 +1,5 @@
-// What all kernels of adaLN take, and those for any width and alignment: a row a block, staged in
-// shared memory, a channel a thread at a time.
+// What all kernels of adaLN take, and those for any width and alignment: a block has a token at a
+// time, staged in shared memory, a thread a channel at a time.
 #pragma once
 
 #include "common.cuh"
@@ -10,7 +10,7 @@ namespace {
 template <typename T, typename S>
 struct Inputs {
   Tokens<const T> x, branch;
-  Row<S> gate, bias, shift, scale;
+  PerSample<S> gate, bias, shift, scale;  // the conditioning
   float eps;
 };
 
@@ -49,17 +49,17 @@ __device__ __forceinline__ void load_gated(
   gated(raw, gate, bias, column, g, r);
 }
 
-constexpr int GENERAL_THREADS = 256;  // at most: a narrow row has a thread a channel
+constexpr int GENERAL_THREADS = 256;  // at most: a narrow token has a thread a channel
 
-// x' of a row into shared memory, one channel a thread at a time; the caller needs no barrier, as
+// x' of a token into shared memory, one channel a thread at a time; the caller needs no barrier, as
 // each thread works on its own channels.
 template <typename T, typename S>
 __device__ __forceinline__ void stage(
-    const Inputs<T, S>& in, const Rows& at, int64_t n, int C, float* x, T* out) {
-  const T* row = in.x.at(at.sample, at.first + n);
+    const Inputs<T, S>& in, const Range& at, int64_t n, int C, float* x, T* out) {
+  const T* of_x = in.x.at(at.sample, at.first + n);
   const S *gate = in.gate.at(at.sample), *bias = in.bias.at(at.sample);
   for (int c = threadIdx.x; c < C; c += blockDim.x) {
-    x[c] = to_float(row[c]);
+    x[c] = to_float(of_x[c]);
     if (in.branch.data != nullptr) {
       float g[1], r[1];
       load_gated(in.branch.at(at.sample, at.first + n), gate, bias, c, g, r);
@@ -89,9 +89,9 @@ __device__ __forceinline__ float normalise(float* x, int C, float eps, float* sc
 }
 
 template <typename T, typename S>
-__global__ void __launch_bounds__(GENERAL_THREADS, 2) forward_any(
-    Forward<T, S> in, Grid grid, int C) {
-  const Rows at = grid.locate();
+__global__ void __launch_bounds__(GENERAL_THREADS, 2)
+    ada_layer_norm_forward_any_kernel(Forward<T, S> in, Grid grid, int C) {
+  const Range at = grid.locate();
   float *scratch = shared<float>(), *x = scratch + 2 * WARP;
   const S *shift = in.shift.at(at.sample), *scale = in.scale.at(at.sample);
   for (int64_t n = at.begin; n < at.end; n++) {
@@ -104,11 +104,11 @@ __global__ void __launch_bounds__(GENERAL_THREADS, 2) forward_any(
   }
 }
 
-// A thread's sums over tokens are kept in the block's own rows of `partial`: nobody else's.
+// A thread's sums over tokens are kept in `partial`, where the block's are nobody else's.
 template <typename T, typename S>
-__global__ void __launch_bounds__(GENERAL_THREADS, 2) backward_any(
-    Backward<T, S> in, Grid grid, int C) {
-  const Rows at = grid.locate();
+__global__ void __launch_bounds__(GENERAL_THREADS, 2)
+    ada_layer_norm_backward_any_kernel(Backward<T, S> in, Grid grid, int C) {
+  const Range at = grid.locate();
   float *scratch = shared<float>(), *x = scratch + 2 * WARP, *d = x + C;
   const S *gate = in.gate.at(at.sample), *bias = in.bias.at(at.sample);
   const S* scale = in.scale.at(at.sample);
@@ -120,10 +120,10 @@ __global__ void __launch_bounds__(GENERAL_THREADS, 2) backward_any(
     for (int c = threadIdx.x; c < C; c += blockDim.x) sums[i][c] = 0.f;
   }
   for (int64_t n = at.begin; n < at.end; n++) {
-    const int64_t row = at.first + n, out = (at.first_out + n) * C;
+    const int64_t token = at.first + n, out = (at.first_out + n) * C;
     float along[2] = {0.f, 0.f}, rstd = 0.f;
     if (in.dy.data != nullptr) {
-      const T* dy = in.dy.at(at.sample, row);
+      const T* dy = in.dy.at(at.sample, token);
       stage(in, at, n, C, x, static_cast<T*>(nullptr));
       rstd = normalise(x, C, in.eps, scratch);
       for (int c = threadIdx.x; c < C; c += blockDim.x) {
@@ -137,12 +137,13 @@ __global__ void __launch_bounds__(GENERAL_THREADS, 2) backward_any(
       block_sum(along, scratch);
     }
     for (int c = threadIdx.x; c < C; c += blockDim.x) {
-      float dx = in.dout.data == nullptr ? 0.f : to_float(in.dout.at(at.sample, row)[c]);
-      if (in.dy.data != nullptr) dx += rstd * (d[c] - along[0] * per_channel - x[c] * (along[1] * per_channel));
+      float dx = in.dout.data == nullptr ? 0.f : to_float(in.dout.at(at.sample, token)[c]);
+      if (in.dy.data != nullptr)
+        dx += rstd * (d[c] - along[0] * per_channel - x[c] * (along[1] * per_channel));
       round_to(in.dx[out + c], dx);
       if (in.branch.data != nullptr) {
         float g[1], r[1];
-        load_gated(in.branch.at(at.sample, row), gate, bias, c, g, r);
+        load_gated(in.branch.at(at.sample, token), gate, bias, c, g, r);
         round_to(in.dbranch[out + c], dx * g[0]);
         sums[2][c] += dx * r[0];
         sums[3][c] += dx * g[0];

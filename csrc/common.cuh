@@ -1,4 +1,4 @@
-// What every kernel shares: element types as float, chunks of a row in registers, sums.
+// What every kernel shares: element types as float, chunks of channels in registers, sums.
 //
 // All arithmetic is in float32; a value is rounded once, when it is stored. Kernels use dynamic
 // shared memory alone, through `shared<T>()`.
@@ -22,7 +22,9 @@ __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162f
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 
 __device__ __forceinline__ void round_to(float& to, float x) { to = x; }
-__device__ __forceinline__ void round_to(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void round_to(__nv_bfloat16& to, float x) {
+  to = __float2bfloat16_rn(x);
+}
 __device__ __forceinline__ void round_to(__half& to, float x) { to = __float2half_rn(x); }
 
 // W channels as they are in memory; W = 8 takes 16-byte accesses and wants p aligned to them.
@@ -142,8 +144,8 @@ __device__ __forceinline__ void block_sum(A (&x)[N], A* scratch) {
 }
 
 // Which tokens a block has. Samples are (B, length) or, with cu_seqlens, packed end to end.
-struct Rows {
-  int64_t sample, first, begin, end;  // rows begin … end − 1 of the sample; `first` of an input
+struct Range {
+  int64_t sample, first, begin, end;  // tokens begin … end − 1 of the sample; `first` of an input
   int64_t first_out;                  // and of a contiguous output
 };
 
@@ -151,38 +153,38 @@ struct Grid {
   const int32_t* cu;  // cu_seqlens (samples + 1,) or nullptr
   int64_t length;     // of every sample, or the longest
   unsigned tiles;     // blocks a sample
-  int64_t rows;       // tokens a block
+  int64_t tokens_per_block;
 
-  // The rows of a block; blocks that share their rows pass a number of their own.
-  __device__ __forceinline__ Rows locate(unsigned block = blockIdx.x) const {
-    Rows at;
+  // The tokens of a block; blocks that share their tokens pass a number of their own.
+  __device__ __forceinline__ Range locate(unsigned block = blockIdx.x) const {
+    Range at;
     at.sample = block / tiles;
-    int64_t span = length;
+    int64_t tokens = length;
     at.first = 0, at.first_out = at.sample * length;
     if (cu != nullptr) {
       at.first = at.first_out = cu[at.sample];
-      span = cu[at.sample + 1] - at.first;
+      tokens = cu[at.sample + 1] - at.first;
     }
-    at.begin = int64_t(block % tiles) * rows;
-    at.end = at.begin + rows < span ? at.begin + rows : span;
+    at.begin = int64_t(block % tiles) * tokens_per_block;
+    at.end = at.begin + tokens_per_block < tokens ? at.begin + tokens_per_block : tokens;
     return at;
   }
 };
 
-// A token tensor (B, N, …) or (T, …): the address of a token is data + sample·b + row·n.
+// A token tensor (B, N, …) or (T, …): the address of a token is data + sample·b + token·n.
 template <typename T>
 struct Tokens {
   T* data;
   int64_t b, n;
 
-  __device__ __forceinline__ T* at(int64_t sample, int64_t row) const {
-    return data + sample * b + row * n;
+  __device__ __forceinline__ T* at(int64_t sample, int64_t token) const {
+    return data + sample * b + token * n;
   }
 };
 
-// A conditioning row a sample, or one for all.
+// (samples, …): the conditioning of a sample or its latents, or one conditioning for all samples.
 template <typename T>
-struct Row {
+struct PerSample {
   const T* data;
   int64_t s;
 

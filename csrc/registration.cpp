@@ -1,16 +1,16 @@
 // The operators of the library: each fills the tensors marked (a!) that its caller made, for the
-// operator of the same name in Python. `rows` is tokens a block.
-#include <torch/csrc/stable/library.h>
+// operator of the same name in Python.
+#include "library.h"
 
-STABLE_TORCH_LIBRARY(tim_kernels_cuda, library) {
+TIM_DEFINE(library) {
   library.def(
       "ada_layer_norm_forward(Tensor x, Tensor? branch, Tensor? gate, Tensor? bias, Tensor? shift, "
       "Tensor? scale, Tensor(a!)? out, Tensor(b!)? y, float eps, Tensor? cu_seqlens, "
-      "int max_length, int rows) -> ()");
+      "int max_length, int tokens_per_block) -> ()");
   library.def(
       "ada_layer_norm_backward(Tensor? dout, Tensor? dy, Tensor x, Tensor? branch, Tensor? gate, "
       "Tensor? bias, Tensor? scale, Tensor(a!) dx, Tensor(b!)? dbranch, Tensor(c!) partial, "
-      "float eps, Tensor? cu_seqlens, int max_length, int rows) -> ()");
+      "float eps, Tensor? cu_seqlens, int max_length, int tokens_per_block) -> ()");
 
   library.def("swiglu_forward(Tensor gate, Tensor value, Tensor(a!) out) -> ()");
   library.def(
@@ -20,14 +20,15 @@ STABLE_TORCH_LIBRARY(tim_kernels_cuda, library) {
   library.def(
       "qk_norm_rope_forward(Tensor q, Tensor? k, Tensor? q_weight, Tensor? q_bias, "
       "Tensor? k_weight, Tensor? k_bias, Tensor? q_shift, Tensor? k_shift, Tensor? positions, "
-      "int divisor, Tensor? divisors, Tensor? freq, Tensor(a!) q_out, Tensor(b!)? k_out, "
-      "float eps, Tensor? cu_seqlens, int max_length, int rows, int heads, int slots) -> ()");
+      "int period, Tensor? periods, Tensor? freq, Tensor(a!) q_out, Tensor(b!)? k_out, "
+      "float eps, Tensor? cu_seqlens, int max_length, int tokens_per_block, int heads, "
+      "int slots) -> ()");
   library.def(
       "qk_norm_rope_backward(Tensor? dq_out, Tensor? dk_out, Tensor q, Tensor? k, "
       "Tensor? q_weight, Tensor? k_weight, Tensor? q_shift, Tensor? k_shift, Tensor? positions, "
-      "int divisor, Tensor? divisors, Tensor? freq, Tensor(a!)? dq, Tensor(b!)? dk, "
+      "int period, Tensor? periods, Tensor? freq, Tensor(a!)? dq, Tensor(b!)? dk, "
       "Tensor(c!)? shifts, Tensor(d!)? affine, float eps, Tensor? cu_seqlens, int max_length, "
-      "int rows, int heads, int slots) -> ()");
+      "int tokens_per_block, int heads, int slots) -> ()");
 
   library.def(
       "transition_inputs_forward(Tensor x, Tensor z, Tensor alpha, Tensor sigma, Tensor? d_alpha, "
@@ -57,8 +58,8 @@ STABLE_TORCH_LIBRARY(tim_kernels_cuda, library) {
       "Tensor(b!)? dF_cond, Tensor(c!)? dF_uncond, Tensor(d!)? dnoise, Tensor(e!)? partial) "
       "-> ()");
 
-  library.def("time_sinusoids_forward(Tensor t, Tensor r, int codes, Tensor(a!) out) -> ()");
+  library.def("time_pair_embedding_forward(Tensor t, Tensor r, int codes, Tensor(a!) out) -> ()");
   library.def(
-      "time_sinusoids_backward(Tensor dout, Tensor t, Tensor r, int codes, Tensor(a!) dt, "
+      "time_pair_embedding_backward(Tensor dout, Tensor t, Tensor r, int codes, Tensor(a!) dt, "
       "Tensor(b!) dr) -> ()");
 }

@@ -52,30 +52,18 @@ __device__ __forceinline__ void store_part(T* p, const A (&x)[W]) {
     const auto* parts = reinterpret_cast<const uint4*>(raw.value);
 #pragma unroll
     for (int i = 0; i < raw.PARTS; i++)
-      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(
-                       __cvta_generic_to_global(reinterpret_cast<uint4*>(p) + i)),
-                   "r"(parts[i].x), "r"(parts[i].y), "r"(parts[i].z), "r"(parts[i].w));
+      asm volatile(
+          "st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(
+              __cvta_generic_to_global(reinterpret_cast<uint4*>(p) + i)),
+          "r"(parts[i].x), "r"(parts[i].y), "r"(parts[i].z), "r"(parts[i].w));
     return;
   }
 #endif
   raw.store(p);
 }
 
-// The two coefficients of an output: zeros of one that is not made.
-struct Pair {
-  float a = 0.f, b = 0.f;
-};
-
 inline unsigned tiles_of(int64_t length) {
   return static_cast<unsigned>((length + ELEMENTS - 1) / ELEMENTS);
-}
-
-// Call f(integral_constant<int, W>): 8 if every chunk of these views has 16-byte accesses, else 1.
-template <typename F, typename... Views>
-void with_width(int64_t length, F f, const Views&... views) {
-  if (length % CHUNK == 0 && (is_aligned(views) && ...))
-    return f(std::integral_constant<int, CHUNK>{});
-  f(std::integral_constant<int, 1>{});
 }
 
 }  // namespace tim

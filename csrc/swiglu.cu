@@ -3,13 +3,13 @@
 //     out = g·σ(g)·v
 //     dg  = d·v·(σ(g) + g·σ(g)·σ(−g))      dv = d·g·σ(g)
 //
-// Gate, value, their gradients, d and out are rows (rows, C) by a row stride each, which is all
-// that tells the half of a packed tensor from a tensor of its own. What a thread works on at a time
-// is 8 channels, or one where a width or a view does not allow 16-byte accesses. It has several
-// such units, a block's width apart, so that consecutive threads read consecutive units, whatever
-// the width; all their loads go out before the first result: 8 of 16 bytes forward, 6 backward.
-// Units are counted in 32 bits, as finding the row of one is a division, and in a launch for every
-// 2^31 of them.
+// Gate, value, their gradients, d and out are (tokens, C) with a stride of tokens each, which is
+// all that tells the half of a packed tensor from a tensor of its own. What a thread works on at a
+// time is 8 channels, or one where a width or a view does not allow 16-byte accesses. It has
+// several such units, a block's width apart, so that consecutive threads read consecutive units,
+// whatever the width; all their loads go out before the first result: 8 of 16 bytes forward, 6
+// backward. Units are counted in 32 bits, as finding the token of one is a division, and in a
+// launch for every 2^31 of them.
 //
 // σ comes from e = exp(−|g|) ≤ 1, so that nothing overflows and σ(−g) keeps its digits. The
 // instructions of an element are what could hold up the widest memories, so that 2-byte dtypes take
@@ -51,20 +51,20 @@ struct Sigmoid {
   }
 };
 
-// The N units of a thread: unit i is at channel column[i] of row[i], if it is there.
+// The N units of a thread: unit i is at channel column[i] of token[i], if it is there.
 template <int W, int N>
 struct Units {
-  int64_t row[N];
+  int64_t token[N];
   int column[N];
   bool is_there[N];
 
-  __device__ __forceinline__ Units(unsigned units, unsigned per_row) {
+  __device__ __forceinline__ Units(unsigned units, unsigned units_per_token) {
 #pragma unroll
     for (int i = 0; i < N; i++) {
       const unsigned unit = (blockIdx.x * N + i) * THREADS + threadIdx.x;
       is_there[i] = unit < units;
-      const unsigned r = unit / per_row;
-      row[i] = r, column[i] = static_cast<int>(unit - r * per_row) * W;
+      const unsigned t = unit / units_per_token;
+      token[i] = t, column[i] = static_cast<int>(unit - t * units_per_token) * W;
     }
   }
 
@@ -72,14 +72,15 @@ struct Units {
   __device__ __forceinline__ void load(Tokens<const T> x, Raw<W, T> (&raw)[N]) const {
 #pragma unroll
     for (int i = 0; i < N; i++)
-      if (is_there[i]) raw[i].load(x.at(0, row[i]) + column[i]);
+      if (is_there[i]) raw[i].load(x.at(0, token[i]) + column[i]);
   }
 };
 
 template <int W, typename T>
-__global__ void __launch_bounds__(THREADS) forward_units(
-    Tokens<const T> gate, Tokens<const T> value, Tokens<T> out, unsigned units, unsigned per_row) {
-  const Units<W, FORWARD_UNITS> at(units, per_row);
+__global__ void __launch_bounds__(THREADS) swiglu_forward_kernel(
+    Tokens<const T> gate, Tokens<const T> value, Tokens<T> out, unsigned units,
+    unsigned units_per_token) {
+  const Units<W, FORWARD_UNITS> at(units, units_per_token);
   Raw<W, T> g_raw[FORWARD_UNITS], v_raw[FORWARD_UNITS];
   at.load(gate, g_raw);
   at.load(value, v_raw);
@@ -91,15 +92,15 @@ __global__ void __launch_bounds__(THREADS) forward_units(
     v_raw[j].widen(v);
 #pragma unroll
     for (int i = 0; i < W; i++) v[i] *= g[i] * Sigmoid<T>(g[i]).of;
-    store(out.at(0, at.row[j]) + at.column[j], v);
+    store(out.at(0, at.token[j]) + at.column[j], v);
   }
 }
 
 template <int W, typename T>
-__global__ void __launch_bounds__(THREADS) backward_units(
+__global__ void __launch_bounds__(THREADS) swiglu_backward_kernel(
     Tokens<const T> dout, Tokens<const T> gate, Tokens<const T> value, Tokens<T> dgate,
-    Tokens<T> dvalue, unsigned units, unsigned per_row) {
-  const Units<W, BACKWARD_UNITS> at(units, per_row);
+    Tokens<T> dvalue, unsigned units, unsigned units_per_token) {
+  const Units<W, BACKWARD_UNITS> at(units, units_per_token);
   Raw<W, T> d_raw[BACKWARD_UNITS], g_raw[BACKWARD_UNITS], v_raw[BACKWARD_UNITS];
   at.load(dout, d_raw);
   at.load(gate, g_raw);
@@ -118,36 +119,29 @@ __global__ void __launch_bounds__(THREADS) backward_units(
       g[i] = d[i] * v[i] * (sigma.of + silu * sigma.of_minus);
       v[i] = d[i] * silu;
     }
-    store(dgate.at(0, at.row[j]) + at.column[j], g);
-    store(dvalue.at(0, at.row[j]) + at.column[j], v);
+    store(dgate.at(0, at.token[j]) + at.column[j], g);
+    store(dvalue.at(0, at.token[j]) + at.column[j], v);
   }
 }
 
 template <typename T>
-Tokens<T> skip(Tokens<T> x, int64_t rows) {
-  return {x.at(0, rows), x.b, x.n};
+Tokens<T> skip(Tokens<T> x, int64_t tokens) {
+  return {x.at(0, tokens), x.b, x.n};
 }
 
-// f(first row, units, blocks) for slices of the rows whose units can be counted in 32 bits.
+// f(first token, units, blocks) for slices of the tokens whose units can be counted in 32 bits.
 template <typename F>
-void over_slices(int64_t rows, int64_t per_row, int units_a_thread, F f) {
-  const int64_t most = std::max<int64_t>(1, (int64_t(1) << 31) / per_row);
-  const int64_t units_a_block = int64_t(units_a_thread) * THREADS;
-  for (int64_t first = 0; first < rows; first += most) {
-    const int64_t units = std::min(most, rows - first) * per_row;
-    f(first, static_cast<unsigned>(units), (units + units_a_block - 1) / units_a_block);
+void over_slices(int64_t tokens, int64_t units_per_token, int units_per_thread, F f) {
+  const int64_t most = std::max<int64_t>(1, (int64_t(1) << 31) / units_per_token);
+  const int64_t units_per_block = int64_t(units_per_thread) * THREADS;
+  for (int64_t first = 0; first < tokens; first += most) {
+    const int64_t units = std::min(most, tokens - first) * units_per_token;
+    f(first, static_cast<unsigned>(units), (units + units_per_block - 1) / units_per_block);
   }
 }
 
-// Call f(integral_constant<int, W>) with the channels of a unit.
-template <typename F, typename... Views>
-void with_width(int64_t C, F f, const Views&... views) {
-  if (C % CHUNK == 0 && (is_aligned(views) && ...)) return f(std::integral_constant<int, CHUNK>{});
-  f(std::integral_constant<int, 1>{});
-}
-
 void forward(Tensor gate, Tensor value, Tensor out) {
-  const int64_t rows = out.size(0), C = out.size(1);
+  const int64_t N = out.size(0), C = out.size(1);
   const Stream stream(out);
   with_dtype(out.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
@@ -155,9 +149,9 @@ void forward(Tensor gate, Tensor value, Tensor out) {
     const auto o = tokens<T>(out, true);
     const auto run = [&](auto width) {
       constexpr int W = width;
-      over_slices(rows, C / W, FORWARD_UNITS, [&](int64_t first, unsigned units, int64_t blocks) {
+      over_slices(N, C / W, FORWARD_UNITS, [&](int64_t first, unsigned units, int64_t blocks) {
         launch(
-            stream, forward_units<W, T>, blocks, THREADS, 0, skip(g, first), skip(v, first),
+            stream, swiglu_forward_kernel<W, T>, blocks, THREADS, 0, skip(g, first), skip(v, first),
             skip(o, first), units, C / W);
       });
     };
@@ -166,7 +160,7 @@ void forward(Tensor gate, Tensor value, Tensor out) {
 }
 
 void backward(Tensor dout, Tensor gate, Tensor value, Tensor dgate, Tensor dvalue) {
-  const int64_t rows = dgate.size(0), C = dgate.size(1);
+  const int64_t N = dgate.size(0), C = dgate.size(1);
   const Stream stream(dgate);
   with_dtype(dgate.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
@@ -175,10 +169,10 @@ void backward(Tensor dout, Tensor gate, Tensor value, Tensor dgate, Tensor dvalu
     const auto dg = tokens<T>(dgate, true), dv = tokens<T>(dvalue, true);
     const auto run = [&](auto width) {
       constexpr int W = width;
-      over_slices(rows, C / W, BACKWARD_UNITS, [&](int64_t first, unsigned units, int64_t blocks) {
+      over_slices(N, C / W, BACKWARD_UNITS, [&](int64_t first, unsigned units, int64_t blocks) {
         launch(
-            stream, backward_units<W, T>, blocks, THREADS, 0, skip(d, first), skip(g, first),
-            skip(v, first), skip(dg, first), skip(dv, first), units, C / W);
+            stream, swiglu_backward_kernel<W, T>, blocks, THREADS, 0, skip(d, first),
+            skip(g, first), skip(v, first), skip(dg, first), skip(dv, first), units, C / W);
       });
     };
     with_width(C, run, d, g, v, dg, dv);

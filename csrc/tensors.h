@@ -5,7 +5,6 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -14,6 +13,7 @@
 #include <type_traits>
 
 #include "common.cuh"
+#include "library.h"
 
 namespace tim {
 
@@ -52,7 +52,8 @@ struct DType<int64_t> {
 template <typename T>
 T* pointer(const Tensor& x) {
   STD_TORCH_CHECK(
-      x.scalar_type() == DType<std::remove_const_t<T>>::value, "tim_kernels_cuda: unexpected dtype");
+      x.scalar_type() == DType<std::remove_const_t<T>>::value,
+      "tim_kernels_cuda: unexpected dtype");
   return static_cast<T*>(x.data_ptr());
 }
 
@@ -74,7 +75,7 @@ Tokens<T> tokens(const Maybe& x, bool is_packed) {
 
 // (samples, C), or (1, C) for all samples.
 template <typename T>
-Row<T> row(const Maybe& x) {
+PerSample<T> per_sample(const Maybe& x) {
   if (!x.has_value()) return {nullptr, 0};
   STD_TORCH_CHECK(
       x->stride(1) == 1 || x->size(1) <= 1, "tim_kernels_cuda: channels must have no gaps");
@@ -95,13 +96,19 @@ bool is_aligned(const Tokens<T>& x) {
   return is_aligned(x.data, x.b, x.n);
 }
 template <typename T>
-bool is_aligned(const Row<T>& x) {
+bool is_aligned(const PerSample<T>& x) {
   return is_aligned(x.data, x.s);
 }
 
-inline Grid grid_of(const Tensor& x, const Maybe& cu, int64_t max_length, int64_t rows) {
+// Blocks of so many tokens, or of so many positions of latents.
+inline Grid grid_of(int64_t length, int64_t tokens_per_block, const int32_t* cu = nullptr) {
+  const int64_t tiles = (length + tokens_per_block - 1) / tokens_per_block;
+  return {cu, length, static_cast<unsigned>(tiles), tokens_per_block};
+}
+inline Grid grid_of(
+    const Tensor& x, const Maybe& cu, int64_t max_length, int64_t tokens_per_block) {
   const int64_t length = cu.has_value() ? max_length : x.size(1);
-  return {pointer<int32_t>(cu), length, static_cast<unsigned>((length + rows - 1) / rows), rows};
+  return grid_of(length, tokens_per_block, pointer<int32_t>(cu));
 }
 
 inline int64_t samples_of(const Tensor& x, const Maybe& cu) {
@@ -116,8 +123,7 @@ struct Stream {
 
   explicit Stream(const Tensor& x) : guard(x.get_device_index()) {
     void* current = nullptr;
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
   }
 #else
@@ -166,23 +172,26 @@ void with_dtype(ScalarType dtype, F f) {
   }
 }
 
-// Call f(Type<T>, Type<S>) with the types of tokens and of rows: the tokens' own, or float.
+// Call f(Type<T>, Type<S>) with the element types of tokens and of their conditioning, or of a
+// network's outputs and of its data: S is T or float.
 template <typename F>
-void with_dtypes(ScalarType tokens, ScalarType rows, F f) {
-  with_dtype(tokens, [&](auto type) {
+void with_dtypes(ScalarType dtype, ScalarType other, F f) {
+  with_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    if (rows == DType<T>::value) return f(type, type);
+    if (other == DType<T>::value) return f(type, type);
     STD_TORCH_CHECK(
-        rows == ScalarType::Float, "tim_kernels_cuda: rows must be float32 or like the tokens");
+        other == ScalarType::Float,
+        "tim_kernels_cuda: the second dtype must be float32 or the first");
     if constexpr (!std::is_same_v<T, float>) f(type, Type<float>{});
   });
 }
 
-}  // namespace tim
+// Call f(integral_constant<int, W>): 8 if every chunk of these views has 16-byte accesses, else 1.
+template <typename F, typename... Views>
+void with_width(int64_t size, F f, const Views&... views) {
+  if (size % CHUNK == 0 && (is_aligned(views) && ...))
+    return f(std::integral_constant<int, CHUNK>{});
+  f(std::integral_constant<int, 1>{});
+}
 
-// Where the kernels run; the tests compile them for the CPU.
-#ifndef TIM_DISPATCH_KEY
-#define TIM_DISPATCH_KEY CUDA
-#endif
-#define TIM_IMPLEMENT(library) TIM_IMPLEMENT_ON(library, TIM_DISPATCH_KEY)
-#define TIM_IMPLEMENT_ON(library, key) STABLE_TORCH_LIBRARY_IMPL(tim_kernels_cuda, key, library)
+}  // namespace tim

@@ -1,16 +1,17 @@
 // The sinusoids of several times, forward and backward.
 //
-// Row (slot, sample) of the output (slots, B, 256) is [cos(τ·f), sin(τ·f)], τ the time that the
-// slot asks for: t, r or t − r, by a code of two bits. The frequencies f_i = exp(−ln(10000)·i/128)
-// are made in every thread in the steps of the reference: the exponent rounded to float, its
-// exponential in double and then rounded. A thread has one frequency: rows are few and short, what
-// costs is the latency of one angle, so that all rows get a block of their own forward. Backward a
-// block has all slots of a sample, as dt and dr are sums over them.
+//     out[slot, sample] = [cos(τ·f), sin(τ·f)]      of (slots, B, 256)
+//
+// τ is the time that the slot asks for: t, r or t − r, by a code of two bits. The frequencies
+// f_i = exp(−ln(10000)·i/128) are made in every thread in the steps of the reference: the exponent
+// rounded to float, its exponential in double and then rounded. A thread has one frequency: the
+// sinusoids are few and short, what costs is the latency of one angle, so that each has a block of
+// its own forward. Backward a block has all slots of a sample, as dt and dr are sums over them.
 //
 // Why they are not fused into the first layer, a GEMM of (slots·B, 256) by (256, H). Its weights
-// are 256·H·2 bytes of bfloat16, 590 KB at H = 1152. Keeping the sinusoids on chip would save each
-// row 512 bytes written and 512 read. For one row a sample that is, of weights, sinusoids and
-// 2·H bytes a row of hidden activations,
+// are 256·H·2 bytes of bfloat16, 590 KB at H = 1152. Keeping a sinusoid on chip would save 512
+// bytes written and 512 read. For one slot that is, of weights, sinusoids and 2·H bytes of hidden
+// activations a sample,
 //
 //     B              1      16      64     256
 //     saved, KB      1      16      66     262
@@ -50,18 +51,19 @@ __device__ __forceinline__ float frequency(int i) {
 }
 
 template <typename T, typename O>
-__global__ void __launch_bounds__(HALF) forward_rows(Times<T> times, O* out, unsigned samples) {
+__global__ void __launch_bounds__(HALF)
+    time_pair_embedding_forward_kernel(Times<T> times, O* out, unsigned samples) {
   const int slot = blockIdx.x / samples, i = threadIdx.x;
   float cos, sin;
   cos_sin(times.at(slot, blockIdx.x % samples) * frequency(i), cos, sin);
-  O* row = out + int64_t(blockIdx.x) * 2 * HALF;
-  round_to(row[i], cos);
-  round_to(row[HALF + i], sin);
+  O* sinusoid = out + int64_t(blockIdx.x) * 2 * HALF;
+  round_to(sinusoid[i], cos);
+  round_to(sinusoid[HALF + i], sin);
 }
 
 template <typename T, typename O>
-__global__ void __launch_bounds__(HALF) backward_samples(
-    Times<T> times, const O* dout, T* dt, T* dr, int slots) {
+__global__ void __launch_bounds__(HALF)
+    time_pair_embedding_backward_kernel(Times<T> times, const O* dout, T* dt, T* dr, int slots) {
   const int64_t sample = blockIdx.x;
   const int i = threadIdx.x;
   const float f = frequency(i);
@@ -69,8 +71,8 @@ __global__ void __launch_bounds__(HALF) backward_samples(
   for (int slot = 0; slot < slots; slot++) {
     float cos, sin;
     cos_sin(times.at(slot, sample) * f, cos, sin);
-    const O* row = dout + (int64_t(slot) * gridDim.x + sample) * 2 * HALF;
-    const float d = (to_float(row[HALF + i]) * cos - to_float(row[i]) * sin) * f;
+    const O* of_dout = dout + (int64_t(slot) * gridDim.x + sample) * 2 * HALF;
+    const float d = (to_float(of_dout[HALF + i]) * cos - to_float(of_dout[i]) * sin) * f;
     if (times.code(slot) != R_ALONE) sums[0] += d;
     if (times.code(slot) != T_ALONE) sums[1] += times.code(slot) == R_ALONE ? d : -d;
   }
@@ -102,8 +104,8 @@ void forward(Tensor t, Tensor r, int64_t codes, Tensor out) {
     using T = typename decltype(time)::type;
     using O = typename decltype(sinusoid)::type;
     launch(
-        stream, forward_rows<T, O>, out.size(0) * samples, HALF, 0, times_of<T>(t, r, codes),
-        pointer<O>(out), samples);
+        stream, time_pair_embedding_forward_kernel<T, O>, out.size(0) * samples, HALF, 0,
+        times_of<T>(t, r, codes), pointer<O>(out), samples);
   });
 }
 
@@ -113,9 +115,9 @@ void backward(Tensor dout, Tensor t, Tensor r, int64_t codes, Tensor dt, Tensor 
     using T = typename decltype(time)::type;
     using O = typename decltype(sinusoid)::type;
     launch(
-        stream, backward_samples<T, O>, t.size(0), HALF, 2 * WARP * sizeof(float),
-        times_of<T>(t, r, codes), pointer<const O>(dout), pointer<T>(dt), pointer<T>(dr),
-        static_cast<int>(dout.size(0)));
+        stream, time_pair_embedding_backward_kernel<T, O>, t.size(0), HALF,
+        2 * WARP * sizeof(float), times_of<T>(t, r, codes), pointer<const O>(dout), pointer<T>(dt),
+        pointer<T>(dr), static_cast<int>(dout.size(0)));
   });
 }
 
@@ -123,6 +125,6 @@ void backward(Tensor dout, Tensor t, Tensor r, int64_t codes, Tensor dt, Tensor 
 }  // namespace tim
 
 TIM_IMPLEMENT(library) {
-  library.impl("time_sinusoids_forward", TORCH_BOX(&tim::forward));
-  library.impl("time_sinusoids_backward", TORCH_BOX(&tim::backward));
+  library.impl("time_pair_embedding_forward", TORCH_BOX(&tim::forward));
+  library.impl("time_pair_embedding_backward", TORCH_BOX(&tim::backward));
 }

@@ -1,8 +1,8 @@
 // A network's inputs along a trajectory, forward and backward.
 //
-//     x_t = α x + σ z      v_t = α' x + σ' z      x_± = α± x + σ± z
+//     x_t = alpha x + sigma z      v_t = d_alpha x + d_sigma z      x_pm = alpha_pm x + sigma_pm z
 //
-// each coefficient a number a sample, v_t and x_± for the trailing samples only. x and z are read
+// each coefficient a number a sample, v_t and x_pm for the trailing samples only. x and z are read
 // once for all four. Backward reads each gradient once for dx and dz, and x and z only if the
 // coefficients have gradients: those are sums over a sample, of which a block gives its own.
 // The tiling is that of samples.cuh.
@@ -13,53 +13,58 @@ namespace {
 
 constexpr int OUTPUTS = 4;  // x_t, v_t, x_+, x_−
 
+// The two coefficients of an output: zeros of one that is not made.
+struct Pair {
+  float alpha = 0.f, sigma = 0.f;
+};
+
 struct Coefficients {
   const float *alpha, *sigma, *d_alpha, *d_sigma, *alpha_pm, *sigma_pm;
-  int64_t skipped, trailing;  // samples without v_t and x_±, and with them
+  int64_t skipped, trailing;  // samples without v_t and x_pm, and with them
 
-  // Of the outputs of a sample: the row of each, −1 without one, and its coefficients.
+  // Of a sample: its index in each of the outputs, −1 where it is not, and the coefficients there.
   __device__ __forceinline__ void pick(
-      int64_t sample, int64_t (&row)[OUTPUTS], Pair (&pair)[OUTPUTS]) const {
+      int64_t sample, int64_t (&index)[OUTPUTS], Pair (&pair)[OUTPUTS]) const {
     const float* all[OUTPUTS][2] = {
         {alpha, sigma}, {d_alpha, d_sigma}, {alpha_pm, sigma_pm}, {alpha_pm, sigma_pm}};
     const int64_t late = sample - skipped;
-    row[0] = sample, row[1] = row[2] = late, row[3] = late < 0 ? late : late + trailing;
+    index[0] = sample, index[1] = index[2] = late, index[3] = late < 0 ? late : late + trailing;
 #pragma unroll
     for (int k = 0; k < OUTPUTS; k++) {
-      if (all[k][0] == nullptr) row[k] = -1;
-      if (row[k] >= 0) pair[k] = {all[k][0][row[k]], all[k][1][row[k]]};
+      if (all[k][0] == nullptr) index[k] = -1;
+      if (index[k] >= 0) pair[k] = {all[k][0][index[k]], all[k][1][index[k]]};
     }
   }
 };
 
 template <typename T>
 struct Forward {
-  Row<T> x, z;
+  PerSample<T> x, z;
   Coefficients coefficients;
   T *x_t, *v_t, *x_pm;  // contiguous
 };
 
 template <typename T>
 struct Backward {
-  Row<T> dx_t, dv_t, dx_pm, x, z;
+  PerSample<T> dx_t, dv_t, dx_pm, x, z;
   Coefficients coefficients;
   T *dx, *dz;      // contiguous, or nullptr
   float* partial;  // (8, blocks): Σ d·x and Σ d·z of each output; nullptr without
 };
 
 template <int W, typename T>
-__global__ void __launch_bounds__(SAMPLE_THREADS) forward_part(
-    Forward<T> in, int64_t length, unsigned tiles) {
+__global__ void __launch_bounds__(SAMPLE_THREADS)
+    transition_inputs_forward_kernel(Forward<T> in, int64_t length, unsigned tiles) {
   const Part<W> part(length, tiles);
   Raw<W, T> x_raw[part.N], z_raw[part.N];
   part.load(in.x.at(part.sample), x_raw);
   part.load(in.z.at(part.sample), z_raw);
-  int64_t row[OUTPUTS];
+  int64_t index[OUTPUTS];
   Pair pair[OUTPUTS];
-  in.coefficients.pick(part.sample, row, pair);
+  in.coefficients.pick(part.sample, index, pair);
   const auto mix = [&](int k, T* out) {
-    if (row[k] < 0) return;
-    out += row[k] * length;
+    if (index[k] < 0) return;
+    out += index[k] * length;
 #pragma unroll
     for (int i = 0; i < part.N; i++) {
       if (!part.has(i)) continue;
@@ -67,7 +72,7 @@ __global__ void __launch_bounds__(SAMPLE_THREADS) forward_part(
       x_raw[i].widen(x);
       z_raw[i].widen(z);
 #pragma unroll
-      for (int w = 0; w < W; w++) x[w] = pair[k].a * x[w] + pair[k].b * z[w];
+      for (int w = 0; w < W; w++) x[w] = pair[k].alpha * x[w] + pair[k].sigma * z[w];
       store_part(out + part.at(i), x);
     }
   };
@@ -78,18 +83,18 @@ __global__ void __launch_bounds__(SAMPLE_THREADS) forward_part(
 }
 
 template <int W, typename T>
-__global__ void __launch_bounds__(SAMPLE_THREADS) backward_part(
-    Backward<T> in, int64_t length, unsigned tiles) {
+__global__ void __launch_bounds__(SAMPLE_THREADS)
+    transition_inputs_backward_kernel(Backward<T> in, int64_t length, unsigned tiles) {
   const Part<W> part(length, tiles);
-  int64_t row[OUTPUTS];
+  int64_t index[OUTPUTS];
   Pair pair[OUTPUTS];
-  in.coefficients.pick(part.sample, row, pair);
-  const Row<T> d_rows[OUTPUTS] = {in.dx_t, in.dv_t, in.dx_pm, in.dx_pm};
+  in.coefficients.pick(part.sample, index, pair);
+  const PerSample<T> gradients[OUTPUTS] = {in.dx_t, in.dv_t, in.dx_pm, in.dx_pm};
   Raw<W, T> x_raw[part.N] = {}, z_raw[part.N] = {}, d_raw[OUTPUTS][part.N] = {};
 #pragma unroll
   for (int k = 0; k < OUTPUTS; k++) {
-    if (d_rows[k].data == nullptr) row[k] = -1;
-    if (row[k] >= 0) part.load(d_rows[k].at(row[k]), d_raw[k]);
+    if (gradients[k].data == nullptr) index[k] = -1;
+    if (index[k] >= 0) part.load(gradients[k].at(index[k]), d_raw[k]);
   }
   if (in.partial != nullptr) {
     part.load(in.x.at(part.sample), x_raw);
@@ -104,13 +109,13 @@ __global__ void __launch_bounds__(SAMPLE_THREADS) backward_part(
     z_raw[i].widen(z);
 #pragma unroll
     for (int k = 0; k < OUTPUTS; k++) {
-      if (row[k] < 0) continue;
+      if (index[k] < 0) continue;
       float d[W];
       d_raw[k][i].widen(d);
 #pragma unroll
       for (int w = 0; w < W; w++) {
-        dx[w] += pair[k].a * d[w];
-        dz[w] += pair[k].b * d[w];
+        dx[w] += pair[k].alpha * d[w];
+        dz[w] += pair[k].sigma * d[w];
         sums[2 * k] += d[w] * x[w];
         sums[2 * k + 1] += d[w] * z[w];
       }
@@ -132,10 +137,15 @@ Coefficients coefficients(
   int64_t trailing = 0;
   if (d_alpha.has_value()) trailing = d_alpha->size(0);
   if (alpha_pm.has_value()) trailing = alpha_pm->size(0) / 2;
-  return {pointer<const float>(alpha),    pointer<const float>(sigma),
-          pointer<const float>(d_alpha),  pointer<const float>(d_sigma),
-          pointer<const float>(alpha_pm), pointer<const float>(sigma_pm),
-          samples - trailing,             trailing};
+  return {
+      pointer<const float>(alpha),
+      pointer<const float>(sigma),
+      pointer<const float>(d_alpha),
+      pointer<const float>(d_sigma),
+      pointer<const float>(alpha_pm),
+      pointer<const float>(sigma_pm),
+      samples - trailing,
+      trailing};
 }
 
 void forward(
@@ -147,11 +157,16 @@ void forward(
   with_dtype(x.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const Forward<T> in{
-        row<T>(x), row<T>(z),
+        per_sample<T>(x),
+        per_sample<T>(z),
         coefficients(samples, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm),
-        pointer<T>(x_t), pointer<T>(v_t), pointer<T>(x_pm)};
+        pointer<T>(x_t),
+        pointer<T>(v_t),
+        pointer<T>(x_pm)};
     const auto run = [&](auto width) {
-      launch(stream, forward_part<width, T>, samples * tiles, SAMPLE_THREADS, 0, in, length, tiles);
+      launch(
+          stream, transition_inputs_forward_kernel<width, T>, samples * tiles, SAMPLE_THREADS, 0,
+          in, length, tiles);
     };
     with_width(length, run, in.x, in.z, in.x_t, in.v_t, in.x_pm);
   });
@@ -171,15 +186,20 @@ void backward(
     using T = typename decltype(type)::type;
     const bool is_read = partial.has_value();
     const Backward<T> in{
-        row<T>(dx_t), row<T>(dv_t), row<T>(dx_pm), is_read ? row<T>(x) : Row<T>{},
-        is_read ? row<T>(z) : Row<T>{},
+        per_sample<T>(dx_t),
+        per_sample<T>(dv_t),
+        per_sample<T>(dx_pm),
+        is_read ? per_sample<T>(x) : PerSample<T>{},
+        is_read ? per_sample<T>(z) : PerSample<T>{},
         coefficients(samples, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm),
-        pointer<T>(dx), pointer<T>(dz), pointer<float>(partial)};
+        pointer<T>(dx),
+        pointer<T>(dz),
+        pointer<float>(partial)};
     const size_t bytes = 2 * OUTPUTS * WARP * sizeof(float);
     const auto run = [&](auto width) {
       launch(
-          stream, backward_part<width, T>, samples * tiles, SAMPLE_THREADS, bytes, in, length,
-          tiles);
+          stream, transition_inputs_backward_kernel<width, T>, samples * tiles, SAMPLE_THREADS,
+          bytes, in, length, tiles);
     };
     with_width(length, run, in.dx_t, in.dv_t, in.dx_pm, in.x, in.z, in.dx, in.dz);
   });

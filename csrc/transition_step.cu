@@ -1,11 +1,11 @@
 // A guided step of the sampler, forward and backward.
 //
-//     F = F_u + g (F_c − F_u)      x_r = a x + b F + c n
+//     F = F_uncond + guidance (F_cond − F_uncond)      x_r = a x + b F + c noise
 //
-// without F_u, F = F_c; a, b, c, g are numbers of a sample. All in the state's precision: double if
-// the state is, else float. State and noise are of one dtype, both F of another. Backward reads
-// the inputs only if the coefficients have gradients: those are sums over a sample, of which a
-// block gives its own. The tiling is that of samples.cuh.
+// without F_uncond, F = F_cond; a, b, c and guidance are numbers of a sample. All in the state's
+// precision: double if the state is, else float. State and noise are of one dtype, both F of
+// another. Backward reads the inputs only if the coefficients have gradients: those are sums over a
+// sample, of which a block gives its own. The tiling is that of samples.cuh.
 #include "samples.cuh"
 
 namespace tim {
@@ -26,11 +26,11 @@ __device__ __forceinline__ A widen(T x) {
 
 template <typename T, typename F>
 struct Inputs {
-  Row<T> x, noise;
-  Row<F> f_cond, f_uncond;
+  PerSample<T> x, noise;
+  PerSample<F> F_cond, F_uncond;
   const Wide<T>*guidance, *a, *b, *c;
 
-  // g and c of a sample: 1 without F_u, which is then zero, and 0 without noise.
+  // Guidance is 1 without F_uncond, which is then zero, and c is 0 without noise.
   __device__ __forceinline__ Wide<T> guidance_of(int64_t sample) const {
     return guidance == nullptr ? 1 : guidance[sample];
   }
@@ -45,27 +45,27 @@ struct Loaded {
   using A = Wide<T>;
   static constexpr int N = Part<W>::N;
   Raw<W, T> x[N] = {}, noise[N] = {};
-  Raw<W, F> f_cond[N] = {}, f_uncond[N] = {};
+  Raw<W, F> F_cond[N] = {}, F_uncond[N] = {};
 
   __device__ __forceinline__ Loaded(const Inputs<T, F>& in, const Part<W>& part) {
     part.load(in.x.at(part.sample), x);
-    part.load(in.f_cond.at(part.sample), f_cond);
-    if (in.f_uncond.data != nullptr) part.load(in.f_uncond.at(part.sample), f_uncond);
+    part.load(in.F_cond.at(part.sample), F_cond);
+    if (in.F_uncond.data != nullptr) part.load(in.F_uncond.at(part.sample), F_uncond);
     if (in.noise.data != nullptr) part.load(in.noise.at(part.sample), noise);
   }
 
-  // F_c − F_u and F.
+  // F_cond − F_uncond and F.
   __device__ __forceinline__ A difference(int i, int w) const {
-    return widen<A>(f_cond[i].value[w]) - widen<A>(f_uncond[i].value[w]);
+    return widen<A>(F_cond[i].value[w]) - widen<A>(F_uncond[i].value[w]);
   }
   __device__ __forceinline__ A guided(int i, int w, A guidance) const {
-    return widen<A>(f_uncond[i].value[w]) + guidance * difference(i, w);
+    return widen<A>(F_uncond[i].value[w]) + guidance * difference(i, w);
   }
 };
 
 template <int W, typename T, typename F>
-__global__ void __launch_bounds__(SAMPLE_THREADS) forward_part(
-    Inputs<T, F> in, T* out, int64_t length, unsigned tiles) {
+__global__ void __launch_bounds__(SAMPLE_THREADS)
+    transition_step_forward_kernel(Inputs<T, F> in, T* out, int64_t length, unsigned tiles) {
   using A = Wide<T>;
   const Part<W> part(length, tiles);
   const Loaded<W, T, F> at(in, part);
@@ -84,13 +84,13 @@ __global__ void __launch_bounds__(SAMPLE_THREADS) forward_part(
   }
 }
 
-constexpr int COEFFICIENTS = 4;  // a, b, c, g
+constexpr int COEFFICIENTS = 4;  // a, b, c, guidance
 
 template <typename T, typename F>
 struct Gradients {
-  Row<T> d;
+  PerSample<T> d;
   T *dx, *dnoise;  // contiguous, or nullptr
-  F *df_cond, *df_uncond;
+  F *dF_cond, *dF_uncond;
   Wide<T>* partial;  // (4, blocks), or nullptr
 };
 
@@ -104,7 +104,7 @@ __device__ __forceinline__ void store_scaled(T* out, int64_t at, A by, const Raw
 }
 
 template <int W, typename T, typename F>
-__global__ void __launch_bounds__(SAMPLE_THREADS) backward_part(
+__global__ void __launch_bounds__(SAMPLE_THREADS) transition_step_backward_kernel(
     Inputs<T, F> in, Gradients<T, F> to, int64_t length, unsigned tiles) {
   using A = Wide<T>;
   const Part<W> part(length, tiles);
@@ -118,8 +118,8 @@ __global__ void __launch_bounds__(SAMPLE_THREADS) backward_part(
     const int64_t out = part.sample * length + part.at(i);
     store_scaled(to.dx, out, a, d[i]);
     store_scaled(to.dnoise, out, c, d[i]);
-    store_scaled(to.df_cond, out, bg, d[i]);
-    store_scaled(to.df_uncond, out, b - bg, d[i]);
+    store_scaled(to.dF_cond, out, bg, d[i]);
+    store_scaled(to.dF_uncond, out, b - bg, d[i]);
   }
   if (to.partial == nullptr) return;
 
@@ -140,8 +140,7 @@ __global__ void __launch_bounds__(SAMPLE_THREADS) backward_part(
   block_sum(sums, shared<A>());
   if (threadIdx.x != 0) return;
 #pragma unroll
-  for (int k = 0; k < COEFFICIENTS; k++)
-    to.partial[int64_t(k) * gridDim.x + blockIdx.x] = sums[k];
+  for (int k = 0; k < COEFFICIENTS; k++) to.partial[int64_t(k) * gridDim.x + blockIdx.x] = sums[k];
 }
 
 // Call f(Type<T>, Type<F>) with the dtypes of the state and of the network: any network under a
@@ -162,36 +161,38 @@ void with_state(ScalarType state, ScalarType network, Call f) {
 
 template <typename T, typename F>
 Inputs<T, F> inputs(
-    const Tensor& x, const Tensor& f_cond, const Maybe& f_uncond, const Maybe& noise,
+    const Tensor& x, const Tensor& F_cond, const Maybe& F_uncond, const Maybe& noise,
     const Maybe& guidance, const Tensor& a, const Tensor& b, const Maybe& c) {
   using A = const Wide<T>;
-  return {row<T>(x),            row<T>(noise),  row<F>(f_cond), row<F>(f_uncond),
-          pointer<A>(guidance), pointer<A>(a),  pointer<A>(b),  pointer<A>(c)};
+  return {per_sample<T>(x),        per_sample<T>(noise), per_sample<F>(F_cond),
+          per_sample<F>(F_uncond), pointer<A>(guidance), pointer<A>(a),
+          pointer<A>(b),           pointer<A>(c)};
 }
 
 void forward(
-    Tensor x, Tensor f_cond, Maybe f_uncond, Maybe noise, Maybe guidance, Tensor a, Tensor b,
+    Tensor x, Tensor F_cond, Maybe F_uncond, Maybe noise, Maybe guidance, Tensor a, Tensor b,
     Maybe c, Tensor out) {
   const int64_t length = x.size(1);
   const unsigned tiles = tiles_of(length);
   const int64_t blocks = x.size(0) * tiles;
   const Stream stream(x);
-  with_state(x.scalar_type(), f_cond.scalar_type(), [&](auto state, auto network) {
+  with_state(x.scalar_type(), F_cond.scalar_type(), [&](auto state, auto network) {
     using T = typename decltype(state)::type;
     using F = typename decltype(network)::type;
-    const auto in = inputs<T, F>(x, f_cond, f_uncond, noise, guidance, a, b, c);
+    const auto in = inputs<T, F>(x, F_cond, F_uncond, noise, guidance, a, b, c);
     T* const to = pointer<T>(out);
     const auto run = [&](auto width) {
       launch(
-          stream, forward_part<width, T, F>, blocks, SAMPLE_THREADS, 0, in, to, length, tiles);
+          stream, transition_step_forward_kernel<width, T, F>, blocks, SAMPLE_THREADS, 0, in, to,
+          length, tiles);
     };
-    with_width(length, run, in.x, in.f_cond, in.f_uncond, in.noise, to);
+    with_width(length, run, in.x, in.F_cond, in.F_uncond, in.noise, to);
   });
 }
 
 void backward(
-    Tensor d, Tensor x, Tensor f_cond, Maybe f_uncond, Maybe noise, Maybe guidance, Tensor a,
-    Tensor b, Maybe c, Maybe dx, Maybe df_cond, Maybe df_uncond, Maybe dnoise, Maybe partial) {
+    Tensor d, Tensor x, Tensor F_cond, Maybe F_uncond, Maybe noise, Maybe guidance, Tensor a,
+    Tensor b, Maybe c, Maybe dx, Maybe dF_cond, Maybe dF_uncond, Maybe dnoise, Maybe partial) {
   const int64_t length = x.size(1);
   const unsigned tiles = tiles_of(length);
   const int64_t blocks = x.size(0) * tiles;
@@ -199,21 +200,21 @@ void backward(
       !partial.has_value() || partial->numel() == COEFFICIENTS * blocks,
       "tim_kernels_cuda: partial is (4, samples, blocks a sample)");
   const Stream stream(x);
-  with_state(x.scalar_type(), f_cond.scalar_type(), [&](auto state, auto network) {
+  with_state(x.scalar_type(), F_cond.scalar_type(), [&](auto state, auto network) {
     using T = typename decltype(state)::type;
     using F = typename decltype(network)::type;
-    const auto in = inputs<T, F>(x, f_cond, f_uncond, noise, guidance, a, b, c);
-    const Gradients<T, F> to{row<T>(d),           pointer<T>(dx),        pointer<T>(dnoise),
-                             pointer<F>(df_cond), pointer<F>(df_uncond), pointer<Wide<T>>(partial)};
+    const auto in = inputs<T, F>(x, F_cond, F_uncond, noise, guidance, a, b, c);
+    const Gradients<T, F> to{per_sample<T>(d),    pointer<T>(dx),        pointer<T>(dnoise),
+                             pointer<F>(dF_cond), pointer<F>(dF_uncond), pointer<Wide<T>>(partial)};
     const size_t bytes = COEFFICIENTS * WARP * sizeof(Wide<T>);
     const auto run = [&](auto width) {
       launch(
-          stream, backward_part<width, T, F>, blocks, SAMPLE_THREADS, bytes, in, to, length,
-          tiles);
+          stream, transition_step_backward_kernel<width, T, F>, blocks, SAMPLE_THREADS, bytes, in,
+          to, length, tiles);
     };
     with_width(
-        length, run, in.x, in.f_cond, in.f_uncond, in.noise, to.d, to.dx, to.dnoise, to.df_cond,
-        to.df_uncond);
+        length, run, in.x, in.F_cond, in.F_uncond, in.noise, to.d, to.dx, to.dnoise, to.dF_cond,
+        to.dF_uncond);
   });
 }
 

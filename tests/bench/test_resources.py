@@ -44,7 +44,7 @@ def test_no_kernel_spills_and_rows_are_loaded_16_bytes_at_a_time(tmp_path):
     assert not spilling and not narrow, f"spill: {spilling}; no 16-byte load: {narrow}"
 
 
-GENERAL = "_any<", "<false,", "<1,"  # of CUDA: kernels that move single elements
+GENERAL = "_any_kernel<", "<false,", "<1,"  # of CUDA: kernels that move single elements
 
 
 @pytest.mark.skipif(extension.obstacle() is not None, reason=f"{extension.obstacle()}")
@@ -60,7 +60,7 @@ def test_no_cuda_kernel_spills_and_the_fast_ones_move_16_bytes_at_a_time(tmp_pat
     ops = set(backend.OPS) - {"attention"} - NOTHING_WIDE_TO_LOAD
     assert {row["kernel"].partition(".")[0] for row in fast} == ops
     assert not [row["where"] for row in fast if not row["resources"]["wide_loads"]]
-    sums_alone = "transition_loss.forward_teams"  # stores two numbers a block
+    sums_alone = "transition_loss.forward_kernel"  # stores two numbers a block
     storing = [row for row in fast if row["kernel"] != sums_alone]
     assert not [row["where"] for row in storing if not row["resources"]["wide_stores"]]
 

@@ -27,10 +27,10 @@ MISTAKES = {  # the file, what stands there, what is put in its place, what the 
         "scratch[i][part] = x[i];\n  }",
         "test_parity",
     ),
-    "a row too many": (
+    "a token too many": (
         "common.cuh",
-        "at.begin + rows < span ? at.begin + rows : span;",
-        "at.begin + rows <= span ? at.begin + rows : span + 1;",
+        "at.begin + tokens_per_block < tokens ? at.begin + tokens_per_block : tokens;",
+        "at.begin + tokens_per_block <= tokens ? at.begin + tokens_per_block : tokens + 1;",
         "AddressSanitizer: heap-buffer-overflow",
     ),
     "a barrier that some threads never reach": (

@@ -127,18 +127,19 @@ def test_it_builds_and_loads_without_a_gpu(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    environment = os.environ | {"TIM_KERNELS_CUDA_ARCHS": "90"}
+    name = "tim_kernels_elsewhere"
+    environment = os.environ | {"TIM_KERNELS_CUDA_ARCHS": "90", "TIM_KERNELS_NAMESPACE": name}
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
     subprocess.run(build, cwd=tmp_path, env=environment, check=True, capture_output=True)
     code = (
         "import torch, tim_kernels.dispatch.extension as e\n"
         "assert e.build()['architectures'] == ['90'] and e._not_loaded() is None\n"
         "x = torch.zeros(1, 2, 8)\n"
-        "try: torch.ops.tim_kernels_cuda.swiglu_forward(x, x, x)\n"
+        "try: e.ops().swiglu_forward(x, x, x)\n"
         "except NotImplementedError as error: print(error)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert "Could not run 'tim_kernels_cuda::swiglu_forward'" in run.stdout, run.stderr
+    assert f"Could not run '{name}::swiglu_forward'" in run.stdout, run.stderr
 
 
 # Of torch's, with which csrc/ was built on the headers of 2.11; later ones have more.
@@ -168,6 +169,22 @@ def test_setup_says_why_it_built_nothing(monkeypatch):
     monkeypatch.delenv("TIM_KERNELS_CUDA_ARCHS")
     monkeypatch.setattr(build_script, "nvcc", lambda: None)
     assert "nvcc was not found" in build_script.obstacle()
+
+
+def test_a_build_may_have_a_namespace_of_its_own(installation, monkeypatch):
+    """So that two builds can live in one process."""
+    monkeypatch.delenv("TIM_KERNELS_NAMESPACE", raising=False)
+    assert build_script.namespace() == "tim_kernels_cuda"
+    monkeypatch.setenv("TIM_KERNELS_NAMESPACE", "tim_kernels_2")
+    assert build_script.namespace() == "tim_kernels_2"
+    assert "-DTIM_KERNELS_NAMESPACE=tim_kernels_2" in build_script.compile_flags(ROOT)
+    monkeypatch.setenv("TIM_KERNELS_NAMESPACE", "tim-kernels")
+    with pytest.raises(SystemExit, match="tim-kernels"):
+        build_script.namespace()
+    installation.note(BUILT)
+    assert extension.ops() is torch.ops.tim_kernels_cuda
+    installation.note(BUILT | {"namespace": "tim_kernels_2"})
+    assert extension.ops() is torch.ops.tim_kernels_2
 
 
 def test_names_of_architectures(monkeypatch):

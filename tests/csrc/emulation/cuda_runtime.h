@@ -100,9 +100,9 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[STACK]};
   void* kept = nullptr;  // what AddressSanitizer keeps of a fiber that is not running
   State state = State::DONE;
-  unsigned mask = 0;     // the lanes that take part in the warp operation
+  unsigned mask = 0;  // the lanes that take part in the warp operation
   unsigned operations = 0;
-  uint64_t value[2];     // what this lane gives, in turns: a slow reader still finds the last
+  uint64_t value[2];  // what this lane gives, in turns: a slow reader still finds the last
 };
 
 // All there is of the one thread block that runs.
@@ -130,8 +130,7 @@ inline thread_local dim3 blockDim, gridDim;
 namespace emulation {
 
 [[noreturn]] inline void fail(const char* what) {
-  std::fprintf(
-      stderr, "emulation: %s (block %u, thread %u)\n", what, blockIdx.x, block().current);
+  std::fprintf(stderr, "emulation: %s (block %u, thread %u)\n", what, blockIdx.x, block().current);
   std::abort();
 }
 
@@ -185,8 +184,8 @@ inline bool release() {
       for (unsigned other = 0; other < WARP; other++) {
         if (!(fiber.mask >> other & 1)) continue;
         const unsigned i = first + other;
-        is_complete &= i < b.threads && b.fibers[i].state == State::IN_WARP &&
-                       b.fibers[i].mask == fiber.mask;
+        is_complete &=
+            i < b.threads && b.fibers[i].state == State::IN_WARP && b.fibers[i].mask == fiber.mask;
       }
       if (!is_complete) continue;
       const unsigned mask = fiber.mask;
@@ -196,8 +195,9 @@ inline bool release() {
     }
   }
   if (!is_any && done != b.threads)
-    fail(waiting ? "a barrier is not reached by all threads"
-                 : "a warp operation is not reached by all its lanes");
+    fail(
+        waiting ? "a barrier is not reached by all threads"
+                : "a warp operation is not reached by all its lanes");
   return is_any;
 }
 
@@ -245,7 +245,9 @@ inline unsigned lane() { return block().current % WARP; }
 }  // namespace emulation
 
 inline void __syncthreads() { emulation::wait(emulation::State::AT_BARRIER); }
-inline void __syncwarp(unsigned mask = 0xffffffffu) { emulation::exchange(mask, 0, emulation::WARP); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+  emulation::exchange(mask, 0, emulation::WARP);
+}
 
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
