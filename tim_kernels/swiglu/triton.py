@@ -20,10 +20,17 @@ from ..launch.views import View, view_matrix
 
 @triton.jit
 def _locate(C: tl.constexpr, BLOCK: tl.constexpr):
-    """Row and column of each element of this program's run."""
+    """Row and column of each element of this program's run.
+
+    BLOCK is a power of two, so runs begin at multiples of UNIT = gcd(C, 16, BLOCK), as rows do:
+    UNIT elements are side by side in one row, which compilers before Triton 3.9 have to be told.
+    """
+    UNIT: tl.constexpr = (C | 16 | BLOCK) & -(C | 16 | BLOCK)  # the lowest bit
     start = tl.program_id(0).to(tl.int64) * BLOCK
     i = (start % C).to(tl.int32) + tl.arange(0, BLOCK)
-    return start // C + i // C, i % C
+    row, column = start // C + i // C, i % C
+    column = tl.max_contiguous(tl.multiple_of(column, UNIT), UNIT)
+    return tl.max_constancy(row, UNIT), column
 
 
 @triton.jit

@@ -4,12 +4,13 @@ Row (slot, sample) of the output (slots, B, 256) is [cos(τ·f), sin(τ·f)], τ
 asks for: t, r or t − r. The frequencies f_i = exp(−ln(10000)·i/128) are made in every program, in
 the same steps as the reference: the exponent rounded to float32, its exponential in float64 and
 then rounded, so that an angle of a thousand radians is the reference's, bit for bit almost always.
-Sine and cosine reduce their argument exactly. They are made again in backward and tangent.
+They are made again in backward and tangent.
 
-A program has one row, a thread one frequency: the rows are few and short, what costs is the
-arithmetic, and with several angles a thread the exact reduction would take local memory.
+Sine and cosine are computed together, in float64, after a reduction that is exact for any float32.
+libdevice's would reduce the angle twice, in local memory before Triton 3.9. A program has one row,
+a thread one frequency: the rows are few and short, what costs is the arithmetic.
 
-In the kernels d is a gradient, c and s cosine and sine, tt and tr tangents of t and r.
+In the kernels d is a gradient, dc and ds of cosine and sine, tt and tr tangents of t and r.
 """
 
 import triton
@@ -21,12 +22,40 @@ from .slots import slot_codes
 
 HALF = tl.constexpr(128)  # frequencies, of which each of 4 warps has 32
 LOG_PERIOD = tl.constexpr(9.210340371976184)  # ln 10000
+HALF_PI = tl.constexpr(1.5707963267948966)
+TWO_OVER_PI = tl.constexpr(0xA2F9836E4E441529FC2757D1F534DDC0DB6295993C43)  # its first 176 bits
 
 
 @triton.jit
 def _frequencies():
     exponent = -LOG_PERIOD * tl.arange(0, HALF).to(tl.float32) / HALF
     return tl.exp(exponent.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def _cos_sin(x):
+    """cos x and sin x of float32, as float32; NaN where x is not finite.
+
+    The reduction is Payne's and Hanek's: x in quarter turns is its product with 2/π, of which each
+    piece of 29 bits makes one that is exact in float64 and counts modulo a whole turn.
+    """
+    x, quarters = x.to(tl.float64), 0.0
+    for i in tl.static_range(29, 29 * 7, 29):
+        product = x * ((TWO_OVER_PI >> (176 - i)) % 2**29 * 2.0**-i)
+        quarters += product - 4.0 * tl.floor(product * 0.25 + 0.5)
+    nearest = tl.floor(quarters + 0.5)
+    r = (quarters - nearest) * HALF_PI  # within ±π/4, where Taylor's series are short
+    s = r * r
+    cos, sin = 1.0, 1.0
+    for i in tl.static_range(10, -1, -2):
+        cos = 1.0 - s * (1 / ((i + 1) * (i + 2))) * cos
+        sin = 1.0 - s * (1 / ((i + 2) * (i + 3))) * sin
+    sin *= r
+    quadrant = nearest.to(tl.int32)
+    is_odd, is_opposite = (quadrant & 1) != 0, (quadrant & 2) != 0
+    cos, sin = tl.where(is_odd, -sin, cos), tl.where(is_odd, cos, sin)
+    cos, sin = tl.where(is_opposite, -cos, cos), tl.where(is_opposite, -sin, sin)
+    return cos.to(tl.float32), sin.to(tl.float32)
 
 
 @triton.jit
@@ -57,10 +86,10 @@ def _time_pair_embedding_forward_kernel(B, codes, t_ptr, t_stride, r_ptr, r_stri
     row = tl.program_id(0).to(tl.int64)
     slot, sample = row // B, row % B
     t, r = _load(t_ptr, t_stride, sample), _load(r_ptr, r_stride, sample)
-    angle = _pick(codes, slot, t, r) * _frequencies()
+    cos, sin = _cos_sin(_pick(codes, slot, t, r) * _frequencies())
     left, right = _halves(out_ptr, row)
-    tl.store(left, tl.cos(angle))
-    tl.store(right, tl.sin(angle))
+    tl.store(left, cos)
+    tl.store(right, sin)
 
 
 @kernel
@@ -72,10 +101,11 @@ def _time_pair_embedding_jvp_kernel(
     t, r = _load(t_ptr, t_stride, sample), _load(r_ptr, r_stride, sample)
     tt, tr = _load(tt_ptr, tt_stride, sample), _load(tr_ptr, tr_stride, sample)
     f = _frequencies()
-    angle, rate = _pick(codes, slot, t, r) * f, _pick(codes, slot, tt, tr) * f
+    cos, sin = _cos_sin(_pick(codes, slot, t, r) * f)
+    rate = _pick(codes, slot, tt, tr) * f
     left, right = _halves(out_ptr, row)
-    tl.store(left, -tl.sin(angle) * rate)
-    tl.store(right, tl.cos(angle) * rate)
+    tl.store(left, -sin * rate)
+    tl.store(right, cos * rate)
 
 
 @kernel
@@ -87,10 +117,10 @@ def _time_pair_embedding_backward_kernel(
     f = _frequencies()
     dt, dr = 0.0, 0.0
     for slot in range(slots):
-        angle = _pick(codes, slot, t, r) * f
+        cos, sin = _cos_sin(_pick(codes, slot, t, r) * f)
         left, right = _halves(d_ptr, sample + tl.cast(slot, tl.int64) * B)
         dc, ds = tl.load(left).to(tl.float32), tl.load(right).to(tl.float32)
-        d = tl.sum((ds * tl.cos(angle) - dc * tl.sin(angle)) * f, 0)
+        d = tl.sum((ds * cos - dc * sin) * f, 0)
         dt += _pick(codes, slot, d, 0.0)
         dr += _pick(codes, slot, 0.0, d)
     tl.store(dt_ptr + sample, dt)
