@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import extension
-from benchmarks.calls import calls
-from benchmarks.cubin import Resources
-from benchmarks.resources import Row
+from benchmarks.cases.calls import calls
+from benchmarks.static import extension
+from benchmarks.static.cubin import Resources
+from benchmarks.static.resources import occupancy
 from tim_kernels.dispatch import backend
 
 ROOT = Path(__file__).parents[2]
@@ -23,10 +23,10 @@ NOTHING_WIDE_TO_LOAD = {"time_pair_embedding"}  # reads a few numbers a sample
 def report(tmp_path, *options: str, backend: str = "triton") -> list[dict]:
     path = tmp_path / "resources.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.resources", "--json", str(path), *options]
+    command = [sys.executable, "-m", "benchmarks", "resources", "--json", str(path), *options]
     command += ["--backend", backend]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
-    return json.loads(path.read_text())["rows"]
+    return json.loads(path.read_text())["kernels"]
 
 
 def test_no_kernel_spills_and_rows_are_loaded_16_bytes_at_a_time(tmp_path):
@@ -96,8 +96,7 @@ def test_every_op_has_a_call():
 )
 def test_occupancy(registers, warps, shared, expected):
     resources = Resources(registers, 0, shared, 0, 0, 0, 0, 0)
-    row = Row("triton", "k", "c", 90, 64, "bfloat16", warps, {}, resources)
-    assert row.warps == expected
+    assert occupancy(resources, warps, 90) == expected
 
 
 def test_a_kernel_is_listed_once(tmp_path):
