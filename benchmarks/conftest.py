@@ -15,14 +15,9 @@ if DEVICE == "cpu":
 
 
 @pytest.fixture(scope="session")
-def device() -> str:
-    return DEVICE
-
-
-@pytest.fixture(scope="session")
-def limits(device) -> machine.Limits:
+def limits() -> machine.Limits:
     """What this device reaches, measured in this run."""
-    return machine.limits(device, quick=device == "cpu")
+    return machine.limits(DEVICE, quick=DEVICE == "cpu")
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

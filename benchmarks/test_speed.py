@@ -47,8 +47,8 @@ def pytest_generate_tests(metafunc):
 
 
 @functools.lru_cache(maxsize=1)
-def comparison(kind, case, device, limits):
-    return kind(case, device, limits)
+def comparison(kind, case, limits):
+    return kind(case, DEVICE, limits)
 
 
 def measure(ours, name: str, seconds: float, rounds: int, benchmark) -> None:
@@ -66,11 +66,11 @@ def measure(ours, name: str, seconds: float, rounds: int, benchmark) -> None:
         benchmark.pedantic(ours.to_the_end(contender), rounds=rounds, warmup_rounds=1)
 
 
-def test_op(case, name, device, limits, benchmark):
-    ours = comparison(ops.OpComparison, case, device, limits)
+def test_op(case, name, limits, benchmark):
+    ours = comparison(ops.OpComparison, case, limits)
     measure(ours, name, 0.03 if IS_CPU else 0.2, 5, benchmark)
 
 
-def test_model(case, name, device, limits, benchmark):
-    ours = comparison(networks.NetworkComparison, case, device, limits)
+def test_model(case, name, limits, benchmark):
+    ours = comparison(networks.NetworkComparison, case, limits)
     measure(ours, name, 0.05 if IS_CPU else 0.5, 1, benchmark)

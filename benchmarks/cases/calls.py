@@ -4,6 +4,7 @@ What the resource report compiles, the cost model counts and the benchmarks time
 models call it, beside the same in eager PyTorch.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 import tim_kernels as ops
 from tim_kernels import TimeMLP
 
+from ..record.rows import folder
 from . import eager
 from .shapes import Shape
 
@@ -35,8 +37,7 @@ class Call(NamedTuple):
     @property
     def op(self) -> str:
         """The folder of tim_kernels that computes it."""
-        name = self.name.partition(" ")[0].rstrip(",")
-        return "ada_layer_norm" if name.startswith("gated_residual") else name
+        return folder(self.name)
 
     def run(self, direction: str, function: Callable | None = None) -> None:
         """The forward, or the forward and what follows it in that direction."""
@@ -51,6 +52,24 @@ class Call(NamedTuple):
         else:
             tangents = tuple(torch.empty_like(tensor) for tensor in self.tensors)
             torch.func.jvp(lambda *x: function(*x, *self.constants), self.tensors, tangents)
+
+
+def maker(dtype: torch.dtype, device: str | torch.device) -> Callable[..., Tensor]:
+    """Makes tensors of a shape: of noise, but on the meta device."""
+    is_meta = torch.device(device).type == "meta"
+    generator = None if is_meta else torch.Generator(device).manual_seed(0)
+
+    def make(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        if is_meta:
+            return torch.empty(shape, dtype=dtype, device=device)
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    return make
+
+
+def _with_bias(op: Callable, *tensors: Tensor):
+    """It has no eager twin: eager code has the bias elsewhere."""
+    return op(*tensors[:-1], branch_bias=tensors[-1])
 
 
 def calls(
@@ -74,44 +93,21 @@ def calls(
         sizes = torch.tensor(grids, dtype=torch.int32).to(device)
         where = dict(sizes=sizes, segments=segments)
     plain = eager.Tokens(grid, grids, head_dim, device)
-    generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
-
-    def make(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        if device == "meta":
-            return torch.empty(shape, dtype=dtype, device="meta")
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
-
+    make = maker(dtype, device)
     x, branch = make(*tokens, width), make(*tokens, width)
     gate, shift, scale, bias = (make(batch, width) for _ in range(4))
-    yield Call(
-        "ada_layer_norm",
-        lambda *args: ops.ada_layer_norm(*args, segments=segments),
-        (x, shift, scale),
-        plain.ada_layer_norm,
-    )
-    yield Call(
-        "gated_residual",
-        lambda *args: ops.gated_residual(*args, segments=segments),
-        (x, branch, gate),
-        plain.gated_residual,
-    )
-    yield Call(
-        "gated_residual_ada_layer_norm",
-        lambda *args: ops.gated_residual_ada_layer_norm(*args, segments=segments),
-        (x, branch, gate, shift, scale),
-        plain.gated_residual_ada_layer_norm,
-    )
-    if not grids:  # no eager twin: eager code has the bias elsewhere
-        yield Call(
-            "gated_residual with branch bias",
-            lambda *args: ops.gated_residual(*args[:3], branch_bias=args[3]),
-            (x, branch, gate, bias),
-        )
-        yield Call(
-            "gated_residual_ada_layer_norm with branch bias",
-            lambda *args: ops.gated_residual_ada_layer_norm(*args[:5], branch_bias=args[5]),
-            (x, branch, gate, shift, scale, bias),
-        )
+
+    forms = {
+        "ada_layer_norm": (x, shift, scale),
+        "gated_residual": (x, branch, gate),
+        "gated_residual_ada_layer_norm": (x, branch, gate, shift, scale),
+    }
+    for name, tensors in forms.items():
+        op = functools.partial(getattr(ops, name), segments=segments)
+        yield Call(name, op, tensors, getattr(plain, name))
+    for name, tensors in list(forms.items())[1:] if not grids else ():
+        op = functools.partial(_with_bias, getattr(ops, name))
+        yield Call(f"{name} with branch bias", op, (*tensors, bias))
 
     qkv = make(*tokens, 3, heads, head_dim)
     q, k, _ = qkv.unbind(-3)

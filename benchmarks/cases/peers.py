@@ -3,20 +3,19 @@
 They are measured where they are installed. Nothing of theirs is needed.
 """
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import tim_kernels as ops
 from tests.eager import apply_rope
-from tim_kernels.qk_norm_rope.reference import grid_positions, rope_tables
 
-from .calls import Call
-from .eager import swiglu
+from .calls import Call, maker
+from .eager import Tokens, swiglu
 from .shapes import Shape
 
 ONE_ROW = "ada_layer_norm of one row, weight and bias"
@@ -32,6 +31,15 @@ class Peer(NamedTuple):
     package: str
     call: str
     load: Callable[[], Callable]
+
+    def kernel(self) -> Callable | str:
+        """What `load` gives, or why there is nothing."""
+        if importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        try:
+            return self.load()
+        except Exception as error:  # another version than the one the loader was written for
+            return f"{self.package} is there but does not fit: {error!r}"
 
 
 def _liger_layer_norm():
@@ -88,13 +96,7 @@ PEERS = (
 def calls(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Call]:
     """The calls that peers share with us, of unpacked tokens."""
     batch, N, C = shape.batch, math.prod(shape.grid), shape.width
-    generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
-
-    def make(*size: int, dtype: torch.dtype = dtype) -> Tensor:
-        if device == "meta":
-            return torch.empty(size, dtype=dtype, device="meta")
-        return torch.randn(size, generator=generator, device=device).to(dtype)
-
+    make = maker(dtype, device)
     weight, bias = 1 + 0.3 * make(C, dtype=torch.float32), make(C, dtype=torch.float32)
     yield Call(
         ONE_ROW,
@@ -108,15 +110,11 @@ def calls(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Call]:
     yield Call(TWO_TENSORS, ops.swiglu, (make(batch, N, hidden), make(batch, N, hidden)), swiglu)
     heads = C // shape.head_dim
     q, k, _ = make(batch, N, 3 * C).unflatten(-1, (3, heads, shape.head_dim)).unbind(2)
-    if device == "meta":
-        tables = [torch.empty(N, 1, shape.head_dim, device="meta") for _ in range(2)]
-    else:
-        positions = grid_positions(*shape.grid, "upstream", device)
-        tables = [table.unsqueeze(1) for table in rope_tables(positions, shape.head_dim)]
+    plain = Tokens(shape.grid, None, shape.head_dim, device)
     yield Call(
         ROTATION,
         lambda q, k, cos, sin: ops.qk_norm_rope(q, k, grid=shape.grid),
         (q, k),
         lambda q, k, cos, sin: (apply_rope(q, cos, sin), apply_rope(k, cos, sin)),
-        tuple(tables),
+        (plain.cos, plain.sin),
     )

@@ -31,30 +31,35 @@ def mix(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
     return (1 - t) * x + t * z
 
 
+def derivative(
+    network: nn.Module, x: Tensor, z: Tensor, t: Tensor, r: Tensor, y: Tensor, kind: str
+) -> Tensor:
+    """dF/dt along the trajectory, in t's dtype: "dde", two forwards, or "jvp", forward mode through
+    attention that materialises its N×N scores."""
+    own = next(network.parameters()).dtype
+    if kind == "jvp":
+        tangents = z - x, torch.ones_like(t)
+        return torch.func.jvp(
+            lambda x_t, t: network(x_t.to(own), t, r, y, jvp=True), (mix(x, z, t), t), tangents
+        )[1]
+    later, earlier = (
+        network(mix(x, z, s).to(own), s, r, y).to(t.dtype) for s in (t + EPSILON, t - EPSILON)
+    )
+    return (later - earlier) / (2 * EPSILON)
+
+
 def training_loss(
     model: nn.Module, x: Tensor, z: Tensor, y: Tensor, t: Tensor, r: Tensor, n_diffusion: int,
-    derivative: str,
+    kind: str,
 ) -> Tensor:  # fmt: skip
-    """The transition objective with the published weight, 1/√(1 + tan t − tan r).
-
-    The first n_diffusion samples have r = t. `derivative` is "dde", two forwards of the rest, or
-    "jvp", forward mode through attention that materialises its N×N scores.
-    """
+    """The transition objective with the published weight, 1/√(1 + tan t − tan r), and a derivative
+    of that kind. The first n_diffusion samples have r = t."""
     prediction = model(mix(x, z, t), t, r, y).float()
     rest = slice(n_diffusion, None)
     with torch.no_grad():
-        X, Z, Y, T, R = (v[rest] for v in (x, z, y, t, r))
-        if derivative == "dde":
-            later = model(mix(X, Z, T + EPSILON), T + EPSILON, R, Y)
-            earlier = model(mix(X, Z, T - EPSILON), T - EPSILON, R, Y)
-            D = (later.float() - earlier) / (2 * EPSILON)
-        else:
-            tangents = Z - X, torch.ones_like(T)
-            D = torch.func.jvp(
-                lambda x_t, t: model(x_t, t, R, Y, jvp=True), (mix(X, Z, T), T), tangents
-            )[1]
+        D = derivative(model, x[rest], z[rest], t[rest], r[rest], y[rest], kind)
         target = z - x
-        target[rest] -= (T - R).view(-1, 1, 1, 1) * D
+        target[rest] -= (t - r)[rest].view(-1, 1, 1, 1) * D
         weight = torch.where(r == t, torch.ones_like(t), (1 + t.tan() - r.tan()).rsqrt())
     loss = (prediction - target).square().flatten(1).mean(1)
     loss = loss + (1 - F.cosine_similarity(prediction, target, dim=1)).flatten(1).mean(1)

@@ -159,14 +159,12 @@ def _objective(derivative: str):
 
 
 def autocast(device: str, dtype: torch.dtype) -> torch.autocast:
-    kind, is_needed = torch.device(device).type, dtype != torch.float32
-    return torch.autocast(kind, dtype if is_needed else torch.bfloat16, enabled=is_needed)
+    """To bfloat16, but in float32 not at all."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, dtype != torch.float32)
 
 
-def training_step(
-    loss_of: Callable, network: nn.Module, device: str, dtype: torch.dtype
-) -> Callable:
-    """Forward, derivative, loss, backward and AdamW; in a dtype other than float32 by autocast."""
+def training_step(loss_of: Callable, network: nn.Module, device: str, dtype) -> Callable:
+    """Forward, derivative, loss, backward and AdamW; in bfloat16 by autocast."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=is_cuda(device))
 
     def step():

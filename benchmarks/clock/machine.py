@@ -3,15 +3,13 @@
 import contextlib
 import os
 import platform
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from .timing import is_cuda, measure, side_stream
+from .timing import is_cuda, measure, side_stream, synchronise
 
 COPY_BYTES, GEMM_SIZE = 2**30, 8192
 
@@ -19,26 +17,19 @@ COPY_BYTES, GEMM_SIZE = 2**30, 8192
 def describe(device: str | torch.device = "cpu") -> dict:
     """The machine and its software, without names or paths: what one needs to repeat a run."""
     facts = {
-        "cpu": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": _triton(),
-        "gpu": None,
-    }
+        "cpu": _processor(), "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(), "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(), "torch": torch.__version__,
+        "cuda": torch.version.cuda, "triton": _triton(), "gpu": None,
+    }  # fmt: skip
     if is_cuda(device):
         gpu = torch.cuda.get_device_properties(device)
         facts |= {
-            "gpu": gpu.name,
-            "capability": f"{gpu.major}.{gpu.minor}",
+            "gpu": gpu.name, "capability": f"{gpu.major}.{gpu.minor}",
             "multiprocessors": gpu.multi_processor_count,
-            "memory_gib": round(gpu.total_memory / 2**30, 1),
-            "l2_mib": gpu.L2_cache_size / 2**20,
+            "memory_gib": round(gpu.total_memory / 2**30, 1), "l2_mib": gpu.L2_cache_size / 2**20,
             "cudnn": torch.backends.cudnn.version(),
-        }
+        }  # fmt: skip
         facts |= _driver()
     return facts
 
@@ -141,46 +132,24 @@ def exact_float32() -> Iterator[None]:
 
 
 class Energy:
-    """Joules and seconds of a stretch of work, and how they were found."""
+    """Joules of a stretch of work, and how they were found."""
 
     joules: float | None = None
-    seconds: float = 0.0
-    method: str = "not measured: no NVML"
+    method: str = "not measured: no NVML energy counter"
 
 
 @contextlib.contextmanager
 def energy(device: str | torch.device) -> Iterator[Energy]:
-    """Of the whole device while the block runs: its own counter, else power sampled."""
+    """Of the whole device while the block runs, by its own counter."""
     result = Energy()
     nvml = _nvml(device) if is_cuda(device) else None
-    if nvml is None:
-        start = time.perf_counter()
-        yield result
-        result.seconds = time.perf_counter() - start
-        return
-    pynvml, handle = nvml
 
-    def counter() -> int | None:
-        return _asked(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)  # mJ
+    def millijoules() -> int | None:
+        synchronise(device)
+        return nvml and _asked(nvml[0].nvmlDeviceGetTotalEnergyConsumption, nvml[1])
 
-    torch.cuda.synchronize(device)
-    samples, stop = [], threading.Event()
-
-    def sample():
-        while not stop.wait(0.02):
-            if (power := _asked(pynvml.nvmlDeviceGetPowerUsage, handle)) is not None:
-                samples.append(power / 1e3)
-
-    sampler = threading.Thread(target=sample, daemon=True)
-    before, start = counter(), time.perf_counter()
-    sampler.start()
+    before = millijoules()
     yield result
-    torch.cuda.synchronize(device)
-    after, result.seconds = counter(), time.perf_counter() - start
-    stop.set()
-    sampler.join()
+    after = millijoules()
     if before is not None and after is not None and after > before:
         result.joules, result.method = (after - before) / 1e3, "NVML energy counter"
-    elif samples:
-        result.joules = sum(samples) / len(samples) * result.seconds
-        result.method = f"NVML power, {len(samples)} samples"

@@ -120,11 +120,9 @@ def prepare(
         for thunk in thunks:
             thunk()
     synchronise(device)
-    if not is_cuda(device):
-        return lambda: _one_by_one(thunks), "clock"
-    if graph and (replay := _captured(thunks)) is not None:
+    if graph and is_cuda(device) and (replay := _captured(thunks)) is not None:
         return replay, "graph"
-    return lambda: [thunk() for thunk in thunks], "events"
+    return lambda: [thunk() for thunk in thunks], "events" if is_cuda(device) else "clock"
 
 
 def measure_round(run: Callable, method: str, sets: int, seconds: float = 0.2) -> Timing:
@@ -134,11 +132,14 @@ def measure_round(run: Callable, method: str, sets: int, seconds: float = 0.2) -
 
 
 class Ratio(NamedTuple):
-    """Of two calls timed by turns: the median over rounds, and the 10th and 90th percentile."""
+    """Of two calls timed by turns: their medians, and that of base / own over rounds, with the
+    10th and 90th percentile."""
 
+    base_ms: float
+    ms: float
     ratio: float
-    low: float
-    high: float
+    ratio_10: float
+    ratio_90: float
 
 
 def by_turns(
@@ -146,15 +147,17 @@ def by_turns(
 ) -> list[list[float]]:
     """Milliseconds of each call in every round, taken by turns and in turning order, so that what
     else the machine does falls on all alike. A turn repeats a call that is shorter than `least_ms`.
+    On a CPU it is the time of this process, without what others do on the machine meanwhile.
     """
+    clock = time.perf_counter if is_cuda(device) else time.process_time
     times, repeats = [[] for _ in calls], [1] * len(calls)
     for done in range(rounds + 1):
         for i in range(len(calls)) if done % 2 else reversed(range(len(calls))):
-            start = time.perf_counter()
+            start = clock()
             for _ in range(repeats[i]):
                 calls[i]()
             synchronise(device)
-            ms = 1e3 * (time.perf_counter() - start) / repeats[i]
+            ms = max(1e-6, 1e3 * (clock() - start) / repeats[i])
             if done:
                 times[i].append(ms)
             else:  # the warm-up
@@ -162,22 +165,18 @@ def by_turns(
     return times
 
 
-def ratio(first: Sequence[float], second: Sequence[float]) -> Ratio:
+def ratio(base: Sequence[float], own: Sequence[float]) -> Ratio:
     """Of two calls' times in the same rounds."""
-    ratios = sorted(a / b for a, b in zip(first, second, strict=True))
+    ratios = sorted(a / b for a, b in zip(base, own, strict=True))
+    medians = (statistics.median(each) for each in (base, own, ratios))
     tenth = len(ratios) // 10
-    return Ratio(statistics.median(ratios), ratios[tenth], ratios[-1 - tenth])
+    return Ratio(*medians, ratios[tenth], ratios[-1 - tenth])
 
 
 def _summary(times: list[float], sets: int, method: str) -> Timing:
     times = sorted(time / sets for time in times)
     low, high = times[len(times) // 10], times[-1 - len(times) // 10]
     return Timing(statistics.median(times), low, high, len(times), sets, method)
-
-
-def _one_by_one(thunks: Sequence[Callable]) -> None:
-    for thunk in thunks:
-        thunk()
 
 
 def _clock(run: Callable, seconds: float) -> list[float]:

@@ -14,7 +14,7 @@ import torch
 from tim_kernels.dispatch import backend
 
 from ..clock.machine import Limits
-from ..clock.timing import Timing, by_turns, is_cuda, ratio, side_stream, synchronise
+from ..clock.timing import by_turns, is_cuda, ratio, side_stream, synchronise
 from ..record.rows import COMPILE, Failure, LeftOut, Row, Timed, Turns
 from ..static.counting import Total
 
@@ -65,42 +65,25 @@ def compiled(function: Callable) -> Callable:
 class Comparison:
     """The contenders of one case, eager first, and why others are not among them.
 
-    A kind of comparison says what a contender works on (`subject`), how its answers are judged
-    (`check`), what one run is (`call`), how it is timed (`time`) and what work that is (`work`).
+    A kind of comparison has a subject(contender) that is worked on; check(contender, subject),
+    which raises WrongAnswer or returns the error as a share of eager's in the same dtype;
+    call(contender, subject), one run; time(contender, subject, seconds), its timing and the row's
+    own fields; and work, what the fused op or network must do.
     """
 
     kind: type[Timed]
     counted: str  # how the work is
-
     case: Any
     contenders: list[Contender]
     left_out: dict[str, str]
     topic: str  # what was left out of
+    work: Total
 
     def __init__(self, device: str, limits: Limits):
         self.device, self.limits = device, limits
 
     def subject(self, contender: Contender) -> Any:
         return None
-
-    def check(self, contender: Contender, subject: Any) -> float:
-        """The error, as a share of eager's in the same dtype.
-
-        Raises:
-            WrongAnswer: it is more than it may be.
-        """
-        raise NotImplementedError
-
-    def call(self, contender: Contender, subject: Any) -> Callable:
-        raise NotImplementedError
-
-    def time(self, contender: Contender, subject: Any, seconds: float) -> tuple[Timing, dict]:
-        """And the fields of the row that are its kind's own."""
-        raise NotImplementedError
-
-    @property
-    def work(self) -> Total:
-        raise NotImplementedError
 
     def row(self, contender: Contender, seconds: float) -> Timed:
         """Check, then time.
@@ -160,16 +143,13 @@ class Comparison:
                 calls[-1]()
             *others, own = by_turns(calls, self.device, rounds, least_ms)
         torch._dynamo.reset()
-        return [self._turn(base, ours, ms, own) for base, ms in zip(bases, others, strict=True)]
-
-    def _turn(self, base: Contender, ours: Contender, base_ms: list, own_ms: list) -> Turns:
-        median, low, high = ratio(base_ms, own_ms)
-        return Turns(
-            case=self.case.title, dtype=name_of(self.case.dtype), contender=ours.name,
-            base=base.name, ms=sorted(own_ms)[len(own_ms) // 2],
-            base_ms=sorted(base_ms)[len(base_ms) // 2], ratio=median, ratio_10=low, ratio_90=high,
-            rounds=len(own_ms),
-        )  # fmt: skip
+        return [
+            Turns(
+                subject=self.kind.kind, case=self.case.title, dtype=name_of(self.case.dtype),
+                contender=ours.name, base=base.name, rounds=rounds, **ratio(ms, own)._asdict(),
+            )
+            for base, ms in zip(bases, others, strict=True)
+        ]  # fmt: skip
 
 
 def excuse(is_own: bool, name: str, title: str, error: Exception) -> LeftOut:

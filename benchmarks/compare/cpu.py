@@ -1,6 +1,6 @@
 """On a CPU: every op as "auto" runs it, and whole networks, against PyTorch's own, by turns.
 
-    python -m benchmarks cpu [--only ops|networks] [--long] [--rounds 15] [--out benchmarks/results]
+    python -m benchmarks cpu [--match swiglu] [--long] [--rounds 15] [--out benchmarks/results]
 
 Ops at 256 tokens of width 768 against eager PyTorch; TiM-B networks of 256 tokens against their
 published form in eager PyTorch and against torch.compile of its blocks. One core; answers are
@@ -9,7 +9,7 @@ checked first.
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ import torch
 from ..cases import tasks
 from ..cases.ops import OpCase, op_cases
 from ..cases.shapes import Model, Shape
-from ..cases.tasks import NetworkCase, Task
+from ..cases.tasks import NetworkCase
 from ..clock import machine
 from ..clock.machine import Limits
 from ..record.provenance import commit_hash, now, save, source_hash
@@ -30,15 +30,8 @@ from .ops import OpComparison
 DTYPES = torch.float32, torch.bfloat16
 SHAPE = Shape(1, (16, 16), (4, 32, 32), width=768, head_dim=64)
 NETWORK = Model("b-256", (16, 16), (4, 64, 64), 0, (2,))
-DEFAULT = (4, tasks.FORWARD_TASK), (4, tasks.TRAINING[0]), (4, tasks.SAMPLING[0]), (
-    12, tasks.FORWARD_TASK,
-)  # fmt: skip
-LONG = tuple(
-    (depth, task)
-    for depth in (4, 12)
-    for task in (tasks.FORWARD_TASK, tasks.TRAINING[0], tasks.SAMPLING[1])
-)
-TURN_MS = 3.0  # of an op that takes less, several calls are timed together
+DEPTHS, TASKS = (4, 12), (tasks.FORWARD_TASK, tasks.TRAINING[0], tasks.SAMPLING[0])
+TURN_MS = 2.0  # of an op that takes less, several calls are timed together
 LIMITS = Limits(1.0, 1.0)  # no share of them is asked for
 
 
@@ -50,11 +43,12 @@ def ops() -> list[OpCase]:
     ]
 
 
-def networks(planned: Sequence[tuple[int, Task]] = DEFAULT) -> list[NetworkCase]:
-    """The longest last."""
+def networks(is_long: bool = False) -> list[NetworkCase]:
+    """Of the deeper one a forward alone, unless it may take long."""
     return [
         NetworkCase(f"TiM-B, depth {depth}", NETWORK._replace(depth=depth), 2, task, dtype=dtype)
-        for depth, task in planned
+        for depth in DEPTHS
+        for task in (TASKS if is_long or depth == DEPTHS[0] else TASKS[:1])
         for dtype in DTYPES
     ]
 
@@ -73,16 +67,8 @@ def turns(case: OpCase | NetworkCase, rounds: int) -> list[Turns]:
     return comparison.turns((eager,), ours, rounds, TURN_MS)
 
 
-def measured(cases: Sequence[OpCase | NetworkCase], rounds: int) -> Iterator[Turns]:
-    for case in cases:
-        for row in turns(case, rounds):
-            print(f"{row.case}, {row.dtype}: {row.ratio:.2f} × {row.base}", flush=True)
-            yield row
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", choices=("ops", "networks"))
     parser.add_argument("--long", action="store_true", help="every task at both depths")
     parser.add_argument("--rounds", type=int, default=15, help="of an op; of a network a third")
     parser.add_argument("--match", default="", help="cases whose title and dtype contain this")
@@ -95,12 +81,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "load_before": os.getloadavg()[0],  # of other work: below 0.5 the times can be trusted
     }  # fmt: skip
     found = []
-    for only, cases, rounds in (
-        ("ops", ops(), args.rounds),
-        ("networks", networks(LONG if args.long else DEFAULT), -(-args.rounds // 3)),
-    ):
-        own = [c for c in cases if args.match in f"{c.title}, {c.dtype}"]
-        found += measured(own, rounds) if args.only in (None, only) else []
+    for case in (*ops(), *networks(args.long)):
+        if args.match in f"{case.title}, {case.dtype}":
+            rounds = args.rounds if isinstance(case, OpCase) else -(-args.rounds // 3)
+            for row in turns(case, rounds):
+                print(f"{row.case}, {row.dtype}: {row.ratio:.2f} × {row.base}", flush=True)
+                found.append(row)
     print(text(found, Turns.columns))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

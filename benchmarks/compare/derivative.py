@@ -16,11 +16,10 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -28,8 +27,9 @@ from tests.eager import EagerTiM, attend, randomise
 from tests.kernels.parity import DERIVATIVE, FLOOR
 from tim_kernels import attention, use_backend
 
+from ..cases import eager, published
+from ..cases.peers import ATTENTION as ATTENTION_CALL
 from ..cases.peers import PEERS
-from ..cases.published import EPSILON, mix
 from ..cases.shapes import Model
 from ..clock.machine import exact_float32
 from ..clock.timing import copies, is_cuda, measure, sets_needed, side_stream, storage_bytes
@@ -48,7 +48,7 @@ ATTENTION = {  # (batch, tokens, heads, head_dim)
     "XL, 1000 tokens": (8, 1000, 16, 72),
     "XL, 4096 tokens": (2, 4096, 16, 72),
 }
-PEER = "jvp_flash_attention"
+PLAIN = "two plain forwards, SDPA"
 
 
 def rows(device: str, quick: bool = False) -> Iterator[Row]:
@@ -92,7 +92,7 @@ class Problem:
 
     def derivative(self, contender: str, kind: str) -> Tensor:
         if contender == "eager":
-            return self._published(self.eager, kind, self.x.dtype)
+            return self._published(kind, self.x.dtype)
         from tim.objective import TransitionObjective
         from tim.transports import make
 
@@ -103,25 +103,14 @@ class Problem:
         """In float64, on the rounded weights."""
         self.eager.double()
         try:
-            return self._published(self.eager, "jvp", torch.float64)
+            return self._published("jvp", torch.float64)
         finally:
             self.eager.to(next(self.ours.parameters()).dtype)
 
     @torch.no_grad()
-    def _published(self, network: nn.Module, kind: str, dtype: torch.dtype) -> Tensor:
+    def _published(self, kind: str, dtype: torch.dtype) -> Tensor:
         x, z, t, r = (v.to(dtype) for v in (self.x, self.z, self.t, self.r))
-        own = next(network.parameters()).dtype
-
-        def at(t: Tensor) -> Tensor:
-            return network(mix(x, z, t).to(own), t, r, self.y).to(dtype)
-
-        if kind == "dde":
-            return (at(t + EPSILON) - at(t - EPSILON)) / (2 * EPSILON)
-
-        def trajectory(x_t: Tensor, t: Tensor) -> Tensor:
-            return network(x_t.to(own), t, r, self.y, jvp=True)
-
-        return torch.func.jvp(trajectory, (mix(x, z, t), t), (z - x, torch.ones_like(t)))[1]
+        return published.derivative(self.eager, x, z, t, r, self.y, kind)
 
 
 def network_rows(model: Model, device: str) -> Iterator[Row]:
@@ -135,31 +124,19 @@ def network_rows(model: Model, device: str) -> Iterator[Row]:
         problem = Problem(model, dtype, device)
         exact = problem.exact()
         for kind in ("dde", "jvp"):
-            eager = None
+            errors: dict[str, float] = {}
             for contender in ("eager", "tim"):
                 with use_backend(backend), side_stream(device):
-                    cost = _cost(lambda: problem.derivative(contender, kind), device)  # noqa: B023
-                out = cost.pop("out")
-                error = _error(out, exact)
-                eager = error if eager is None else eager
+                    out, cost = _cost(lambda: problem.derivative(contender, kind), device=device)  # noqa: B023
+                errors[contender] = error = _error(out, exact)
                 yield Derivative(
                     **case, contender=contender, backend=backend if contender == "tim" else "eager",
                     derivative=kind, dtype=name_of(dtype), error=error, **cost,
                 )  # fmt: skip
-                if error > DERIVATIVE * eager + FLOOR:
-                    wrong.append(
-                        f"{contender} {kind} {name_of(dtype)}: {error:.2e}, eager {eager:.2e}"
-                    )
+                if error > DERIVATIVE * errors["eager"] + FLOOR:
+                    wrong.append(f"{contender} {kind} {name_of(dtype)}: {errors}")
     if wrong:
         raise WrongAnswer("; ".join(wrong))
-
-
-class Rival(NamedTuple):
-    """On (B, N, heads, head_dim); `count` forwards without tangents if not None."""
-
-    name: str
-    function: Callable
-    count: int | None = None
 
 
 def attention_rows(device: str) -> Iterator[Row]:
@@ -170,27 +147,28 @@ def attention_rows(device: str) -> Iterator[Row]:
         sample = [x[:1] for x in inputs]
         exact = _tangent(_materialised, [x.double() for x in sample])
         bound = DERIVATIVE * _error(_tangent(_materialised, sample), exact) + FLOOR
-        for contender in _attention_contenders(shape):
-            case = f"{contender.name}, {name}"
-            if isinstance(contender.function, str):
-                yield LeftOut(case, contender.function)
+        for contender, call in _attention_calls().items():
+            case = f"{contender}, {name}"
+            if isinstance(call, str):
+                yield LeftOut(case, call)
                 continue
             error = None
             try:
                 with side_stream(device):
-                    if contender.count is None:
-                        error = _error(_tangent(contender.function, sample), exact)
-                    cost = _cost_of_attention(contender, inputs, device)
+                    if contender != PLAIN:
+                        error = _error(call(*sample), exact)
+                    sets = copies(inputs, sets_needed(2 * storage_bytes(inputs), device))
+                    _, cost = _cost(*[lambda s=s: call(*s) for s in sets], device=device)  # noqa: B023
             except Exception as refusal:  # of whatever kind somebody else's kernel raises
-                if contender.name == "tim":
+                if contender == "tim":
                     raise
                 yield LeftOut(case, f"{refusal}"[:500])
                 continue
             yield Derivative(
-                what="attention", contender=contender.name, shape=name, sizes=list(shape),
+                what="attention", contender=contender, shape=name, sizes=list(shape),
                 error=error, **cost,
             )  # fmt: skip
-            if contender.name == "tim" and error > bound:
+            if contender == "tim" and error > bound:
                 wrong.append(f"{case}: {error:.2e} > {bound:.2e}")
     if wrong:
         raise WrongAnswer("; ".join(wrong))
@@ -204,18 +182,20 @@ def _attention_inputs(shape: Sequence[int], dtype: torch.dtype, device: str) -> 
     return [x for half in packed.to(dtype) for x in half.unbind(2)]
 
 
-def _attention_contenders(shape: Sequence[int]) -> Iterator[Rival]:
-    yield Rival("tim", _ours)
-    yield Rival("SDPA math under forward mode", _math)
-    peer = next(peer for peer in PEERS if peer.name == PEER)
-    if importlib.util.find_spec(peer.package) is None:
-        yield Rival(PEER, f"{peer.package} is not installed")
-    else:
-        try:
-            yield Rival(PEER, peer.load())
-        except Exception as error:  # another version than the one the loader was written for
-            yield Rival(PEER, f"{peer.package} is there but does not fit: {error!r}")
-    yield Rival("two plain forwards, SDPA", _plain, 2)
+def _attention_calls() -> dict[str, Callable | str]:
+    """By contender, what gives the tangent of q, k, v, tq, tk, tv; or why it can not."""
+
+    def tangent(function: Callable) -> Callable:
+        return lambda *inputs: _tangent(function, inputs)
+
+    peer = next(peer for peer in PEERS if peer.call == ATTENTION_CALL)
+    theirs = peer.kernel()
+    return {
+        "tim": tangent(_ours),
+        "SDPA math under forward mode": tangent(_math),
+        peer.name: theirs if isinstance(theirs, str) else tangent(theirs),
+        PLAIN: lambda q, k, v, *_: [eager.attention(q, k, v) for _ in range(2)],
+    }
 
 
 def _ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -223,14 +203,9 @@ def _ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-
 def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH):
-        return _plain(q, k, v)
+        return eager.attention(q, k, v)
 
 
 def _materialised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -241,31 +216,21 @@ def _tangent(function: Callable, inputs: Sequence[Tensor]) -> Tensor:
     return torch.func.jvp(function, tuple(inputs[:3]), tuple(inputs[3:]))[1]
 
 
-def _cost_of_attention(contender: Rival, inputs: list[Tensor], device: str) -> dict:
-    def run(*inputs: Tensor):
-        if contender.count is None:
-            return _tangent(contender.function, inputs)
-        return [contender.function(*inputs[:3]) for _ in range(contender.count)]
-
-    sets = copies(inputs, sets_needed(2 * storage_bytes(inputs), device))
-    cost = _cost(lambda: run(*inputs), device, [lambda s=s: run(*s) for s in sets])
-    return {k: v for k, v in cost.items() if k != "out"}
-
-
-def _cost(call: Callable, device: str, thunks: Sequence[Callable] = ()) -> dict:
-    """The result of a call and its FLOPs; on a GPU also milliseconds and bytes at the peak."""
+def _cost(*calls: Callable, device: str) -> tuple[Any, dict]:
+    """What a call returns, and its FLOPs; on a GPU also milliseconds and bytes at the peak. The
+    calls do the same on different inputs."""
+    call = calls[0]
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         out = call()
-    cost = {"out": out, "flops": counter.get_total_flops()}
+    cost = {"flops": counter.get_total_flops()}
     if not is_cuda(device):
-        return cost
+        return out, cost
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
     peak = torch.cuda.max_memory_allocated() - before
-    timing = measure(thunks or [call], device)
-    return cost | {"peak_bytes": peak} | timing.fields()
+    return out, cost | {"peak_bytes": peak} | measure(calls, device).fields()
 
 
 def attention_flops(q, k, v, tq, tk, tv, *_, **__) -> int:

@@ -21,16 +21,9 @@ from tim_kernels.dispatch import backend
 
 from ..cases.shapes import Model
 from ..cases.tasks import NetworkCase, Problem, Task, autocast, run_once, training_step
+from ..clock import timing
 from ..clock.machine import Limits, energy, exact_float32
-from ..clock.timing import (
-    Timing,
-    is_cuda,
-    measure_round,
-    prepare,
-    side_stream,
-    storage_bytes,
-    synchronise,
-)  # fmt: skip
+from ..clock.timing import is_cuda, side_stream, synchronise
 from ..record.rows import COMPILE, EAGER, FUSED, Network
 from ..static.counting import RULE, Total, Work, count, total
 from .comparison import Comparison, Contender, WrongAnswer, name_of
@@ -40,10 +33,6 @@ CHECKED_WEIGHTS = "blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.weight", "final_
 EXACT = {"forward": 1e-4, "sampling": 1e-4, "training": 1e-2}  # relative, in float32; a training
 # step's gradients pass through a difference over 2ε
 MAX_AUTOTUNE = "torch.compile, max-autotune"
-
-
-def _as_it_is(network: nn.Module, model: Model) -> nn.Module:
-    return network
 
 
 def _compile_blocks(network: nn.Module, model: Model, mode: str | None = None) -> nn.Module:
@@ -73,7 +62,7 @@ def _tim(network: nn.Module, model: Model) -> nn.Module:
     return ours.requires_grad_(weights.requires_grad)
 
 
-PUBLISHED = Contender(EAGER, _as_it_is)
+PUBLISHED = Contender(EAGER, lambda network, model: network)
 COMPILED = Contender(COMPILE, _compile_blocks, is_own=False)
 AUTO = Contender("tim, auto", _tim, "auto", is_tim=True)
 
@@ -137,18 +126,18 @@ class NetworkComparison(Comparison):
             self.check(contender, network)
             self.call(contender, network)()
 
-    def time(self, contender: Contender, network: nn.Module, seconds: float) -> tuple[Timing, dict]:
+    def time(self, contender: Contender, network: nn.Module, seconds: float):
         case = self.case
         run = self.call(contender, network)
         run()
         peak = self._peak_memory(run)
-        one_round, how = prepare([run], self.device, graph=case.task.graph)
-        timing = measure_round(one_round, how, 1, seconds)
-        joules, method = self._energy(one_round, timing.ms)
-        return timing, dict(
+        one_round, how = timing.prepare([run], self.device, graph=case.task.graph)
+        taken = timing.measure_round(one_round, how, 1, seconds)
+        joules, method = self._energy(one_round, taken.ms)
+        return taken, dict(
             model=case.model_name, batch=case.batch, task=case.task.title,
             dtype=name_of(case.dtype) + " autocast" * self.problem.is_training,
-            samples_per_s=case.batch / timing.ms * 1e3, peak_gib=peak, energy=method,
+            samples_per_s=case.batch / taken.ms * 1e3, peak_gib=peak, energy=method,
             joules_per_image=None if joules is None else joules / case.batch,
             roofline_ms=1e3 * self.work.seconds,
         )  # fmt: skip
@@ -221,7 +210,8 @@ class NetworkComparison(Comparison):
         torch.cuda.reset_peak_memory_stats(self.device)
         run()
         synchronise(self.device)
-        spare = storage_bytes(list(self.problem.network.parameters()))  # each has a copy of its own
+        # each contender has a network of its own
+        spare = timing.storage_bytes(list(self.problem.network.parameters()))
         return (torch.cuda.max_memory_allocated(self.device) - spare) / 2**30
 
     def _energy(self, run: Callable, ms: float) -> tuple[float | None, str]:

@@ -165,10 +165,11 @@ STAGES = FULL | {"short": short_part}
 
 
 def _compute_sanitizer() -> Path | None:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    found = shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path=os.path.join(home, "bin")
+    folders = (
+        os.environ["PATH"],
+        os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"),
     )
+    found = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
     return Path(found) if found else None
 
 

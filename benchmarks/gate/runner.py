@@ -207,15 +207,9 @@ def install(wheels: Path, site: Path) -> str | None:
 
 
 def run_part(
-    part: str,
-    out: Path,
-    commit: str,
-    dry_run: bool,
-    budget: float = BUDGET,
-    stages: list[Stage] | None = None,
-    site: Path | None = None,
-    missing: str | None = None,
-) -> dict:
+    part: str, out: Path, commit: str, dry_run: bool, budget: float = BUDGET,
+    stages: list[Stage] | None = None, site: Path | None = None, missing: str | None = None,
+) -> dict:  # fmt: skip
     """One part, with its own stages unless others are given; returns what the file holds. `missing`
     says why there are no wheels in `site`."""
     out.mkdir(parents=True, exist_ok=True)
@@ -247,15 +241,12 @@ def main() -> int:
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     commit = args.commit or commit_hash()
-    results = []
-    with tempfile.TemporaryDirectory() as site:
-        missing = install(args.wheels, Path(site)) if args.wheels else None
-        for part in FULL if args.part == "all" else (args.part,):
-            path = Path(site) if args.wheels else None
-            results.append(
-                run_part(
-                    part, args.out, commit, args.dry_run, args.budget, site=path, missing=missing
-                )
-            )
+    with tempfile.TemporaryDirectory() as folder:
+        site = Path(folder) if args.wheels else None
+        options = dict(site=site, missing=install(args.wheels, site) if site else None)
+        results = [
+            run_part(part, args.out, commit, args.dry_run, args.budget, **options)
+            for part in (FULL if args.part == "all" else (args.part,))
+        ]
     print("\n\n".join(summary.of_result(result) for result in results))
     return int(any(result["failures"] for result in results))

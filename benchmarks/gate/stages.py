@@ -104,14 +104,8 @@ class Run:
 
     def _start_again(self, skip: int) -> None:
         """This stage, in a new process in place of this one, from that case on."""
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.gate.stages",
-            self.name,
-            "--rows",
-            str(self.path),
-        ]
+        command = [sys.executable, "-m", "benchmarks.gate.stages", self.name]
+        command += ["--rows", str(self.path)]
         command += ["--until", f"{self.deadline:.0f}", "--skip", str(skip)]
         command += ["--dry-run"] * self.dry_run + ["--brief"] * self.brief
         os.execv(sys.executable, command)
@@ -202,11 +196,10 @@ def _compile(job: tuple) -> None:
 def time_ops(run: Run) -> None:
     left = "all but the core ops at two shapes" if run.brief else "tangents and rarer ops elsewhere"
     run.leave_out(f"forward + backward; {left}", BY_PLAN)
-    limits = run.limits()
+    limits, cases = run.limits(), planned_ops(run.dry_run, run.brief)
     seconds = 0.02 if run.dry_run else 0.1
     run.through(
-        planned_ops(run.dry_run, run.brief),
-        lambda case: OpComparison(case, run.device, limits, run.dry_run).rows(seconds),
+        cases, lambda case: OpComparison(case, run.device, limits, run.dry_run).rows(seconds)
     )
 
 
@@ -231,11 +224,8 @@ def tuning(run: Run) -> None:
         return
     from ..tune.tuner import measure
 
-    measure(
-        run.device,
-        max(10.0, run.seconds_left),
-        note=lambda found: run.emit(Facts("tuning", found)),
-    )
+    seconds = max(10.0, run.seconds_left)
+    measure(run.device, seconds, note=lambda found: run.emit(Facts("tuning", found)))
 
 
 def planned_networks(dry_run: bool, brief: bool = False) -> list[NetworkCase]:
@@ -250,16 +240,12 @@ def planned_networks(dry_run: bool, brief: bool = False) -> list[NetworkCase]:
     graph, own = (EAGER, "accelerate", COMPILE), (EAGER, "tim", COMPILE)
     if importlib.util.find_spec("diffusers") is None:  # of our sampler's
         own += ("accelerate",)
-    batches = {
-        name: sorted(model.batches, key=lambda batch: model.batches.index(batch) != 1)  # noqa: B023
-        for name, model in table.items()
-    }
 
     def at(task: Task, which: slice, only: tuple[str, ...], share: int = 1) -> list:
         return [
             NetworkCase(name, model, batch if share == 1 else max(2, batch // share), task, only)
             for name, model in table.items()
-            for batch in batches[name][which]
+            for batch in (*model.batches[1:2], *model.batches[:1], *model.batches[2:])[which]
         ]
 
     one_step, four_steps, eight_steps = tasks.SAMPLING
@@ -292,12 +278,9 @@ def time_models(run: Run) -> None:
     else:
         run.leave_out("1 and 8 steps, training and plain forwards but at one batch", BY_PLAN)
         run.leave_out("torch.compile in 8 steps, and in 4 but at one batch", BY_PLAN)
-    limits = run.limits()
+    limits, cases = run.limits(), planned_networks(run.dry_run, run.brief)
     seconds = 0.02 if run.dry_run else 0.5
-    run.through(
-        planned_networks(run.dry_run, run.brief),
-        lambda case: NetworkComparison(case, run.device, limits).rows(seconds),
-    )
+    run.through(cases, lambda case: NetworkComparison(case, run.device, limits).rows(seconds))
 
 
 def max_autotune(run: Run) -> None:
@@ -305,11 +288,8 @@ def max_autotune(run: Run) -> None:
     if run.dry_run:
         run.leave_out(MAX_AUTOTUNE, "it needs a GPU")
         return
-    limits, middle = (
-        run.limits(),
-        [c for c in planned_networks(False) if c.task == tasks.GRAPH_TASK],
-    )
-    cases = [c._replace(only=(MAX_AUTOTUNE,)) for c in middle[: len(MODELS)]]
+    limits, cases = run.limits(), planned_networks(False)[: len(MODELS)]  # of the middle batches
+    cases = [case._replace(only=(MAX_AUTOTUNE,)) for case in cases]
     run.through(cases, lambda case: NetworkComparison(case, run.device, limits).rows(0.5))
 
 

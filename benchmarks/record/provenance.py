@@ -16,18 +16,16 @@ def now() -> str:
 
 def commit_hash() -> str:
     """Of the checkout, with "+" if files differ from it; "unknown" without git."""
-    git = ["git", "-C", str(ROOT)]
+
+    def git(*command: str) -> str:
+        command = "git", "-C", str(ROOT), *command
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        head = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        )
-        changes = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True,
-            check=True,
-        )  # fmt: skip
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + "+" * bool(changes)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head.stdout.strip() + "+" * bool(changes.stdout.strip())
 
 
 def source_hash() -> str:

@@ -19,23 +19,11 @@ class Record:
         self.saved_at = 0.0
         self.rows: list[rows.Row] = []  # of what was measured
         self.data = {
-            "format": 1,
-            "part": part,
-            "dry_run": dry_run,
-            "commit": commit,
-            "sources": source_hash(),
-            "started": now(),
-            "ended": None,
-            "finished": False,
-            "machine": {},
-            "limits": {},
-            "state_before": {},
-            "state_after": {},
-            "stages": [],
-            "rows": [],
-            "failures": [],
-            "left_out": [],
-        }
+            "format": 1, "part": part, "dry_run": dry_run, "commit": commit,
+            "sources": source_hash(), "started": now(), "ended": None, "finished": False,
+            "machine": {}, "limits": {}, "state_before": {}, "state_after": {},
+            "stages": [], "rows": [], "failures": [], "left_out": [],
+        }  # fmt: skip
 
     @property
     def log(self) -> Path:

@@ -14,13 +14,8 @@ from .table import Column
 RESULTS = Path(__file__).parents[1] / "results"
 EAGER, COMPILE = "eager", "torch.compile"
 FUSED = ("triton", "cuda")
-MiB = 2**20
 
-
-def percent(field: str):
-    return lambda row: 100 * getattr(row, field)
-
-
+LIMIT = Column("of the limit", lambda row: 100 * row.share_of_limit, "{:.0f} %")
 VS_EAGER = Column("eager", "vs_eager", "{:.2f} ×")
 VS_COMPILE = Column(COMPILE, "vs_compile", "{:.2f} ×")
 
@@ -59,8 +54,6 @@ class Failure(LeftOut):
 
 @dataclass
 class Outcome(Row):
-    """Of a test."""
-
     kind = "test"
     outcome: str
     what: str
@@ -98,20 +91,24 @@ class Op(Timed):
     title = "ops: medians, with the ratio to eager and to torch.compile"
     group = "op", "direction", "shape"
     columns: ClassVar = (
-        Column("op", "op"),
-        Column("direction", "direction"),
-        Column("shape", "shape"),
-        Column("by", "contender"),
-        Column("µs", lambda row: 1e3 * row.ms, "{:,.1f}"),
-        Column("GB/s", "gb_per_s", "{:,.0f}"),
-        Column("of the limit", percent("share_of_limit"), "{:.0f} %"),
-        VS_EAGER,
-        VS_COMPILE,
-    )
+        Column("op"), Column("direction"), Column("shape"), Column("by", "contender"),
+        Column("µs", lambda row: 1e3 * row.ms, "{:,.1f}"), Column("GB/s", "gb_per_s", "{:,.0f}"),
+        LIMIT, VS_EAGER, VS_COMPILE,
+    )  # fmt: skip
     op: str
     direction: str
     shape: str
     gb_per_s: float = 0.0
+
+    @property
+    def folder(self) -> str:
+        return folder(self.op)
+
+
+def folder(call: str) -> str:
+    """The folder of tim_kernels that a call, such as "swiglu of two tensors", is computed in."""
+    name = call.partition(" ")[0].rstrip(",")
+    return "ada_layer_norm" if name.startswith("gated_residual") else name
 
 
 @dataclass(kw_only=True)
@@ -120,18 +117,11 @@ class Network(Timed):
     title = "networks: medians, with the ratio to eager and to torch.compile"
     group = "model", "batch", "task"
     columns: ClassVar = (
-        Column("model", "model"),
-        Column("task", "task"),
-        Column("by", "contender"),
-        Column("batch", "batch", "{}"),
-        Column("ms", "ms", "{:,.2f}"),
-        Column("images/s", "samples_per_s", "{:,.1f}"),
-        Column("of the limit", percent("share_of_limit"), "{:.0f} %"),
-        Column("GiB", "peak_gib", "{:.1f}"),
-        Column("J/image", "joules_per_image", "{:.2f}"),
-        VS_EAGER,
-        VS_COMPILE,
-    )
+        Column("model"), Column("task"), Column("by", "contender"), Column("batch", form="{}"),
+        Column("ms", form="{:,.2f}"), Column("images/s", "samples_per_s", "{:,.1f}"), LIMIT,
+        Column("GiB", "peak_gib", "{:.1f}"), Column("J/image", "joules_per_image", "{:.2f}"),
+        VS_EAGER, VS_COMPILE,
+    )  # fmt: skip
     model: str
     batch: int
     task: str
@@ -149,14 +139,12 @@ class Turns(Row):
     kind = "turns"
     title = "on a CPU, by turns with PyTorch's own"
     columns: ClassVar = (
-        Column("case", "case"),
-        Column("dtype", "dtype"),
-        Column("against", "base"),
-        Column("its ms", "base_ms", "{:,.3f}"),
-        Column("ours, ms", "ms", "{:,.3f}"),
-        Column("ratio", "ratio", "{:.2f} ×"),
+        Column("case"), Column("dtype"), Column("against", "base"),
+        Column("its ms", "base_ms", "{:,.3f}"), Column("ours, ms", "ms", "{:,.3f}"),
+        Column("ratio", form="{:.2f} ×"),
         Column("10–90 %", lambda row: f"{row.ratio_10:.2f}–{row.ratio_90:.2f}"),
-    )
+    )  # fmt: skip
+    subject: str  # "op" or "model"
     case: str
     dtype: str
     contender: str
@@ -176,13 +164,10 @@ class Host(Row):
     kind = "host"
     title = "host time of a call, without the launch"
     columns: ClassVar = (
-        Column("op", "op"),
-        Column("gradients", lambda row: "with" if row.has_gradients else "without"),
-        Column("µs", "µs", "{:.1f}"),
-        Column("F.layer_norm, µs", "layer_norm_µs", "{:.1f}"),
-        Column("multiple", "multiple", "{:.1f} ×"),
-        Column("at most", "most", "{:.1f} ×"),
-    )
+        Column("op"), Column("gradients", lambda row: "with" if row.has_gradients else "without"),
+        Column("µs", form="{:.1f}"), Column("F.layer_norm, µs", "layer_norm_µs", "{:.1f}"),
+        Column("multiple", form="{:.1f} ×"), Column("at most", "most", "{:.1f} ×"),
+    )  # fmt: skip
     op: str
     has_gradients: bool
     µs: float
@@ -197,26 +182,19 @@ class Derivative(Row):
 
     kind = "derivative"
     cost: ClassVar = (
-        Column("error", "error", "{:.1e}"),
-        Column("GFLOP", lambda row: row.flops / 1e9, "{:,.1f}"),
-        Column("ms", "ms", "{:,.2f}"),
-        Column("MiB", lambda row: None if row.ms is None else row.peak_bytes / MiB, "{:,.0f}"),
-    )
+        Column("error", form="{:.1e}"), Column("GFLOP", lambda row: row.flops / 1e9, "{:,.1f}"),
+        Column("ms", form="{:,.2f}"),
+        Column("MiB", lambda row: None if row.ms is None else row.peak_bytes / 2**20, "{:,.0f}"),
+    )  # fmt: skip
     columns: ClassVar = {
         "dF/dt": (
-            Column("dF/dt of", "network"),
-            Column("blocks", "depth", "{}"),
-            Column("by", "derivative"),
-            Column("dtype", "dtype"),
-            Column("contender", "contender"),
-            *cost,
+            Column("dF/dt of", "network"), Column("blocks", "depth", "{}"),
+            Column("by", "derivative"), Column("dtype"), Column("contender"), *cost,
         ),
         "attention": (
-            Column("tangent of attention, bfloat16", "shape"),
-            Column("contender", "contender"),
-            *cost,
+            Column("tangent of attention, bfloat16", "shape"), Column("contender"), *cost,
         ),
-    }
+    }  # fmt: skip
     what: str
     contender: str
     dtype: str = "bfloat16"

@@ -1,19 +1,21 @@
 """One table printer: columns of the rows of a result, for a terminal or as Markdown."""
 
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 
 class Column(NamedTuple):
-    """`value` is a field's name or a function of the row; numbers have a `form`, such as
-    "{:.1f}", and are aligned to the right."""
+    """`value` is a field of the row ("a.b" of one in one), by default that of its head, or a
+    function of it; numbers have a `form`, such as "{:.1f}", and are aligned to the right."""
 
     head: str
-    value: str | Callable[[Any], object]
+    value: str | Callable[[Any], object] = ""
     form: str | None = None
 
     def cell(self, row) -> str:
-        value = getattr(row, self.value) if isinstance(self.value, str) else self.value(row)
+        value = attrgetter(self.value or self.head) if isinstance(self.value, str) else self.value
+        value = value(row)
         return "" if value is None else (self.form or "{}").format(value)
 
 

@@ -28,7 +28,7 @@ def fastest(rows: Iterable[Row]) -> dict[str, str]:
     for row in rows:
         if not isinstance(row, Op) or row.contender not in FUSED:
             continue
-        op = proof.folder(row.op)
+        op = row.folder
         if op in backend.OPS and row.direction in DIRECTIONS:
             logs[op][row.case][row.contender] = math.log(row.ms)
     chosen = {}

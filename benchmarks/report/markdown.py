@@ -76,7 +76,7 @@ def _cpu_section(results: Sequence[dict]) -> list[str]:
         f"Whole networks on a CPU ({machine['cpu']}, threads: {machine['threads']}; "
         f"[{result['file']}](benchmarks/results/{result['file']})), timed by turns with the "
         "published form in eager PyTorch and with torch.compile of it; above 1 is a gain.",
-        markdown(rows_of(result, Turns), Turns.columns),
+        markdown([r for r in rows_of(result, Turns) if r.subject == "model"], Turns.columns),
     ]
 
 
@@ -98,11 +98,9 @@ def _where(result: dict) -> str:
 def _derivative_tables(result: dict, results: Sequence[dict]) -> list[str]:
     """dF/dt of a network and the tangent of attention, by error, time and memory."""
     rows = [] if unproven("triton", result, results) else rows_of(result, Derivative)
-    by_what = {
-        columns: [row for row in rows if row.what == what]
-        for what, columns in Derivative.columns.items()
-    }
-    return [markdown(own, columns) for columns, own in by_what.items() if own]
+    by_what = ((columns, [row for row in rows if row.what == what])
+               for what, columns in Derivative.columns.items())  # fmt: skip
+    return [markdown(own, columns) for columns, own in by_what if own]
 
 
 def plots_of(result: dict, kind: type[Timed]) -> list[Path]:

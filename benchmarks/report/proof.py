@@ -100,7 +100,7 @@ def told_rows(result: dict, results: Iterable[dict], kind: type[Timed]) -> list[
             return False
         if not isinstance(row, Op):
             return not failed[backend]
-        names = folder(row.op), row.op.partition(" ")[0].rstrip(",")
+        names = row.folder, row.op.partition(" ")[0].rstrip(",")
         return not any(name in what for what in failed[backend] for name in names)
 
     def is_told(row: Timed) -> bool:
@@ -113,9 +113,3 @@ def told_rows(result: dict, results: Iterable[dict], kind: type[Timed]) -> list[
 
 def rows_of(result: dict, kind: type[Row]) -> list:
     return [read(entry) for entry in result["rows"] if entry["kind"] == kind.kind]
-
-
-def folder(op: str) -> str:
-    """The folder of tim_kernels whose tests prove it."""
-    name = op.partition(" ")[0].rstrip(",")
-    return "ada_layer_norm" if name.startswith("gated_residual") else name

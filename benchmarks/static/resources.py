@@ -26,14 +26,7 @@ from tim_kernels.launch import tuning
 from ..cases.calls import DIRECTIONS, calls
 from ..record.table import Column, text
 from . import extension
-from .cubin import (
-    ARCHITECTURES,
-    Compiled,
-    Resources,
-    compile_launch,
-    in_processes,
-    specialise,
-)
+from .cubin import ARCHITECTURES, Compiled, Resources, compile_launch, in_processes, specialise
 from .launches import Launch, record_launches, through_launchers
 
 HEAD_DIMS = {768: 64, 1152: 72}  # of the published models; 64 at any other width
@@ -42,20 +35,15 @@ REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of a multiprocessor
 
 
 COLUMNS = (
-    Column("kernel", "kernel"),
-    Column("call", "call"),
-    Column("arch", "arch", "{}"),
-    Column("width", "width", "{}"),
-    Column("dtype", "dtype"),
-    Column("warps", "num_warps", "{}"),
-    Column("regs", lambda of: of.resources.registers, "{}"),
-    Column("spills", lambda of: of.resources.spills, "{}"),
-    Column("shared", lambda of: of.resources.shared, "{}"),
+    Column("kernel"), Column("call"), Column("arch", form="{}"), Column("width", form="{}"),
+    Column("dtype"), Column("warps", "num_warps", "{}"),
+    Column("regs", "resources.registers", "{}"), Column("spills", "resources.spills", "{}"),
+    Column("shared", "resources.shared", "{}"),
     Column("of 64", lambda of: occupancy(of.resources, of.num_warps, of.arch), "{}"),
-    Column("instr", lambda of: of.resources.instructions, "{}"),
+    Column("instr", "resources.instructions", "{}"),
     Column("ld 16 B", lambda of: _wide(of.resources.wide_loads, of.resources.narrow_loads), "{}"),
     Column("st 16 B", lambda of: _wide(of.resources.wide_stores, of.resources.narrow_stores), "{}"),
-)
+)  # fmt: skip
 
 
 def _wide(wide: int, narrow: int) -> str:
@@ -81,16 +69,15 @@ def triton_jobs(
     jobs: dict[str, Job] = {}
     for arch, width, dtype in itertools.product(architectures, widths, dtypes):
         for call in calls(width, HEAD_DIMS.get(width, 64), getattr(torch, dtype)):
-            for direction in DIRECTIONS:
+            for direction in DIRECTIONS if not ops or call.op in ops else ():
                 with (
                     use_backend("triton"), tuning.as_architecture(arch),
                     record_launches() as launches, through_launchers(),
                 ):  # fmt: skip
                     call.run(direction)
                 for launch in launches:
-                    if not ops or launch.name.partition(".")[0] in ops:
-                        code = repr((arch, launch.name, specialise(launch), launch.options))
-                        jobs.setdefault(code, (arch, width, dtype, call.name, launch))
+                    code = repr((arch, launch.name, specialise(launch), launch.options))
+                    jobs.setdefault(code, (arch, width, dtype, call.name, launch))
     return list(jobs.values())
 
 

@@ -31,7 +31,7 @@ from tim_kernels import use_backend
 from tim_kernels.launch import tuning
 
 from ..cases.calls import DIRECTIONS, Call, calls
-from ..clock.timing import Timing, side_stream
+from ..clock.timing import Timing, is_cuda, side_stream
 from ..clock.timing import measure as time_calls
 from ..record.table import Column, text
 from ..static.cubin import ARCHITECTURES, in_processes
@@ -73,7 +73,7 @@ def _is_of(name: str, kernel: str) -> bool:
 
 def launches(kernel: str, call: Call) -> Iterator[Launch]:
     """What a call launches, in all directions, that `kernel` of the table configures."""
-    for direction in DIRECTIONS:
+    for direction in DIRECTIONS if call.op == kernel.partition(".")[0] else ():
         with use_backend("triton"), record_launches() as found:
             if call.tensors[0].is_meta:
                 with through_launchers():
@@ -120,17 +120,16 @@ def read_all(
                     found[candidate] += launches(kernel, call)
     tasks = [(launch, arch) for arch in architectures for own in found.values() for launch in own]
     read_in_order = iter(in_processes(read, tasks, processes))
-    readings = {arch: {} for arch in architectures}
-    for arch in architectures:
-        for candidate, own in found.items():
-            readings[arch][candidate] = [next(read_in_order) for _ in own]
-    return readings
+    return {
+        arch: {candidate: [next(read_in_order) for _ in own] for candidate, own in found.items()}
+        for arch in architectures
+    }
 
 
 def chosen_by_model(
     architectures: Sequence[int], ops: Iterable[str] = (), processes: int = 1
-) -> dict[int, dict[str, Candidate]]:
-    """The choice for each architecture and kernel; prints every candidate."""
+) -> dict[int, dict[str, dict]]:
+    """The choice for each architecture and kernel, as in the table; prints every candidate."""
     chosen = {arch: {} for arch in architectures}
     for kernel in kernels(ops):
         for arch, readings in read_all(kernel, architectures, processes).items():
@@ -138,7 +137,7 @@ def chosen_by_model(
             print(table(kernel, arch, readings, best), flush=True)
             if best is None:
                 raise RuntimeError(f"no candidate of {kernel} is fit for sm_{arch}")
-            chosen[arch][kernel] = best
+            chosen[arch][kernel] = best._asdict()
     return chosen
 
 
@@ -163,7 +162,7 @@ def table(kernel: str, arch: int, readings: dict, chosen: Candidate | None) -> s
         Column("latency", lambda pair: mean(pair[1], 2), "{:.2f}"),
         Column("all", lambda pair: slowdown(pair[1], CHIPS[arch]), "{:.2f}"),
         Column("", lambda pair: "<" if pair[0] == chosen else None),
-    )
+    )  # fmt: skip
     title = f"\n{kernel}, sm_{arch} as on {CHIPS[arch].name}: multiples of memory's time\n"
     return title + text(sorted(readings.items()), columns)
 
@@ -187,12 +186,12 @@ def measure(
     device = torch.device(device)
     known = list(calls(device=device, **shape))
     names, start = kernels(ops), time.monotonic()
+    where = torch.cuda.get_device_name(device) if is_cuda(device) else "a CPU"
+    software = f"torch {torch.__version__}, Triton {triton.__version__}"
     result = {
-        "source": _source(f"timed on {_name(device)}, {date.today()}"),
-        "architecture": tuning.architecture(device),
-        "chosen": {},
-        "timings": [],
-    }
+        "source": f"timed on {where}, {date.today()}, {software}",
+        "architecture": tuning.architecture(device), "chosen": {}, "timings": [],
+    }  # fmt: skip
     for done, kernel in enumerate(names, start=1):
         own = _time_kernel(kernel, known, device, start + seconds * done / len(names))
         if len(own) >= LEAST_TRIED:  # else nothing was compared
@@ -245,14 +244,6 @@ def fastest(timings: dict[Candidate, dict[str, Timing]]) -> Candidate:
     return best if relative(best) < 1 - NOISE else present
 
 
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
-
-
-def _source(how: str) -> str:
-    return f"{how}, torch {torch.__version__}, Triton {triton.__version__}"
-
-
 def write(path: Path, architecture: int, chosen: dict[str, dict], source: str) -> list[str]:
     """Put entries into the table. What was timed stays unless this was timed as well; returns
     what stayed."""
@@ -294,17 +285,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.result:
         result = json.loads(args.result.read_text()).get("tuning")
         if not result:
-            parser.error(
-                f'{args.result} holds no tuning: the gate\'s parts "ops" and "short" make it'
-            )
+            parser.error(f"{args.result} holds no tuning: the gate's ops and short parts make it")
         source, found = result["source"], {result["architecture"]: result["chosen"]}
     elif args.arch or not torch.cuda.is_available():
         source = f"compiled with Triton {triton.__version__}, not timed"
         found = chosen_by_model(args.arch or ARCHITECTURES, args.op, args.processes)
-        found = {
-            arch: {kernel: best._asdict() for kernel, best in own.items()}
-            for arch, own in found.items()
-        }
     else:
         result = measure("cuda", args.seconds, args.op)
         print(json.dumps(result, indent=1))

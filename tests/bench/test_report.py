@@ -194,7 +194,7 @@ def test_plots(tmp_path, monkeypatch):
 
 
 def test_networks_on_a_cpu():
-    row = dict(kind="turns", case="forward, TiM-B, depth 4, batch 2", dtype="float32", ms=2.0,
+    row = dict(kind="turns", subject="model", case="forward, TiM-B, depth 4, batch 2", dtype="float32", ms=2.0,
                contender="tim, auto", base="eager", base_ms=3.0, ratio=1.5, ratio_10=1.4,
                ratio_90=1.6, rounds=5)  # fmt: skip
     machine = dict(cpu="A processor", threads=1)
