@@ -41,10 +41,10 @@ def measured(rounds: int = 21, device: str = "cpu") -> Iterator[Host]:
                 for run in runs * 3:
                     run()
                 own, base = by_turns(runs, device, rounds, least_ms=2.0)
+            taken = ratio(own, base)
             yield Host(
-                op=call.name, has_gradients=has_gradients, µs=1e3 * sorted(own)[rounds // 2],
-                layer_norm_µs=1e3 * sorted(base)[rounds // 2], multiple=ratio(own, base).ratio,
-                most=MOST[has_gradients],
+                op=call.name, has_gradients=has_gradients, µs=1e3 * taken.base_ms,
+                layer_norm_µs=1e3 * taken.ms, multiple=taken.ratio, most=MOST[has_gradients],
             )  # fmt: skip
 
 

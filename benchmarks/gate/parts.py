@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 from ..record.provenance import ROOT
 
@@ -97,15 +96,16 @@ def sanitizer(dry_run: bool) -> list[Stage]:
     looks. It looks at our kernels, not at cuBLAS's, and not at calls of the driver's that torch
     probes."""
     tool = _compute_sanitizer()
-    obstacle = "a dry run has no CUDA" if dry_run else None
     if tool is None:
-        obstacle = "compute-sanitizer is not on this machine"
+        obstacle, tool = "compute-sanitizer is not on this machine", ""
+    else:
+        obstacle = "a dry run has no CUDA" if dry_run else None
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
     def under(kind: str, name: str, limit: float, *options: str, **changes) -> Stage:
         stage = worker(name, limit, dry_run, title=f"{kind}, {name.replace('_', ' ')}", **changes)
         stage.command = [
-            str(tool), "--tool", kind, *options, "--error-exitcode", "99", "--print-limit", "20",
+            tool, "--tool", kind, *options, "--error-exitcode", "99", "--print-limit", "20",
             "--kernel-name", TRITON_KERNELS, "--kernel-name", CUDA_KERNELS, *stage.command,
         ]  # fmt: skip
         return dataclasses.replace(stage, environment=environment, obstacle=obstacle)
@@ -164,13 +164,9 @@ FULL = {"tests": tests_part, "ops": ops_part, "model": model_part}
 STAGES = FULL | {"short": short_part}
 
 
-def _compute_sanitizer() -> Path | None:
-    folders = (
-        os.environ["PATH"],
-        os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"),
-    )
-    found = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
-    return Path(found) if found else None
+def _compute_sanitizer() -> str | None:
+    cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}{os.pathsep}{cuda}/bin")
 
 
 @functools.cache

@@ -245,15 +245,7 @@ def test_the_table_comes_last(dry):
 def test_rows_of_a_worker(tmp_path, name, kind):
     """As the gate calls it, with the interpreter where it has kernels."""
     path = tmp_path / "rows.jsonl"
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gate.stages",
-        name,
-        "--rows",
-        str(path),
-        "--dry-run",
-    ]
+    command = [sys.executable, "-m", parts.STAGES_MODULE, name, "--rows", str(path), "--dry-run"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     rows = [json.loads(line) for line in path.read_text().splitlines()]

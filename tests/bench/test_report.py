@@ -194,12 +194,14 @@ def test_plots(tmp_path, monkeypatch):
 
 
 def test_networks_on_a_cpu():
-    row = dict(kind="turns", subject="model", case="forward, TiM-B, depth 4, batch 2", dtype="float32", ms=2.0,
-               contender="tim, auto", base="eager", base_ms=3.0, ratio=1.5, ratio_10=1.4,
-               ratio_90=1.6, rounds=5)  # fmt: skip
+    row = dict(
+        kind="turns", subject="model", case="forward, TiM-B", dtype="float32", base="eager",
+        contender="tim, auto", base_ms=3.0, ms=2.0, ratio=1.5, ratio_10=1.4, ratio_90=1.6, rounds=5,
+    )  # fmt: skip
     machine = dict(cpu="A processor", threads=1)
-    text = section([result("cpu", [row], machine=machine)])
+    text = section([result("cpu", [row, row | dict(subject="op", case="an op")], machine=machine)])
     assert "| float32 | eager | 3.000 | 2.000 | 1.50 × | 1.40–1.60 |" in text
+    assert "an op" not in text
     assert "A processor, threads: 1" in text and markdown.NOTHING in text
 
 
