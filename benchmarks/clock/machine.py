@@ -3,7 +3,7 @@
 import contextlib
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,25 +131,18 @@ def exact_float32() -> Iterator[None]:
             flag.allow_tf32 = value
 
 
-class Energy:
-    """Joules of a stretch of work, and how they were found."""
-
-    joules: float | None = None
-    method: str = "not measured: no NVML energy counter"
-
-
-@contextlib.contextmanager
-def energy(device: str | torch.device) -> Iterator[Energy]:
-    """Of the whole device while the block runs, by its own counter."""
-    result = Energy()
+def joules(run: Callable, runs: int, device: str | torch.device) -> float | None:
+    """Of the whole device for one of some runs, by its own counter; None where there is none."""
     nvml = _nvml(device) if is_cuda(device) else None
+    if nvml is None:
+        return None
 
     def millijoules() -> int | None:
         synchronise(device)
-        return nvml and _asked(nvml[0].nvmlDeviceGetTotalEnergyConsumption, nvml[1])
+        return _asked(nvml[0].nvmlDeviceGetTotalEnergyConsumption, nvml[1])
 
     before = millijoules()
-    yield result
+    for _ in range(runs):
+        run()
     after = millijoules()
-    if before is not None and after is not None and after > before:
-        result.joules, result.method = (after - before) / 1e3, "NVML energy counter"
+    return (after - before) / 1e3 / runs if before is not None and after else None

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from tim_kernels.dispatch import backend
+from tim_kernels import set_backend
+from tim_kernels.dispatch.backend import requested
 
 from ..clock.machine import Limits
 from ..clock.timing import by_turns, is_cuda, ratio, side_stream, synchronise
@@ -49,17 +50,12 @@ class Contender:
 @contextlib.contextmanager
 def running_on(name: str | None) -> Iterator[None]:
     """A backend, for the whole process: on a GPU backward runs in another thread."""
-    before = backend._process
-    backend.set_backend(name or before)
+    before = requested()
+    set_backend(name or before)
     try:
         yield
     finally:
-        backend.set_backend(before)
-
-
-def compiled(function: Callable) -> Callable:
-    """For the very shapes it will see: no general kernel is measured."""
-    return torch.compile(function, dynamic=False)
+        set_backend(before)
 
 
 class Comparison:

@@ -22,7 +22,7 @@ from tim_kernels.dispatch import backend
 from ..cases.shapes import Model
 from ..cases.tasks import NetworkCase, Problem, Task, autocast, run_once, training_step
 from ..clock import timing
-from ..clock.machine import Limits, energy, exact_float32
+from ..clock.machine import Limits, exact_float32, joules
 from ..clock.timing import is_cuda, side_stream, synchronise
 from ..record.rows import COMPILE, EAGER, FUSED, Network
 from ..static.counting import RULE, Total, Work, count, total
@@ -133,13 +133,12 @@ class NetworkComparison(Comparison):
         peak = self._peak_memory(run)
         one_round, how = timing.prepare([run], self.device, graph=case.task.graph)
         taken = timing.measure_round(one_round, how, 1, seconds)
-        joules, method = self._energy(one_round, taken.ms)
+        used = joules(one_round, max(1, round(1500 / taken.ms)), self.device)
         return taken, dict(
             model=case.model_name, batch=case.batch, task=case.task.title,
             dtype=name_of(case.dtype) + " autocast" * self.problem.is_training,
-            samples_per_s=case.batch / taken.ms * 1e3, peak_gib=peak, energy=method,
-            joules_per_image=None if joules is None else joules / case.batch,
-            roofline_ms=1e3 * self.work.seconds,
+            samples_per_s=case.batch / taken.ms * 1e3, peak_gib=peak,
+            joules_per_image=None if used is None else used / case.batch,
         )  # fmt: skip
 
     @functools.cached_property
@@ -213,16 +212,6 @@ class NetworkComparison(Comparison):
         # each contender has a network of its own
         spare = timing.storage_bytes(list(self.problem.network.parameters()))
         return (torch.cuda.max_memory_allocated(self.device) - spare) / 2**30
-
-    def _energy(self, run: Callable, ms: float) -> tuple[float | None, str]:
-        """Joules of one run, over at least a second and a half of them."""
-        if not is_cuda(self.device):
-            return None, "not measured: no GPU"
-        runs = max(1, round(1500 / ms))
-        with energy(self.device) as used:
-            for _ in range(runs):
-                run()
-        return None if used.joules is None else used.joules / runs, used.method
 
 
 @functools.cache

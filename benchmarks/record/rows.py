@@ -128,8 +128,6 @@ class Network(Timed):
     samples_per_s: float = 0.0
     peak_gib: float | None = None
     joules_per_image: float | None = None
-    energy: str = ""  # how it was measured
-    roofline_ms: float = 0.0
 
 
 @dataclass(kw_only=True)

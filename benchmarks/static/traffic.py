@@ -144,9 +144,8 @@ def print_model(name: str, budget: Budget, limits: Limits) -> None:
             parts["model"] = total(count_model(budget, contender, mode), limits)
             lines.append(Line(f"{mode}, {contender}", parts))
         if mode == "inference":
-            for label, (launches, kilobytes) in (
-                ("target", budget.target), ("floor", budget.floor),
-            ):  # fmt: skip
+            for label in ("target", "floor"):
+                launches, kilobytes = getattr(budget, label)
                 moved = kilobytes * 1e3 * budget.tokens
                 part = Total(launches, moved, 0, moved / limits.bandwidth)
                 lines.append(Line(label, {REST: part}))
