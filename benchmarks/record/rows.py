@@ -163,13 +163,13 @@ class Host(Row):
     title = "host time of a call, without the launch"
     columns: ClassVar = (
         Column("op"), Column("gradients", lambda row: "with" if row.has_gradients else "without"),
-        Column("µs", form="{:.1f}"), Column("F.layer_norm, µs", "layer_norm_µs", "{:.1f}"),
+        Column("µs", "us", "{:.1f}"), Column("F.layer_norm, µs", "layer_norm_us", "{:.1f}"),
         Column("multiple", form="{:.1f} ×"), Column("at most", "most", "{:.1f} ×"),
     )  # fmt: skip
     op: str
     has_gradients: bool
-    µs: float
-    layer_norm_µs: float
+    us: float
+    layer_norm_us: float
     multiple: float
     most: float
 
