@@ -25,11 +25,11 @@ lint: $(VENV)/.test ## check style and formatting
 	$(BIN)/clang-format --dry-run --Werror csrc/* tests/csrc/emulation/*
 
 bench: $(VENV)/.bench ## count, read the compiled kernels, time what runs here, and report
-	$(BIN)/python -m benchmarks.traffic
-	$(BIN)/python -m benchmarks.resources
+	$(BIN)/python -m benchmarks traffic
+	$(BIN)/python -m benchmarks resources
 	mkdir -p build
 	$(BIN)/python -m pytest -q benchmarks --benchmark-json build/benchmarks.json
-	$(BIN)/python -m benchmarks.report --write
+	$(BIN)/python -m benchmarks report --write
 
 # On a bare GPU machine: system Python with torch, triton and pytest, no download, no environment.
 # PART=tests, ops or model runs one of the three, PART=short some of each in nine minutes; OUT is the
@@ -40,7 +40,7 @@ gpu: ## build, prove and measure on this machine's GPU: make gpu PART=all OUT=be
 
 wheels: $(VENV)/.torch ## download, into wheels/, what a bare GPU machine may lack
 	$(BIN)/python -m pip download --no-deps --only-binary=:all: --python-version 3.12 \
-		--implementation py --platform any --dest wheels --requirement benchmarks/wheels.txt
+		--implementation py --platform any --dest wheels --requirement benchmarks/gate/wheels.txt
 
 clean: ## remove the environment, builds and caches
 	rm -rf $(VENV) build dist wheels *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache

@@ -1,28 +1,23 @@
-"""Where the benchmarks run, and what they had to leave out."""
+"""Where the benchmarks run, what they found, and what they had to leave out."""
 
 import pytest
 import torch
 
-from . import machine, models, ops, savings
-from .results import fill_ratios
+from .clock import machine
+from .record import rows, table
 
-SUMMARIES = {"op": ops.summary, "model": models.summary, "saving": savings.summary}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LEFT_OUT: dict[str, str] = {}
+ROWS: list[rows.Row] = []  # in the order in which they were measured
 
 if DEVICE == "cpu":
     torch.set_num_threads(1)  # threads that wait for one another time what else runs here
 
 
 @pytest.fixture(scope="session")
-def device() -> str:
-    return DEVICE
-
-
-@pytest.fixture(scope="session")
-def limits(device) -> machine.Limits:
+def limits() -> machine.Limits:
     """What this device reaches, measured in this run."""
-    return machine.limits(device, quick=device == "cpu")
+    return machine.limits(DEVICE, quick=DEVICE == "cpu")
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -32,7 +27,8 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    fill_ratios([bench["extra_info"] for bench in output_json["benchmarks"]])
+    rows.fill_ratios(ROWS)
+    output_json["rows"] = [row.json() for row in ROWS]
 
 
 def pytest_configure(config):
@@ -40,13 +36,11 @@ def pytest_configure(config):
 
 
 def pytest_terminal_summary(terminalreporter):
-    session = getattr(terminalreporter.config, "_benchmarksession", None)
-    rows = [bench.extra_info for bench in session.benchmarks] if session else []
-    fill_ratios(rows)
-    if any("kind" in row for row in rows):
-        terminalreporter.section("medians, with the ratio to eager and to torch.compile")
-        for row in rows:
-            terminalreporter.write_line(SUMMARIES[row["kind"]](row))
+    rows.fill_ratios(ROWS)
+    for kind in (rows.Op, rows.Network, rows.Turns, rows.Host):
+        if own := [row for row in ROWS if isinstance(row, kind)]:
+            terminalreporter.section(kind.title)
+            terminalreporter.write_line(table.text(own, kind.columns))
     if LEFT_OUT:
         terminalreporter.section("left out")
         for why in dict.fromkeys(LEFT_OUT.values()):

@@ -10,7 +10,7 @@ def explain() -> str:
     """Print, and return, what would run for each op on this machine, and why not the others."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lines = [f"device {device}, backend {requested()!r}"]
-    for name, op in sorted(OPS.items()):
+    for name in sorted(OPS):
         try:
             chosen = choose(name, device)
         except BackendUnavailable as error:
@@ -18,7 +18,7 @@ def explain() -> str:
         others = "; ".join(
             f"not {backend}: {reason}"
             for backend in ("cuda", "triton")
-            if (reason := obstacle(backend, op, device))
+            if (reason := obstacle(backend, name, device))
         )
         label = "attention, its tangent" if name == "attention" else name
         lines.append(f"{label:<32}{chosen:<12}{others}")

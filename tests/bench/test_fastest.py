@@ -4,20 +4,17 @@ import json
 
 import pytest
 
-from benchmarks import fastest
-from benchmarks.results import load
+from benchmarks.record.rows import Op, load
+from benchmarks.report import fastest
 from tim_kernels.dispatch import backend
 
 
 def rows(op, **ms):
     return [
-        {
-            "kind": "op", "op": op, "direction": direction, "shape": "c2i-xl, batch 64",
-            "contender": contender, "ms": time,
-        }
+        Op(op=op, direction=direction, shape="c2i-xl, batch 64", contender=contender, ms=time)
         for contender, times in ms.items()
         for direction, time in zip(("forward", "backward"), times, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def test_the_smaller_geometric_mean_wins():

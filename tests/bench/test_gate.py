@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 import setup as build_script
-from benchmarks import gate, models, parts, stages, tasks
-from benchmarks.gate import Stage
-from benchmarks.shapes import MODELS, PUBLISHED
+from benchmarks.cases import tasks
+from benchmarks.cases.shapes import MODELS, PUBLISHED
+from benchmarks.gate import parts, runner, stages
+from benchmarks.gate.parts import Stage
+from benchmarks.record.rows import COMPILE, EAGER, Facts
 
 ROOT = Path(__file__).parents[2]
 ROW = '{"kind": "test", "outcome": "passed", "what": "a_row"}\\n'
@@ -32,9 +34,9 @@ def light(monkeypatch):
     code = f"import os; open(os.environ['TEST_ROWS'], 'a').write('''{row}\\n''')"
     described = python("machine", code)
     quiet = python("state", "pass")
-    monkeypatch.setattr(gate, "LEAST", 1.0)
+    monkeypatch.setattr(runner, "LEAST", 1.0)
     monkeypatch.setattr(
-        gate, "worker", lambda name, *args, **kwargs: described if name == "describe" else quiet
+        runner, "worker", lambda name, *args, **kwargs: described if name == "describe" else quiet
     )
 
 
@@ -56,7 +58,7 @@ def test_nothing_stops_at_a_failure(light, tmp_path):
         python("reports", WRITE_A_ROW.replace("passed", "failed").replace("}", ', "why": "x"}')),
         python("works", WRITE_A_ROW),
     ]
-    result = gate.run_part("ops", tmp_path / "out", "abc", dry_run=False, stages=planned)
+    result = runner.run_part("ops", tmp_path / "out", "abc", dry_run=False, stages=planned)
     found = outcomes(result)
     assert found["fails"] == "failed" and found["hangs"] == "timed out"
     assert found["cannot"] == "left out" and found["is not there"] == "failed"
@@ -79,7 +81,7 @@ def test_nothing_stops_at_a_failure(light, tmp_path):
 
 def test_half_a_row_is_named_and_not_the_end(light, tmp_path):
     code = f"import os; open(os.environ['TEST_ROWS'], 'a').write('{{\"kind\": \"te{ROW}{ROW}')"
-    result = gate.run_part("ops", tmp_path, "abc", dry_run=False, stages=[python("half", code)])
+    result = runner.run_part("ops", tmp_path, "abc", dry_run=False, stages=[python("half", code)])
     assert result["finished"] and result["stages"][1]["tests"] == {"passed": 1}
     assert any("unreadable" in entry["why"] for entry in result["left_out"])
 
@@ -87,9 +89,9 @@ def test_half_a_row_is_named_and_not_the_end(light, tmp_path):
 def test_wheels_that_do_not_fit_are_named(light, tmp_path):
     (tmp_path / "wheels").mkdir()
     (tmp_path / "wheels/no_such_package-1.0-py3-none-any.whl").write_bytes(b"no wheel")
-    missing = gate.install(tmp_path / "wheels", tmp_path / "site")
+    missing = runner.install(tmp_path / "wheels", tmp_path / "site")
     assert "pip failed" in missing
-    result = gate.run_part("ops", tmp_path, "abc", dry_run=False, stages=[], missing=missing)
+    result = runner.run_part("ops", tmp_path, "abc", dry_run=False, stages=[], missing=missing)
     assert {"stage": "gate", "what": "wheels", "why": missing} in result["left_out"]
 
 
@@ -111,7 +113,7 @@ def test_a_library_of_other_sources_is_built_again(monkeypatch, tmp_path):
 @pytest.mark.parametrize("code, outcome", [("pass", "passed"), ("raise SystemExit(1)", "left out")])
 def test_a_stage_whose_need_failed_is_left_out(light, tmp_path, code, outcome):
     planned = [python("build", code), python("tests", "pass", needs="build")]
-    result = gate.run_part("ops", tmp_path, "abc", dry_run=False, stages=planned)
+    result = runner.run_part("ops", tmp_path, "abc", dry_run=False, stages=planned)
     assert outcomes(result)["tests"] == outcome
     whys = {entry["what"]: entry["why"] for entry in result["left_out"]}
     assert whys == ({} if outcome == "passed" else {"tests": "build failed"})
@@ -120,7 +122,7 @@ def test_a_stage_whose_need_failed_is_left_out(light, tmp_path, code, outcome):
 
 def test_a_second_run_leaves_the_first_one_s_file(light, tmp_path):
     for _ in range(3):
-        gate.run_part("ops", tmp_path, "abc", dry_run=False, stages=[])
+        runner.run_part("ops", tmp_path, "abc", dry_run=False, stages=[])
     names = {path.name.partition("-h100-")[2] for path in tmp_path.iterdir()}
     stems = "ops", "ops-2", "ops-3"
     assert names == {f"{stem}.{kind}" for stem in stems for kind in ("json", "log")}
@@ -128,7 +130,7 @@ def test_a_second_run_leaves_the_first_one_s_file(light, tmp_path):
 
 def test_a_part_that_is_out_of_time_says_what_it_left(light, tmp_path):
     planned = [python("slow", "import time; time.sleep(60)"), python("late", "pass")]
-    result = gate.run_part("ops", tmp_path, "abc", dry_run=False, budget=8, stages=planned)
+    result = runner.run_part("ops", tmp_path, "abc", dry_run=False, budget=8, stages=planned)
     assert outcomes(result)["slow"] == "timed out"
     assert outcomes(result)["late"] == "left out"
     assert any(entry["why"] == "no time was left" for entry in result["left_out"])
@@ -139,15 +141,15 @@ def test_a_part_that_is_out_of_time_says_what_it_left(light, tmp_path):
 def test_a_run_that_is_killed_leaves_a_usable_file(tmp_path, number):
     """In the middle of a stage; the stage does not live on."""
     code = (
-        "import sys; from pathlib import Path; from benchmarks import gate; import signal\n"
+        "import sys; from pathlib import Path; from benchmarks.gate import runner; import signal\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
         f"first = {WRITE_A_ROW!r}\n"
-        "stages = [gate.Stage('first', [sys.executable, '-c', first], 20),\n"
-        "          gate.Stage('endless', [sys.executable, '-c', first + "
+        "stages = [runner.Stage('first', [sys.executable, '-c', first], 20),\n"
+        "          runner.Stage('endless', [sys.executable, '-c', first + "
         "'; import time; time.sleep(100)'], 100)]\n"
-        "quiet = lambda *a, **k: gate.Stage('quiet', [sys.executable, '-c', ''], 9)\n"
-        "gate.worker = quiet\n"
-        f"gate.run_part('ops', Path({str(tmp_path)!r}), 'abc', True, stages=stages)\n"
+        "quiet = lambda *a, **k: runner.Stage('quiet', [sys.executable, '-c', ''], 9)\n"
+        "runner.worker = quiet\n"
+        f"runner.run_part('ops', Path({str(tmp_path)!r}), 'abc', True, stages=stages)\n"
     )
     run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
 
@@ -208,7 +210,7 @@ def test_dry_run_of_the_tests(dry):
 
 def test_dry_run_of_the_short_part(tmp_path):
     """Some of everything in one file."""
-    result = gate.run_part("short", tmp_path, "abc", dry_run=True)
+    result = runner.run_part("short", tmp_path, "abc", dry_run=True)
     found = outcomes(result)
     ran = {"tests, triton", "fill compiler cache", "time ops", "fill model cache", "time models"}
     assert all(found[name] == "passed" for name in ran) and not result["failures"]
@@ -217,10 +219,10 @@ def test_dry_run_of_the_short_part(tmp_path):
 
 
 def test_the_short_part_asks_for_the_core_alone():
-    brief, full = stages.op_cases(False, brief=True), stages.op_cases(False)
+    brief, full = stages.planned_ops(False, brief=True), stages.planned_ops(False)
     assert {case.call for case in brief} == set(stages.CORE) and brief == full[: len(brief)]
     assert {case.shape_name for case in brief} == set(stages.MAIN_SHAPES)
-    models_asked = {(c.model_name, c.task) for c in stages.model_cases(False, brief=True)}
+    models_asked = {(c.model_name, c.task) for c in stages.planned_networks(False, brief=True)}
     both = tasks.GRAPH_TASK, tasks.TRAINING[0]
     assert models_asked == {(name, task) for name in MODELS for task in both}
     briefly = [s.name for s in parts.short_part(False) if "--brief" in s.command]
@@ -243,7 +245,7 @@ def test_the_table_comes_last(dry):
 def test_rows_of_a_worker(tmp_path, name, kind):
     """As the gate calls it, with the interpreter where it has kernels."""
     path = tmp_path / "rows.jsonl"
-    command = [sys.executable, "-m", "benchmarks.stages", name, "--rows", str(path), "--dry-run"]
+    command = [sys.executable, "-m", parts.STAGES_MODULE, name, "--rows", str(path), "--dry-run"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -256,12 +258,12 @@ def test_rows_of_a_worker(tmp_path, name, kind):
 
 def test_what_there_is_no_time_for_is_named(tmp_path):
     run = stages.Run("time_ops", tmp_path / "rows.jsonl", seconds=0.2, dry_run=True)
-    first, *others = stages.op_cases(True)
+    first, *others = stages.planned_ops(True)
 
     def compare(case):
-        yield {"kind": "op"}
+        yield Facts("state", {})
         time.sleep(0.3)
-        yield {"kind": "op"}
+        yield Facts("state", {})
         raise AssertionError("there was no time for this")
 
     run.through([first, *others], compare)
@@ -274,7 +276,7 @@ def test_what_there_is_no_time_for_is_named(tmp_path):
 
 
 def rows(run: stages.Run) -> list[dict]:
-    return [json.loads(line) for line in run.rows.read_text().splitlines()]
+    return [json.loads(line) for line in run.path.read_text().splitlines()]
 
 
 def test_a_broken_comparison_is_a_failure_and_not_the_end(tmp_path):
@@ -283,29 +285,29 @@ def test_a_broken_comparison_is_a_failure_and_not_the_end(tmp_path):
     def compare(case):
         if case is cases[0]:
             raise RuntimeError("CUDA error")
-        yield {"kind": "op"}
+        yield Facts("state", {})
 
-    cases = stages.op_cases(True)
+    cases = stages.planned_ops(True)
     run.through(cases, compare)
     first, *others = rows(run)
     assert first["kind"] == "failure" and "CUDA error" in first["why"]
-    assert [row["kind"] for row in others] == ["op"] * (len(cases) - 1)
+    assert [row["kind"] for row in others] == ["state"] * (len(cases) - 1)
 
 
 def test_a_broken_context_is_left_for_a_new_process(tmp_path):
     """The case that broke it is a failure, and the stage goes on with the next."""
     path = tmp_path / "rows.jsonl"
     code = (
-        "import sys; from pathlib import Path; from benchmarks import stages\n"
+        "import sys; from pathlib import Path; from benchmarks.gate import stages\n"
         f"run = stages.Run('time_ops', Path({str(path)!r}), 60, True)\n"
         "run._broken = lambda: 'an illegal memory access'\n"
-        "run.through(stages.op_cases(True), lambda case: iter([{'kind': 'first'}]))\n"
+        "run.through(stages.planned_ops(True), lambda case: iter([stages.Facts('state', {})]))\n"
     )
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
     found = [json.loads(line) for line in path.read_text().splitlines()]
-    cases = stages.op_cases(True)
-    assert [row["kind"] for row in found[:2]] == ["first", "failure"]
+    cases = stages.planned_ops(True)
+    assert [row["kind"] for row in found[:2]] == ["state", "failure"]
     assert found[1]["what"] == cases[0].title and "illegal memory access" in found[1]["why"]
     later = {(row["op"], row["direction"]) for row in found[2:] if row["kind"] == "op"}
     assert later == {(case.call, case.direction) for case in cases[1:]}
@@ -331,7 +333,7 @@ def test_the_sanitizer_looks_at_our_kernels():
         kernels = re.findall(r"@kernel\ndef (\w+)", path.read_text())
         kernels += re.findall(r"@triton.jit\ndef (_\w+_kernel)", path.read_text())
         assert kernels and all(map(pattern.search, kernels)), path
-    planted = (ROOT / "benchmarks/planted.py").read_text()
+    planted = (ROOT / "benchmarks/gate/planted.py").read_text()
     assert pattern.search(re.search(r"@triton.jit\ndef (\w+)", planted).group(1))
     substring = parts.CUDA_KERNELS.removeprefix("kernel_substring=")
     assert substring == "3tim"  # of _ZN3tim…, in which all of csrc/ is
@@ -339,7 +341,7 @@ def test_the_sanitizer_looks_at_our_kernels():
 
 
 def test_every_model_and_batch_has_its_turn():
-    cases = stages.model_cases(dry_run=False)
+    cases = stages.planned_networks(dry_run=False)
     assert len({case.title for case in cases}) == len(cases)
     for task in (tasks.GRAPH_TASK, tasks.SAMPLING[1]):
         found = {(case.model_name, case.batch) for case in cases if case.task == task}
@@ -347,13 +349,13 @@ def test_every_model_and_batch_has_its_turn():
     assert {case.task for case in cases} == {
         tasks.GRAPH_TASK, tasks.FORWARD_TASK, *tasks.SAMPLING, *tasks.TRAINING
     }  # fmt: skip
-    assert all(models.EAGER in case.only for case in cases)
-    compiled = {case.task for case in cases if models.COMPILE in case.only}
+    assert all(EAGER in case.only for case in cases)
+    compiled = {case.task for case in cases if COMPILE in case.only}
     assert compiled >= {tasks.GRAPH_TASK, tasks.TRAINING[0], *tasks.SAMPLING[:2]}
 
 
 def test_the_gate_measures_every_published_shape_and_op():
-    cases = stages.op_cases(dry_run=False)
+    cases = stages.planned_ops(dry_run=False)
     assert {case.shape_name for case in cases} == set(PUBLISHED)
     main = {case.call for case in cases if case.shape_name in stages.MAIN_SHAPES}
     assert main >= {case.call for case in cases} >= set(stages.CORE)
@@ -375,7 +377,7 @@ def test_the_tests_can_be_collected_on_a_bare_machine(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "TEST_ROWS": str(rows)}
     options = ["-p", "bare", "-p", "no:hypothesispytest", "-p", "no:cacheprovider"]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *options, "-p", "benchmarks.pytest_rows",
+        [sys.executable, "-m", "pytest", "-q", *options, "-p", "benchmarks.gate.pytest_rows",
          "tests/kernels", "-k", "test_any or test_model or sweep"],
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
@@ -387,6 +389,6 @@ def test_the_tests_can_be_collected_on_a_bare_machine(tmp_path):
 
 
 def test_short_names():
-    assert gate._short_name("NVIDIA H100 80GB HBM3") == "h100"
-    assert gate._short_name("NVIDIA GeForce RTX 4090") == "rtx"
-    assert gate._short_name(None) == "cpu"
+    assert runner._short_name("NVIDIA H100 80GB HBM3") == "h100"
+    assert runner._short_name("NVIDIA GeForce RTX 4090") == "rtx"
+    assert runner._short_name(None) == "cpu"

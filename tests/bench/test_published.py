@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks import published
-from benchmarks.tasks import CFG_SCALE, OBJECTIVE, fill_with_noise
+from benchmarks.cases import published
+from benchmarks.cases.tasks import CFG_SCALE, OBJECTIVE, fill_with_noise
 from tests.eager import EagerTiM
 from tim.models import TiMTransformer2DModel
 from tim.objective import TransitionObjective

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 
-from benchmarks import parts, proof, report
-from benchmarks.report import README, into, section
-from benchmarks.results import FUSED, load
+from benchmarks.gate import parts
+from benchmarks.record.rows import FUSED, Network, Op, load
+from benchmarks.report import markdown, proof
+from benchmarks.report.markdown import README, into, section
 
 GPU = "NVIDIA H100 80GB HBM3"
 
@@ -47,13 +48,13 @@ def test_the_readme_is_what_the_report_makes():
 
 
 def test_without_a_gpu_s_result_no_speed_is_stated():
-    assert report.NOTHING in section([])
+    assert markdown.NOTHING in section([])
     assert "×" not in section([]) and "GB/s" not in section([])
 
 
 def test_speeds_with_their_proof():
     text = section([OPS, MODELS, TESTS])
-    assert report.NOTHING not in text and f"### {GPU}" in text
+    assert markdown.NOTHING not in text and f"### {GPU}" in text
     assert "| swiglu | forward | c2i-xl, batch 64 | triton | 400.0 | 2,500 | 75 % |" in text
     assert "7.50 × | 3.75 × |" in text
     assert (
@@ -159,7 +160,7 @@ def test_the_short_part_is_its_own_proof_and_has_ops_and_models():
     assert text.count("7.50 × | 3.75 × |") == 1 and text.count("| 3.00 × |") == 1
     assert "-short-against.png" in text and "-short-models.png" in text
     assert "not told" in section([short | dict(stages=[])])
-    assert "What the algorithm alone saves" not in text
+    assert "Whole networks on a CPU" not in text
     without_ops = result("short", MODELS["rows"], file="2026-11-24-h100-short.json")
     assert "7.50 × | 3.75 × |" in section([OPS, TESTS, without_ops])
 
@@ -169,8 +170,8 @@ def test_the_derivative_s_tables():
     network = dict(what="dF/dt", network="xl-256", depth=8, derivative="jvp", dtype="bfloat16")
     rows = [cost | network, cost | dict(what="attention", shape="XL, 256 tokens")]
     text = section([OPS | dict(rows=rows), TESTS])
-    assert "| xl-256 | 8 | jvp | bfloat16 | tim | 1.5e-03 | 12.50 | 3 |" in text
-    assert "| XL, 256 tokens | tim | 1.5e-03 | 12.50 | 3 |" in text
+    assert "| xl-256 | 8 | jvp | bfloat16 | tim | 1.5e-03 | 0.0 | 12.50 | 3 |" in text
+    assert "| XL, 256 tokens | tim | 1.5e-03 | 0.0 | 12.50 | 3 |" in text
 
 
 def test_the_latest_result_counts():
@@ -181,9 +182,9 @@ def test_the_latest_result_counts():
 
 
 def test_plots(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "PLOTS", tmp_path)
-    report.write_plots(OPS, [OPS, TESTS], "op")
-    report.write_plots(MODELS, [MODELS, TESTS], "model")
+    monkeypatch.setattr(markdown, "PLOTS", tmp_path)
+    markdown.write_plots(OPS, [OPS, TESTS], Op)
+    markdown.write_plots(MODELS, [MODELS, TESTS], Network)
     made = {path.name for path in tmp_path.iterdir()}
     assert made == {
         "2026-11-23-h100-ops-against.png",
@@ -192,18 +193,21 @@ def test_plots(tmp_path, monkeypatch):
     }
 
 
-def test_savings():
-    row = dict(kind="saving", what="a saving", model="mnist", batch=2, as_published_ms=3.0,
-               here_ms=2.0, ratio=1.5, ratio_10=1.4, ratio_90=1.6)  # fmt: skip
+def test_networks_on_a_cpu():
+    row = dict(
+        kind="turns", subject="model", case="forward, TiM-B", dtype="float32", base="eager",
+        contender="tim, auto", base_ms=3.0, ms=2.0, ratio=1.5, ratio_10=1.4, ratio_90=1.6, rounds=5,
+    )  # fmt: skip
     machine = dict(cpu="A processor", threads=1)
-    text = section([result("savings", [row], machine=machine)])
-    assert "| a saving | mnist | 2 | 3.0 | 2.0 | 1.50 (1.40–1.60) |" in text
-    assert "A processor, threads: 1" in text and report.NOTHING in text
+    text = section([result("cpu", [row, row | dict(subject="op", case="an op")], machine=machine)])
+    assert "| float32 | eager | 3.000 | 2.000 | 1.50 × | 1.40–1.60 |" in text
+    assert "an op" not in text
+    assert "A processor, threads: 1" in text and markdown.NOTHING in text
 
 
 def test_a_readme_without_markers_is_refused():
     with pytest.raises(ValueError, match="README.md needs the lines"):
         into("# A project", "text")
-    assert into(f"a\n{report.BEGIN}\nold\n{report.END}\nb", "new") == (
-        f"a\n{report.BEGIN}\nnew\n{report.END}\nb"
+    assert into(f"a\n{markdown.BEGIN}\nold\n{markdown.END}\nb", "new") == (
+        f"a\n{markdown.BEGIN}\nnew\n{markdown.END}\nb"
     )

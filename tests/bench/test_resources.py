@@ -10,27 +10,56 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import extension
-from benchmarks.calls import calls
-from benchmarks.cubin import Resources
-from benchmarks.resources import Row
+from benchmarks.cases.calls import calls
+from benchmarks.static import extension
+from benchmarks.static.cubin import Resources
+from benchmarks.static.resources import occupancy
 from tim_kernels.dispatch import backend
 
 ROOT = Path(__file__).parents[2]
 NOTHING_WIDE_TO_LOAD = {"time_pair_embedding"}  # reads a few numbers a sample
 
 
-def report(tmp_path, *options: str, backend: str = "triton") -> list[dict]:
-    path = tmp_path / "resources.json"
+CODE = """
+import json, sys
+from benchmarks.static import resources
+folder, *of_cuda = sys.argv[1:]
+def compiled(name, *options):
+    resources.main([*options, "--json", f"{folder}/{name}.json"])
+if of_cuda:
+    compiled("cuda", "--backend", "cuda", *of_cuda)
+else:
+    every_arch = "--arch", "80", "90", "100"
+    compiled("published", "--backend", "triton", *every_arch, "--width", "768", "1152")
+    widths = "1024", "1152", "2048"
+    compiled("widths", "--backend", "triton", "--width", *widths, "--op", "ada_layer_norm")
+    jobs = [resources.triton_jobs([90], widths, ["bfloat16"], ["transition_step"])
+            for widths in ([64], [64, 128])]
+    print(json.dumps([len(each) for each in jobs]))
+"""
+
+
+def run(folder: Path, *of_cuda: str) -> str:
+    """All reports of a backend in one process, into a folder; returns its last line."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.resources", "--json", str(path), *options]
-    command += ["--backend", backend]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
-    return json.loads(path.read_text())["rows"]
+    command = [sys.executable, "-c", CODE, str(folder), *of_cuda]
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    return done.stdout.decode().splitlines()[-1]
 
 
-def test_no_kernel_spills_and_rows_are_loaded_16_bytes_at_a_time(tmp_path):
-    rows = report(tmp_path, "--arch", "80", "90", "100", "--width", "768", "1152")
+def kernels(path: Path) -> list[dict]:
+    return json.loads(path.read_text())["kernels"]
+
+
+@pytest.fixture(scope="module")
+def triton_reports(tmp_path_factory) -> tuple[Path, list[int]]:
+    """The folder of what Triton compiled, and how many kernels one and two widths have."""
+    folder = tmp_path_factory.mktemp("triton")
+    return folder, json.loads(run(folder))
+
+
+def test_no_kernel_spills_and_rows_are_loaded_16_bytes_at_a_time(triton_reports):
+    rows = kernels(triton_reports[0] / "published.json")
     assert {row["kernel"].partition(".")[0] for row in rows} == set(backend.OPS)
     for row in rows:
         row["where"] = "{kernel} of {call}, width {width}, sm_{arch}".format(**row)
@@ -49,8 +78,8 @@ GENERAL = "_any_kernel<", "<false,", "<1,"  # of CUDA: kernels that move single 
 
 @pytest.mark.skipif(extension.obstacle() is not None, reason=f"{extension.obstacle()}")
 def test_no_cuda_kernel_spills_and_the_fast_ones_move_16_bytes_at_a_time(tmp_path):
-    options = ("--arch", "80", "90", "100", "--dtype", "bfloat16", "float16", "float32")
-    rows = report(tmp_path, *options, backend="cuda")
+    run(tmp_path, "--arch", "80", "90", "100", "--dtype", "bfloat16", "float16", "float32")
+    rows = kernels(tmp_path / "cuda.json")
     assert {row["kernel"].partition(".")[0] for row in rows} >= set(backend.OPS) - {"attention"}
     for row in rows:
         row["where"] = "{kernel}{call}, sm_{arch}".format(**row)
@@ -65,11 +94,11 @@ def test_no_cuda_kernel_spills_and_the_fast_ones_move_16_bytes_at_a_time(tmp_pat
     assert not [row["where"] for row in storing if not row["resources"]["wide_stores"]]
 
 
-def test_a_row_of_1152_does_not_pay_for_2048(tmp_path):
+def test_a_row_of_1152_does_not_pay_for_2048(triton_reports):
     """One power of two would make 1152 cost what 2048 does, 1.78 × what 1024 does per channel.
     (A tile of 1152 has half the rows of one of 1024 to share the conditioning rows among.)"""
     cost = defaultdict(dict)
-    for row in report(tmp_path, "--width", "1024", "1152", "2048", "--op", "ada_layer_norm"):
+    for row in kernels(triton_reports[0] / "widths.json"):
         instructions = row["resources"]["instructions"] * row["num_warps"]
         width = row["width"]
         cost[row["kernel"], row["call"]][width] = instructions / int(row["constants"]["ROWS"])
@@ -96,14 +125,10 @@ def test_every_op_has_a_call():
 )
 def test_occupancy(registers, warps, shared, expected):
     resources = Resources(registers, 0, shared, 0, 0, 0, 0, 0)
-    row = Row("triton", "k", "c", 90, 64, "bfloat16", warps, {}, resources)
-    assert row.warps == expected
+    assert occupancy(resources, warps, 90) == expected
 
 
-def test_a_kernel_is_listed_once(tmp_path):
+def test_a_kernel_is_listed_once(triton_reports):
     """The width of a transformer does not touch the step of the sampler."""
-    options = ("--op", "transition_step", "--arch", "90", "--dtype", "bfloat16")
-    one, two = (
-        report(tmp_path, *options, "--width", *widths) for widths in (["64"], ["64", "128"])
-    )
-    assert one and len(one) == len(two)
+    _, (one, two) = triton_reports
+    assert one and one == two

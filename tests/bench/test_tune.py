@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import tune
-from benchmarks.calls import DIRECTIONS, calls
-from benchmarks.cubin import ARCHITECTURES, record_launches, through_launchers
-from benchmarks.estimate import CHIPS, LATENCY, Reading, limits, slowdown
-from benchmarks.sass import executed
-from benchmarks.timing import Timing
-from benchmarks.tune import Candidate, choose, fastest
+from benchmarks.cases.calls import DIRECTIONS, calls
+from benchmarks.clock.timing import Timing
+from benchmarks.static.cubin import ARCHITECTURES
+from benchmarks.static.launches import record_launches, through_launchers
+from benchmarks.static.sass import executed
+from benchmarks.tune import tuner
+from benchmarks.tune.estimate import CHIPS, LATENCY, Reading, limits, slowdown
+from benchmarks.tune.tuner import Candidate, choose, fastest
 from tim_kernels import use_backend
 from tim_kernels.launch import tuning
 
@@ -40,13 +41,13 @@ def asked(monkeypatch) -> set[str]:
 def test_every_kernel_has_an_entry_for_every_architecture(monkeypatch):
     names = asked(monkeypatch)
     assert names <= tuning.TABLE["default"].keys()
-    assert {name for name in names if not name.startswith("attention")} == set(tune.kernels())
+    assert {name for name in names if not name.startswith("attention")} == set(tuner.kernels())
     for arch in ARCHITECTURES:
-        for name in tune.kernels():
+        for name in tuner.kernels():
             entry = tuning.TABLE[f"sm_{arch}"][name]
             assert Candidate(entry["elements"], entry["num_warps"]) in {
-                *tune.candidates(name),
-                tune.usual(name),
+                *tuner.candidates(name),
+                tuner.usual(name),
             }
             assert entry["source"].startswith(("timed on ", "compiled with ")), name
 
@@ -65,15 +66,23 @@ def results(call) -> list[torch.Tensor]:
     return [x.detach().double() for x in (*outputs, *gradients, *tangents)]
 
 
+def configuration(op: str, arch: int | None) -> tuple:
+    """Of all kernels of an op."""
+    own = [kernel for kernel in tuner.kernels() if kernel.partition(".")[0] == op]
+    with tuning.as_architecture(arch):
+        return tuple(tuning.tuned(kernel, CPU) for kernel in own)
+
+
 def test_configurations_change_no_answer():
+    """Each once, where architectures have the same."""
     shape = dict(width=144, head_dim=72, batch=2, grid=(2, 5), latent=(4, 5, 5))
-    tuned = {kernel.partition(".")[0] for kernel in tune.kernels()}
     for call in calls(dtype=torch.float32, device=DEVICE, **shape):
-        if call.op not in tuned:
+        different = {configuration(call.op, arch): arch for arch in (*ARCHITECTURES, None)}
+        if len(different) == 1:
             continue
         with use_backend("triton"):
             expected = results(call)
-            for arch in ARCHITECTURES:
+            for arch in set(different.values()) - {None}:
                 with tuning.as_architecture(arch):
                     ours = results(call)
                 for a, b in zip(ours, expected, strict=True):
@@ -206,7 +215,9 @@ def test_static_choice_goes_into_the_table(tmp_path):
     timed = {"elements": 7, "num_warps": 7, "source": "timed on something"}
     mine = {"rows": 1}
     table.write_text(json.dumps({"default": {}, "sm_80": {"swiglu": timed, "attention": mine}}))
-    code = "from benchmarks import tune; tune.WARPS = 4,; tune.TILE = 512, 1024; tune.main()"
+    code = (
+        "from benchmarks.tune import tuner; tuner.WARPS = 4,; tuner.TILE = 512, 1024; tuner.main()"
+    )
     options = ["--arch", "80", "90", "--op", "swiglu", "--write", "--table", str(table)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     text = subprocess.run(
@@ -224,7 +235,7 @@ def test_what_is_timed_replaces_what_was(tmp_path):
     table = tmp_path / "tuning.json"
     before = {"default": {}, "sm_90": {"a": {"source": "timed on A"}, "b": {}}}
     table.write_text(json.dumps(before))
-    assert tune.write(table, 90, {"a": {"elements": 1}, "b": {"elements": 2}}, "timed on B") == []
+    assert tuner.write(table, 90, {"a": {"elements": 1}, "b": {"elements": 2}}, "timed on B") == []
     assert {entry["source"] for entry in json.loads(table.read_text())["sm_90"].values()} == {
         "timed on B"
     }
@@ -244,14 +255,14 @@ def test_measure(monkeypatch):
     """In the interpreter here; with CUDA graphs and events on a GPU. There is no time but for the
     present configuration, which alone is no choice."""
     shape = dict(width=144, batch=2, grid=(2, 3), latent=(4, 4, 4))
-    result = tune.measure(DEVICE, 0.0, ("swiglu", "transition_step"), **shape)
+    result = tuner.measure(DEVICE, 0.0, ("swiglu", "transition_step"), **shape)
     assert json.loads(json.dumps(result)) == result
     assert result["source"].startswith("timed on ") and not result["chosen"]
     launches = {(row["kernel"], row["launch"]) for row in result["timings"]}
     ops, ways = ("swiglu", "transition_step"), ("forward", "backward", "jvp")
     assert launches == {(op, f"{op}.{way}") for op in ops for way in ways}
-    monkeypatch.setattr(tune, "LEAST_TRIED", 1)
-    chosen = tune.measure(DEVICE, 0.0, ("transition_step",), **shape)["chosen"]
-    assert chosen == {"transition_step": tune.usual("transition_step")._asdict()}
+    monkeypatch.setattr(tuner, "LEAST_TRIED", 1)
+    chosen = tuner.measure(DEVICE, 0.0, ("transition_step",), **shape)["chosen"]
+    assert chosen == {"transition_step": tuner.usual("transition_step")._asdict()}
     for row in result["timings"]:
         assert row["ms"] > 0 and Candidate(row["elements"], row["num_warps"]) is not None

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 PRELUDE = """
 import json
 import torch
-from benchmarks.cubin import ARCHITECTURES, compile_launch, record_launches, specialise
-from benchmarks.cubin import through_launchers
+from benchmarks.static.cubin import ARCHITECTURES, compile_launch, specialise
+from benchmarks.static.launches import record_launches, through_launchers
 from tim_kernels.launch import tuning
 from tim_kernels import Segments, attention, use_backend
 

@@ -23,7 +23,7 @@ from parity import (
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.cubin import launch_operator, record_launches
+from benchmarks.static.launches import launch_operator, record_launches
 from tim_kernels import Segments, attention
 from tim_kernels.attention import op
 from tim_kernels.dispatch.backend import use_backend

@@ -4,9 +4,9 @@ import pytest
 import torch
 from parity import BACKEND, DEVICE
 
-from benchmarks.calls import DIRECTIONS, calls
-from benchmarks.ops import thunk
-from benchmarks.timing import copies, side_stream
+from benchmarks.cases.calls import DIRECTIONS, calls
+from benchmarks.cases.ops import thunk
+from benchmarks.clock.timing import copies, side_stream
 from tim_kernels import qk_norm_rope, use_backend
 from tim_kernels.qk_norm_rope import frequencies
 

@@ -89,12 +89,12 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def obstacle(backend: str, op: Op, device: str) -> str | None:
-    """Why `backend` cannot run `op` on real tensors of a device type; None if it can."""
+def obstacle(backend: str, op: str, device: str) -> str | None:
+    """Why `backend` cannot run an op, by name, on real tensors of a device type; None if it can."""
     if backend == "reference":
         return None
     if backend == "cuda":
-        return extension.obstacle(device) if op.is_in_cuda else "the extension does not have it"
+        return extension.obstacle(device) if OPS[op].is_in_cuda else "the extension does not have it"
     if not _has_triton():
         return "triton is not installed"
     if device != "cuda" and not interpreting():
@@ -107,12 +107,12 @@ FASTEST: dict[str, dict[str, str]] = json.loads(
 )  # by architecture, then op; made from results by `python -m benchmarks fastest --write`
 
 
-def _first(op: Op, device: str) -> str | None:
+def _first(op: str, device: str) -> str | None:
     """The fused backend that "auto" takes; None if none can run."""
     measured = None
     if device == "cuda" and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
-        measured = FASTEST.get(f"sm_{major}{minor}", {}).get(op.name)
+        measured = FASTEST.get(f"sm_{major}{minor}", {}).get(op)
     order = ("triton", "cuda") if measured == "triton" else ("cuda", "triton")
     return next((name for name in order if obstacle(name, op, device) is None), None)
 
@@ -128,8 +128,8 @@ def choose(op: str, device: str, is_real: bool = True) -> str:
     """
     name = requested()
     if name == "auto":
-        return "reference" if device != "cuda" else _first(OPS[op], device) or "reference"
-    if is_real and (reason := obstacle(name, OPS[op], device)):
+        return "reference" if device != "cuda" else _first(op, device) or "reference"
+    if is_real and (reason := obstacle(name, op, device)):
         raise BackendUnavailable(f"backend {name!r} cannot run {op}: {reason}")
     return name
 
@@ -138,10 +138,10 @@ def fused(op: Op, tensor: Tensor) -> str:
     """ "cuda" or "triton": whose kernels compute `op` on a real tensor."""
     name, device = requested(), tensor.device.type
     if name in ("auto", "reference"):  # an operator called although the reference was chosen
-        name = _first(op, device) or "triton"
-        if name == "cuda" and not _is_fast(op, tensor) and not obstacle("triton", op, device):
+        name = _first(op.name, device) or "triton"
+        if name == "cuda" and not _is_fast(op, tensor) and not obstacle("triton", op.name, device):
             name = "triton"
-    if reason := obstacle(name, op, device):
+    if reason := obstacle(name, op.name, device):
         raise BackendUnavailable(f"backend {name!r} cannot run {op.name}: {reason}")
     return name
 

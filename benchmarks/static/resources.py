@@ -1,0 +1,133 @@
+"""Registers, spills, shared memory, occupancy, instructions and access widths of every kernel.
+
+    python -m benchmarks resources [--arch 90] [--width 1152] [--dtype bfloat16] [--op swiglu]
+
+Every op is called as the models call it, on meta tensors; each Triton kernel that it would launch
+is compiled ahead of time, and so are all kernels of csrc/ where nvcc is found: no GPU is needed.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what users get; Triton 3.10 will not
+
+import torch
+import triton
+
+from tim_kernels import use_backend
+from tim_kernels.launch import tuning
+
+from ..cases.calls import DIRECTIONS, calls
+from ..record.table import Column, text
+from . import extension
+from .cubin import ARCHITECTURES, Compiled, Resources, compile_launch, in_processes, specialise
+from .launches import Launch, record_launches, through_launchers
+
+HEAD_DIMS = {768: 64, 1152: 72}  # of the published models; 64 at any other width
+SHARED = {80: 164, 90: 228, 100: 228}  # KiB of shared memory a multiprocessor
+REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of a multiprocessor
+
+
+COLUMNS = (
+    Column("kernel"), Column("call"), Column("arch", form="{}"), Column("width", form="{}"),
+    Column("dtype"), Column("warps", "num_warps", "{}"),
+    Column("regs", "resources.registers", "{}"), Column("spills", "resources.spills", "{}"),
+    Column("shared", "resources.shared", "{}"),
+    Column("of 64", lambda of: occupancy(of.resources, of.num_warps, of.arch), "{}"),
+    Column("instr", "resources.instructions", "{}"),
+    Column("ld 16 B", lambda of: _wide(of.resources.wide_loads, of.resources.narrow_loads), "{}"),
+    Column("st 16 B", lambda of: _wide(of.resources.wide_stores, of.resources.narrow_stores), "{}"),
+)  # fmt: skip
+
+
+def _wide(wide: int, narrow: int) -> str:
+    return f"{wide}/{wide + narrow}"
+
+
+def occupancy(resources: Resources, num_warps: int, arch: int) -> int:
+    """Estimate of the warps that a multiprocessor holds, 64 at most, in programs of num_warps."""
+    per_warp = -(-resources.registers // 8) * 8 * 32
+    by_registers = REGISTERS // 4 // per_warp * 4  # each quarter has its own registers
+    by_shared = SHARED[arch] * 1024 // (resources.shared + 1024)  # 1 KiB is CUDA's
+    blocks = min(WARPS // num_warps, by_registers // num_warps, by_shared, BLOCKS)
+    return blocks * num_warps
+
+
+Job = tuple[int, int, str, str, Launch]  # architecture, width, dtype, name of a call, its launch
+
+
+def triton_jobs(
+    architectures: Iterable[int], widths: Iterable[int], dtypes: Iterable[str], ops: Iterable[str]
+) -> list[Job]:
+    """Each kernel that a call of some op launches, once, at the first width that needs it."""
+    jobs: dict[str, Job] = {}
+    for arch, width, dtype in itertools.product(architectures, widths, dtypes):
+        for call in calls(width, HEAD_DIMS.get(width, 64), getattr(torch, dtype)):
+            for direction in DIRECTIONS if not ops or call.op in ops else ():
+                with (
+                    use_backend("triton"), tuning.as_architecture(arch),
+                    record_launches() as launches, through_launchers(),
+                ):  # fmt: skip
+                    call.run(direction)
+                for launch in launches:
+                    code = repr((arch, launch.name, specialise(launch), launch.options))
+                    jobs.setdefault(code, (arch, width, dtype, call.name, launch))
+    return list(jobs.values())
+
+
+def compile_job(arch: int, width: int, dtype: str, call: str, launch: Launch) -> Compiled:
+    constants = {
+        parameter.name: str(launch.arguments[parameter.name])
+        for parameter in launch.kernel.params
+        if parameter.is_constexpr
+    }
+    return Compiled(
+        backend="triton", kernel=launch.name, call=call, arch=arch, width=width, dtype=dtype,
+        num_warps=launch.options.get("num_warps", 4), constants=constants,
+        resources=compile_launch(launch, arch),
+    )  # fmt: skip
+
+
+def cuda_kernels(
+    architectures: Iterable[int], dtypes: Iterable[str], ops: Iterable[str], processes: int
+) -> list[Compiled]:
+    """Every kernel of csrc/ that has one of the dtypes among its template arguments."""
+    wanted = {extension.TYPES[name] for name in dtypes}
+    found = extension.kernels(architectures, ops, processes)
+    return [kernel for kernel in found if wanted & set(re.findall(r"\w+", kernel.call))]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[90], choices=ARCHITECTURES)
+    parser.add_argument("--width", type=int, nargs="+", default=[768, 1152])
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
+    parser.add_argument("--op", nargs="+", default=[], help="ada_layer_norm, …; all by default")
+    parser.add_argument("--backend", nargs="+", default=["triton", "cuda"], help="both by default")
+    parser.add_argument("--json", type=Path, help="where to write them too")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    args = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
+    kernels = []
+    print("per kernel: warps a program, warps of 64 a multiprocessor")
+    if "triton" in args.backend:
+        jobs = triton_jobs(args.arch, args.width, args.dtype, args.op)
+        kernels += in_processes(compile_job, jobs, args.processes)
+        print(f"Triton {triton.__version__}\n{text(kernels, COLUMNS)}")
+    if "cuda" in args.backend and (reason := extension.obstacle()):
+        print(f"CUDA: not compiled, {reason}")
+    elif "cuda" in args.backend:
+        cuda = cuda_kernels(args.arch, args.dtype, args.op, args.processes)
+        print("CUDA; `call` is template arguments, dynamic shared memory not counted")
+        print(text(cuda, COLUMNS))
+        kernels += cuda
+    if args.json:
+        found = {"triton": triton.__version__, "kernels": [asdict(each) for each in kernels]}
+        args.json.write_text(json.dumps(found, indent=1))
