@@ -12,7 +12,7 @@ MOST_LINES = 400
 # own __init__ is above all of them. `tim` may import `tim_kernels`, never the other way.
 LEVELS = {
     "tim": [
-        ["checks"],
+        ["checks", "requirements"],
         ["data", "models", "transports"],
         ["objective", "sampling"],
         ["config", "images"],

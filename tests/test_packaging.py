@@ -1,10 +1,14 @@
 """What pip installs, seen from outside."""
 
+import ast
+import email
+import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import requires
+from email.message import Message
 from pathlib import Path
 
 import pytest
@@ -28,6 +32,20 @@ for name in tim_kernels.__all__:
 print(tim_kernels.__file__)
 """
 
+# As sitecustomize.py: a Python on whose disk a package is not found.
+HIDE = """
+import sys
+from importlib.machinery import PathFinder
+
+class Hide:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return None if name == {!r} else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Hide if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+BESIDE = {"torch", "tim", "tim_kernels", "yaml"}  # the last is omegaconf's
+
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
@@ -44,6 +62,12 @@ def installed(tmp_path_factory) -> Path:
     (wheel,) = folder.glob("tim_kernels-*.whl")
     zipfile.ZipFile(wheel).extractall(folder / "unpacked")
     return folder / "unpacked"
+
+
+@pytest.fixture(scope="module")
+def metadata(installed) -> Message:
+    (path,) = installed.glob("*.dist-info/METADATA")
+    return email.message_from_string(path.read_text())
 
 
 def test_the_wheel_holds_both_packages_with_their_data(installed):
@@ -77,6 +101,68 @@ def test_the_command_tim_starts():
     assert "demo" in run.stdout and "train" in run.stdout
 
 
-def test_the_core_is_small():
-    core = [line for line in requires("tim-kernels") if "extra ==" not in line]
-    assert not [line for line in core if line.startswith(("torchvision", "timm", "mlxtend"))]
+def test_only_torch_is_required_unconditionally(metadata):
+    lines = metadata.get_all("Requires-Dist")
+    assert [line for line in lines if ";" not in line] == ["torch>=2.11"]
+    assert all("extra ==" in line for line in lines if ";" in line)
+
+
+def test_the_extras_bring_what_tim_imports(metadata):
+    """`tim` all that it imports, but `eval` what only the evaluation and its data do."""
+    brought = {extra: _brought_by(extra, metadata) for extra in ("tim", "eval")}
+    for path in (ROOT / "tim").rglob("*.py"):
+        known = brought["eval" if path.parent.name in ("data", "evaluation") else "tim"]
+        assert _imported_by(path) <= known | BESIDE, path.relative_to(ROOT)
+
+
+def test_the_extras_of_the_makefile_bring_the_system(metadata):
+    for extra in ("demo", "test", "bench", "eval"):
+        assert _brought_by("tim", metadata) <= _brought_by(extra, metadata), extra
+
+
+@pytest.mark.parametrize(
+    ("command", "hidden"),
+    [
+        (["-c", "import tim"], "diffusers"),
+        (["-c", "import tim.objective"], "accelerate"),
+        (["-c", "import tim.pipelines"], "transformers"),
+        (["-m", "tim", "demo"], "typer"),
+        (["-m", "tim", "demo"], "diffusers"),
+    ],
+)
+def test_tim_says_in_one_line_what_it_lacks(installed, tmp_path, command, hidden):
+    (tmp_path / "sitecustomize.py").write_text(HIDE.format(hidden))
+    path = os.pathsep.join((str(tmp_path), str(installed)))
+    run = subprocess.run(
+        [sys.executable, *command],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    last = run.stderr.strip().splitlines()[-1]
+    assert last == f'ImportError: tim needs {hidden}: pip install "tim-kernels[tim]"'
+
+
+def _brought_by(extra: str, metadata: Message) -> set[str]:
+    """Names of distributions that an extra installs, those of other extras of ours included."""
+    found = set()
+    for line in metadata.get_all("Requires-Dist"):
+        requirement, _, marker = line.partition(";")
+        if re.search(rf"""extra == ["']{extra}["']""", marker):
+            own = re.match(r"tim[-_]kernels\[(\w+)\]", requirement)
+            name = re.match(r"[\w-]+", requirement)[0]
+            found |= _brought_by(own[1], metadata) if own else {name.lower()}
+    return found
+
+
+def _imported_by(path: Path) -> set[str]:
+    """Names of the distributions whose modules a file imports, the standard library's aside."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module)
+    tops = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
+    return {"pillow" if top == "PIL" else top for top in tops}
