@@ -159,6 +159,11 @@ def ada_layer_norm(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
+
+    Example:
+        >>> x, shift, scale = torch.randn(2, 16, 64), torch.randn(2, 64), torch.randn(2, 64)
+        >>> ada_layer_norm(x, shift, scale).shape
+        torch.Size([2, 16, 64])
     """
     return _call(x, None, None, None, shift, scale, float(eps), *packing(segments))[1]
 
@@ -180,6 +185,11 @@ def gated_residual(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
+
+    Example:
+        >>> x, branch, gate = torch.randn(2, 16, 64), torch.randn(2, 16, 64), torch.randn(2, 64)
+        >>> gated_residual(x, branch, gate).shape
+        torch.Size([2, 16, 64])
     """
     return _call(x, branch, gate, branch_bias, None, None, 0.0, *packing(segments))[0]
 
@@ -201,5 +211,10 @@ def gated_residual_ada_layer_norm(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
+
+    Example:
+        >>> x, branch = torch.randn(2, 2, 16, 64)
+        >>> gate, shift, scale = torch.randn(3, 2, 64)
+        >>> x, y = gated_residual_ada_layer_norm(x, branch, gate, shift, scale)
     """
     return _call(x, branch, gate, branch_bias, shift, scale, float(eps), *packing(segments))

@@ -72,6 +72,11 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
         NotImplementedError: a live tangent inside torch.compile, or a gradient of the tangent.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 16, 4, 32)
+        >>> tangents = torch.randn(3, 2, 16, 4, 32).unbind()
+        >>> out, tangent = torch.func.jvp(attention, (q, k, v), tangents)
     """
     if segments is None and k_segments is not None:
         raise ValueError("k_segments need segments: queries and keys are packed together")

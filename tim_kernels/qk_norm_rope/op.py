@@ -258,6 +258,11 @@ def qk_norm_rope(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, more than one source of positions,
             a rotated head_dim that is not a multiple of 4, an unknown order.
+
+    Example:
+        >>> q, k = torch.randn(2, 2, 12, 4, 32)  # 12 tokens of a 3×4 grid, 4 heads of 32 channels
+        >>> weight, bias = torch.ones(32), torch.zeros(32)
+        >>> q, k = qk_norm_rope(q, k, weight, bias, weight, bias, grid=(3, 4), order="grid")
     """
     q_out, k_out = _call(
         q, k, q_weight, q_bias, k_weight, k_bias, q_shift, k_shift, positions, _pair(grid), sizes,
@@ -295,6 +300,11 @@ def qkv_norm_rope(
 
     Raises:
         ValueError: as `qk_norm_rope`.
+
+    Example:
+        >>> qkv = torch.nn.Linear(128, 3 * 128)(torch.randn(2, 12, 128)).unflatten(-1, (3, 4, 32))
+        >>> q, k, v = qkv_norm_rope(qkv, torch.ones(32), None, torch.ones(32), grid=(3, 4))
+        >>> out = attention(q, k, v)
     """
     layout = "(B, N, 3, heads, head_dim)" if segments is None else "(T, 3, heads, head_dim)"
     if qkv.ndim != layout.count(",") + 1 or qkv.shape[-3] != 3:

@@ -180,6 +180,11 @@ def transition_inputs(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
+
+    Example:
+        >>> x, z, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8])
+        >>> one = torch.ones(2)
+        >>> x_t, v_t, _ = transition_inputs(x, z, 1 - t, t, -one, one)  # linear flow: v_t = z − x
     """
     x_t, v_t, x_pm = _call(x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm)
     return TransitionInputs(

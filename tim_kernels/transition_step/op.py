@@ -112,6 +112,11 @@ def transition_step(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
+
+    Example:
+        >>> x, F_cond, F_uncond = torch.randn(3, 2, 4, 8, 8)
+        >>> coefficients = torch.ones(2), torch.full((2,), -0.5), None  # linear flow: x − (t − r) F
+        >>> x = transition_step(x, F_cond, coefficients, F_uncond, guidance=1.5)
     """
     a, b, c = coefficients
     if noise is None:
