@@ -106,7 +106,7 @@ def swiglu(gate: Tensor, value: Tensor | None = None) -> Tensor:
         ValueError: shapes, dtypes or devices that do not fit.
 
     Example:
-        >>> both = torch.nn.Linear(64, 2 * 256)(torch.randn(2, 16, 64))  # gate and value by one GEMM
+        >>> both = torch.nn.Linear(64, 2 * 256)(torch.randn(2, 16, 64))  # both by one GEMM
         >>> swiglu(both).shape
         torch.Size([2, 16, 256])
     """

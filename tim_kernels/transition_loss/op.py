@@ -131,7 +131,7 @@ def transition_loss(
     Example:
         >>> F, x, z = torch.randn(3, 2, 4, 8, 8)
         >>> zero, one = torch.zeros(2), torch.ones(2)
-        >>> squared, cosine = transition_loss(F, x, z, (-one, one, zero, zero, zero))  # target z − x
+        >>> squared, cosine = transition_loss(F, x, z, (-one, one, zero, zero, zero))  # of z − x
     """
     squared, cosine = _call(
         prediction, x, z, *coefficients, dF, epsilon, F_cond, F_uncond
