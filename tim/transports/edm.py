@@ -11,10 +11,10 @@ from .base import Interpolant, Transport
 class EDM(Transport):
     """Noise of standard deviation t, brought to the network at variance 1.
 
-    x_t = (x + t z) / √V_t with V_t = t² + σ_d² (c_in of section 5),
+    x_t = (x + t z) / √V_t with V_t = t² + σ_d² (c_in of the paper's section 5),
     t = exp(P_mean + P_std·n) with n ~ N(0, 1), c(t) = ln(t) / 4
 
-    The diffusion part of the target is section 5's (x − c_skip (x + t z)) / c_out, which is
+    The diffusion part of the target is that section's (x − c_skip (x + t z)) / c_out, which is
     P = (t x / σ_d − σ_d z) / √V_t.
 
     target = P + B (∂P/∂t − D)

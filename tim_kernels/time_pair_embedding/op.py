@@ -112,8 +112,8 @@ def time_pair_embedding(
 
     Example:
         >>> t, r = torch.tensor([0.9, 0.5]), torch.tensor([0.2, 0.5])
-        >>> mlp = TimeMLP(torch.randn(64, 256), torch.zeros(64), torch.randn(64, 64), torch.zeros(64))
-        >>> embedding, delta = time_pair_embedding(t, r, mlp, condition="t-r")  # (2, 64) each
+        >>> mlp = TimeMLP(torch.randn(8, 256), torch.zeros(8), torch.randn(8, 8), torch.zeros(8))
+        >>> embedding, delta = time_pair_embedding(t, r, mlp, condition="t-r")  # (2, 8) each
     """
     delta_mlp = None if delta_mlp is not None and _same(delta_mlp, t_mlp) else delta_mlp
     _check(t, r, t_mlp, delta_mlp, condition)
