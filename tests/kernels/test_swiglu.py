@@ -70,8 +70,8 @@ class TestSwiGLU(Contract):
         yield op.forward_op, with_gradients(gate, None)
         yield op.backward_op, (value, gate, value)
         yield op.backward_op, (value[:, :12], gate, None)
-        yield op.jvp_op, (gate, value, value, None)
-        yield op.jvp_op, (gate, None, value, None)
+        yield op.forward_op.jvp, (gate, value, value, None)
+        yield op.forward_op.jvp, (gate, None, value, None)
 
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (1, 1), (5, 384), (1, 1, 9), (2, 3, 4, 5), (33, 64)])

@@ -150,7 +150,7 @@ class TestTransitionLoss(Contract):
         yield op.forward_op, (leaf, *others, None, None, None, None)
         gradients = noise(2, 2, device=DEVICE).unbind(0)
         yield op.backward_op, (*gradients, prediction, *others, *networks)
-        yield op.jvp_op, (prediction, *others, *networks, prediction)
+        yield op.forward_op.jvp, (prediction, *others, *networks, prediction)
 
 
 def test_a_program_of_several_tiles(monkeypatch):

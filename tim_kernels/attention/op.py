@@ -19,13 +19,13 @@ from ..segments import Segments, packing
 from . import reference
 
 
-def _kernels(backend: str):
-    from . import triton as kernels
+def _triton():
+    from . import triton
 
-    return kernels
+    return triton
 
 
-OP = Op("attention", _kernels, is_in_cuda=False)
+OP = Op("attention", _triton)
 HEAD_DIMS = range(8, 257, 8)  # of our kernel and of flash-attn
 
 

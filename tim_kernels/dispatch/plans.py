@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 MOST = 4096  # signatures of one operator; beyond them it starts anew
@@ -17,6 +18,8 @@ class Plans(dict):
         _all.append(self)
 
     def __setitem__(self, key, plan) -> None:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return  # what a plan made is of the graph's memory
         if len(self) >= MOST:
             self.clear()
         super().__setitem__(key, plan)
