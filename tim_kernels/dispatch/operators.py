@@ -101,7 +101,10 @@ class Operator:
     def planned(self, args: tuple) -> Planned:
         """What `__call__` does with arguments like these."""
         key = requested(), signature(args)
-        planned = self.calls.get(key)
+        try:
+            planned = self.calls.get(key)
+        except TypeError:  # sizes are symbols: PyTorch is tracing
+            return self._plan(args)
         if planned is None:
             planned = self.calls[key] = self._plan(args)
         return planned

@@ -269,7 +269,10 @@ def qkv_norm_rope(
     if torch.compiler.is_compiling():
         return _sliced(qkv, *args)
     key = requested(), signature((qkv, *args))
-    run = _packed_runs.get(key)
+    try:
+        run = _packed_runs.get(key)
+    except TypeError:  # sizes are symbols: PyTorch is tracing
+        run = _sliced
     if run is None:
         run = _packed_runs[key] = _packed_run(qkv, args)
     return tuple(run(qkv, *args))
