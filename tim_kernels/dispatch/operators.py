@@ -90,7 +90,10 @@ class Operator:
     def planned(self, args: tuple) -> Planned:
         """What `__call__` does with arguments like these."""
         key = requested(), signature(args)
-        planned = self.calls.get(key)
+        try:
+            planned = self.calls.get(key)
+        except TypeError:  # sizes that are symbols, while something is traced, have no hash
+            return self._plan(args)
         if planned is None:
             planned = self.calls[key] = self._plan(args)
         return planned

@@ -137,8 +137,11 @@ def _packed_vjp(ctx, dq_out, dk_out, dv):
 
 def _packed_tangent(ctx, tqkv, *tangents):
     (qkv, _), rows, tail = _saved(ctx)
-    q, k, _ = qkv.unbind(-3)
-    tq, tk, tv = (None,) * 3 if tqkv is None else (tqkv.select(-3, i) for i in range(3))
+    q, k, v = qkv.unbind(-3)
+    if tqkv is None:
+        tq, tk, tv = None, None, torch.zeros_like(v)  # functorch wants a tangent of a view
+    else:
+        tq, tk, tv = tqkv.unbind(-3)
     return *jvp_op(q, k, *rows, tq, tk, *tangents[:6], *tail), tv
 
 
