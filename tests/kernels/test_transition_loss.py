@@ -73,7 +73,7 @@ def eager(rest):
         prediction = prediction.float()
         squared = (prediction - target).square().flatten(1).mean(1)
         cosine = 1 - F.cosine_similarity(prediction, target, dim=1)
-        return squared, cosine.reshape(len(x), -1).mean(1)
+        return squared, cosine.unsqueeze(-1).flatten(1).mean(1)
 
     return call
 

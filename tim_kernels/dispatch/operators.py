@@ -100,14 +100,7 @@ class Operator:
 
     def planned(self, args: tuple) -> Planned:
         """What `__call__` does with arguments like these."""
-        key = requested(), signature(args)
-        try:
-            planned = self.calls.get(key)
-        except TypeError:  # sizes are symbols: PyTorch is tracing
-            return self._plan(args)
-        if planned is None:
-            planned = self.calls[key] = self._plan(args)
-        return planned
+        return self.calls.find((requested(), signature(args)), self._plan, args)
 
     def _plan(self, args: tuple) -> Planned:
         is_real = all(type(x) in (Tensor, torch.nn.Parameter) for x in args if _is_tensor(x))
@@ -162,11 +155,7 @@ class Operator:
         return on_its_device
 
     def _run(self, *args):
-        key = requested(), signature(args)
-        launch = self.plans.get(key)
-        if launch is None:
-            launch = self.plans[key] = self._launch(args)
-        return launch(*args)
+        return self.plans.find((requested(), signature(args)), self._launch, args)(*args)
 
     def _autograd(self, keyset, *args):
         if is_forward_mode_enabled() and has_tangent(args):

@@ -1,7 +1,7 @@
 """What is the same for every call of the same shapes is worked out once and looked up after."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,6 +16,16 @@ class Plans(dict):
     def __init__(self):
         super().__init__()
         _all.append(self)
+
+    def find(self, key: tuple, make: Callable, *args):
+        """The plan of a signature; make(*args) if there is none."""
+        try:
+            plan = self.get(key)
+        except TypeError:  # sizes that are symbols, while something is traced, have no hash
+            return make(*args)
+        if plan is None:
+            plan = self[key] = make(*args)
+        return plan
 
     def __setitem__(self, key, plan) -> None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():

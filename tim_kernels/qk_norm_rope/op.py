@@ -104,8 +104,11 @@ def _of_rows(rows, shifts: Tensor, affine: Tensor, dq_out, dk_out) -> list[Tenso
 
 def _packed_jvp(args, tqkv, *tangents):
     qkv, *rest = args
-    q, k, _ = qkv.unbind(-3)
-    tq, tk, tv = (None,) * 3 if tqkv is None else (tqkv.select(-3, i) for i in range(3))
+    q, k, v = qkv.unbind(-3)
+    if tqkv is None:
+        tq, tk, tv = None, None, torch.zeros_like(v)  # functorch wants a tangent of a view
+    else:
+        tq, tk, tv = tqkv.unbind(-3)
     return *forward_op.jvp(q, k, *rest, tq, tk, *tangents[:6]), tv
 
 
@@ -269,13 +272,7 @@ def qkv_norm_rope(
     if torch.compiler.is_compiling():
         return _sliced(qkv, *args)
     key = requested(), signature((qkv, *args))
-    try:
-        run = _packed_runs.get(key)
-    except TypeError:  # sizes are symbols: PyTorch is tracing
-        run = _sliced
-    if run is None:
-        run = _packed_runs[key] = _packed_run(qkv, args)
-    return tuple(run(qkv, *args))
+    return tuple(_packed_runs.find(key, _packed_run, qkv, args)(qkv, *args))
 
 
 def _slices(qkv, args) -> tuple[Tensor, Tensor, Tensor]:
