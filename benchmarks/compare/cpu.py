@@ -41,7 +41,9 @@ def ops() -> list[OpCase]:
     return [
         case
         for dtype in DTYPES
-        for case in op_cases({"256 × 768": SHAPE}, dtype, ("forward", "backward"), attention=True)
+        for case in op_cases(
+            {"256 tokens of 768": SHAPE}, dtype, ("forward", "backward"), attention=True
+        )
         if case.call != ONE_ROW
     ]
 
