@@ -51,7 +51,7 @@ $(VENV)/.torch:
 	$(BIN)/python -m pip install "$(TORCH)"
 	touch $@
 
-# .venv/.EXTRA: the package is installed with that extra.
+# .venv/.EXTRA: the package is installed with that extra, and PyTorch stays as it is.
 $(VENV)/.demo $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py
-	$(BIN)/python -m pip install --editable ".[$*]"
+	$(BIN)/python -m pip install --editable ".[$*]" "$(TORCH)"
 	touch $@

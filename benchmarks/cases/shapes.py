@@ -51,7 +51,7 @@ MODELS = {
     "c2i-xl": Model("xl-256", (16, 16), (4, 32, 32), 0, (8, 64, 256)),
     "t2i-xl": Model("t2i", (32, 32), (32, 32, 32), 256, (1, 8, 32)),
 }
-SMALL_MODELS = {"mnist": Model("mnist", (7, 7), (1, 28, 28), 0, (4,))}  # for a CPU
+SMALL_MODELS = {"mnist": Model("mnist", (7, 7), (1, 28, 28), 0, (2,), depth=2)}  # for a CPU
 
 
 class Shape(NamedTuple):

@@ -30,7 +30,7 @@ from tim_kernels import attention, use_backend
 from ..cases import eager, published
 from ..cases.peers import ATTENTION as ATTENTION_CALL
 from ..cases.peers import PEERS
-from ..cases.shapes import Model
+from ..cases.shapes import SMALL_MODELS, Model
 from ..clock.machine import exact_float32
 from ..clock.timing import copies, is_cuda, measure, sets_needed, side_stream, storage_bytes
 from ..record import table
@@ -40,7 +40,7 @@ from .comparison import WrongAnswer, name_of
 DTYPES = torch.bfloat16, torch.float32, torch.float16  # the one that is trained in first
 XL = Model("xl-256", (16, 16), (4, 32, 32), 0, (8,), depth=8)
 XL_ON_CPU = Model("xl-256", (8, 8), (4, 16, 16), 0, (2,), depth=2)
-SMALL = Model("mnist", (7, 7), (1, 28, 28), 0, (2,), depth=2)
+(SMALL,) = SMALL_MODELS.values()
 ATTENTION = {  # (batch, tokens, heads, head_dim)
     "B, 256 tokens": (64, 256, 12, 64),
     "XL, 256 tokens": (64, 256, 16, 72),

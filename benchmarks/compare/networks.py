@@ -57,7 +57,8 @@ def _tim(network: nn.Module, model: Model) -> nn.Module:
 
     weights = next(network.parameters())
     with torch.device(weights.device):
-        ours = TiMTransformer2DModel(**model.network_params()).to(weights.dtype)
+        ours = TiMTransformer2DModel(**model.network_params())
+    ours = ours if weights.dtype == torch.float32 else ours.to(weights.dtype)
     ours.load_state_dict(network.state_dict())
     return ours.requires_grad_(weights.requires_grad)
 

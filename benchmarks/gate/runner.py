@@ -51,7 +51,7 @@ class Gate:
         for stage in stages:
             self._stage(stage)
         self.until = max(self.until, time.monotonic() + LEAST + 5)
-        self._stage(worker("state", 20, dry_run, title="state after"))
+        self._stage(worker("state", 60 if dry_run else 20, dry_run, title="state after"))
         self.record.data["finished"] = True
 
     def _stage(self, stage: Stage) -> None:

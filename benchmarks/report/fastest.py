@@ -26,11 +26,9 @@ def fastest(rows: Iterable[Row]) -> dict[str, str]:
     """{op: "triton" or "cuda"} of the rows where both were timed."""
     logs = defaultdict(lambda: defaultdict(dict))  # op, case, backend
     for row in rows:
-        if not isinstance(row, Op) or row.contender not in FUSED:
-            continue
-        op = row.folder
-        if op in backend.OPS and row.direction in DIRECTIONS:
-            logs[op][row.case][row.contender] = math.log(row.ms)
+        is_asked = isinstance(row, Op) and row.contender in FUSED and row.direction in DIRECTIONS
+        if is_asked and row.folder in backend.OPS:
+            logs[row.folder][row.case][row.contender] = math.log(row.ms)
     chosen = {}
     for op, cases in logs.items():
         both = [case for case in cases.values() if len(case) == len(FUSED)]
@@ -52,9 +50,7 @@ def table(results: Sequence[dict]) -> dict[str, dict[str, str]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--write", action="store_true", help="into tim_kernels/dispatch/fastest.json"
-    )
+    parser.add_argument("--write", action="store_true", help="into dispatch/fastest.json")
     args = parser.parse_args(argv)
     text = json.dumps(table(load()), indent=2, sort_keys=True) + "\n"
     print(text, end="")

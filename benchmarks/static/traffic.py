@@ -8,6 +8,7 @@ between models of depth d and d − 1, so that embedders and head drop out.
 """
 
 import argparse
+import functools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -56,6 +57,7 @@ CONTENDERS = ("eager", "reference", "fused")  # eager: the published model as pl
 MODES = ("inference", "training")
 
 
+@functools.cache
 def count_model(budget: Budget, contender: str, mode: str, depth: int | None = None) -> list[Work]:
     """One forward of a bfloat16 model, in training also its backward from a given gradient."""
     model = budget.model._replace(depth=depth)
@@ -110,7 +112,7 @@ class Line(NamedTuple):
     parts: dict[str, Total | None]
 
 
-def _columns(part: str, tokens: int = 0, **forms: str) -> list[Column]:
+def _columns(part: str, forms: dict[str, str], tokens: int = 0) -> list[Column]:
     """Of a part of a line: launches and those of KB (a token), MB, GFLOP and µs with a form."""
     values = {
         "launches": lambda total: total.launches,
@@ -126,7 +128,7 @@ def _columns(part: str, tokens: int = 0, **forms: str) -> list[Column]:
 
     return [
         Column(f"{part} {unit}".strip(), lambda line, unit=unit: of(line, unit), form)
-        for unit, form in {"launches": "{}", **forms}.items()
+        for unit, form in ({"launches": "{}"} | forms).items()
     ]
 
 
@@ -151,11 +153,11 @@ def print_model(name: str, budget: Budget, limits: Limits) -> None:
                 lines.append(Line(label, {REST: part}))
     columns = [
         Column("", "label"),
-        *_columns(REST, budget.tokens, KB="{:.1f}", µs="{:.0f}"),
-        *_columns(GEMM, budget.tokens, KB="{:.1f}"),
-        *_columns(ATTENTION, budget.tokens, KB="{:.1f}"),
-        *_columns("block", GFLOP="{:.0f}", µs="{:.0f}"),
-        *_columns("model", MB="{:,.0f}", GFLOP="{:,.0f}", µs="{:,.0f}"),
+        *_columns(REST, {"KB": "{:.1f}", "µs": "{:.0f}"}, budget.tokens),
+        *_columns(GEMM, {"KB": "{:.1f}"}, budget.tokens),
+        *_columns(ATTENTION, {"KB": "{:.1f}"}, budget.tokens),
+        *_columns("block", {"GFLOP": "{:.0f}", "µs": "{:.0f}"}),
+        *_columns("model", {"MB": "{:,.0f}", "GFLOP": "{:,.0f}", "µs": "{:,.0f}"}),
     ]
     print(text(lines, columns))
 
@@ -164,7 +166,7 @@ def print_block(name: str, budget: Budget, limits: Limits, mode: str) -> None:
     print(f"\n{name}, fused, {mode}: what one block launches, KB a token\n")
     by_name = block_totals(budget, "fused", mode, limits, by="name")
     lines = [Line(operation, {"": part}) for operation, part in by_name.items() if part.bytes]
-    columns = _columns("", budget.tokens, KB="{:.2f}", GFLOP="{:.1f}", µs="{:.1f}")
+    columns = _columns("", {"KB": "{:.2f}", "GFLOP": "{:.1f}", "µs": "{:.1f}"}, budget.tokens)
     print(text(lines, [Column("operation", "label"), *columns]))
 
 
@@ -174,8 +176,8 @@ def print_ops(name: str, budget: Budget, limits: Limits) -> None:
         Line(op, {who: total(work, limits) for who, work in by_contender.items()})
         for op, by_contender in count_ops(budget).items()
     ]
-    forms = dict(MB="{:.1f}", GFLOP="{:.1f}", µs="{:.1f}")
-    columns = [*_columns("eager", **forms), *_columns("fused", **forms)]
+    forms = {"MB": "{:.1f}", "GFLOP": "{:.1f}", "µs": "{:.1f}"}
+    columns = [*_columns("eager", forms), *_columns("fused", forms)]
     print(text(lines, [Column("op", "label"), *columns]))
 
 

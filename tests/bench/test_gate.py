@@ -299,7 +299,7 @@ def test_a_broken_context_is_left_for_a_new_process(tmp_path):
     path = tmp_path / "rows.jsonl"
     code = (
         "import sys; from pathlib import Path; from benchmarks.gate import stages\n"
-        f"run = stages.Run('time_ops', Path({str(path)!r}), 60, True)\n"
+        f"run = stages.Run('time_ops', Path({str(path)!r}), 400, True)\n"
         "run._broken = lambda: 'an illegal memory access'\n"
         "run.through(stages.planned_ops(True), lambda case: iter([stages.Facts('state', {})]))\n"
     )

@@ -74,9 +74,7 @@ def spoil(network, model):
 def test_a_wrong_model_gets_no_time():
     (model,) = SMALL_MODELS.values()
     for task in (tasks.FORWARD_TASK, tasks.TRAINING[0]):
-        comparison = NetworkComparison(
-            tasks.NetworkCase("mnist", model._replace(depth=2), 4, task), "cpu", LIMITS
-        )
+        comparison = NetworkComparison(tasks.NetworkCase("mnist", model, 4, task), "cpu", LIMITS)
         with pytest.raises(WrongAnswer, match="spoilt"):
             comparison.row(Contender("spoilt", spoil), seconds=0.0)
 
@@ -154,7 +152,7 @@ def test_turns_of_an_op(dtype):
 def test_turns_of_a_network_in_float32(task):
     """Its answers are right before there is a time, in that dtype too."""
     (model,) = SMALL_MODELS.values()
-    network = tasks.NetworkCase("mnist", model._replace(depth=2), 2, task, dtype=torch.float32)
+    network = tasks.NetworkCase("mnist", model, 2, task, dtype=torch.float32)
     comparison = NetworkComparison(network, "cpu", LIMITS)
     (row,) = comparison.turns([networks.PUBLISHED], networks.AUTO, rounds=1)
     assert row.contender == "tim, auto" and row.case == network.title

@@ -216,7 +216,8 @@ def test_static_choice_goes_into_the_table(tmp_path):
     mine = {"rows": 1}
     table.write_text(json.dumps({"default": {}, "sm_80": {"swiglu": timed, "attention": mine}}))
     code = (
-        "from benchmarks.tune import tuner; tuner.WARPS = 4,; tuner.TILE = 512, 1024; tuner.main()"
+        "from benchmarks.tune import tuner; tuner.WARPS = 4,; tuner.TILE = 512, 1024; "
+        "tuner.HEAD_DIMS = {768: 64}; tuner.main()"
     )
     options = ["--arch", "80", "90", "--op", "swiglu", "--write", "--table", str(table)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -1,13 +1,18 @@
-"""Somebody else's model: `eager.EagerTiM` shares names and shapes with TiM, and no code."""
+"""Somebody else's model: `eager.EagerTiM` shares names and shapes with TiM, and no code.
 
+With timm's layers it is the published implementation's tree.
+"""
+
+import copy
 import gc
 import weakref
 
 import pytest
 import torch
-from eager import EagerTiM, randomise
+from eager import EagerTiM, SwiGLU, randomise
 from golden_files import relative_error
 from parity import BACKEND, DEVICE
+from published import require_timm, with_timm_layers
 from torch import nn
 
 from tim_kernels import accelerate, restore, use_backend
@@ -18,8 +23,9 @@ TINY = dict(
 )  # fmt: skip
 
 
-def problem(text: bool, **changes):
-    model = randomise(EagerTiM(**TINY | dict(cap_feat_dim=7 if text else None) | changes))
+def problem(text: bool, timm: bool = False):
+    model = EagerTiM(**TINY | dict(cap_feat_dim=7 if text else None))
+    model = randomise(with_timm_layers(model) if timm else model)
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 4, 6, generator=g)
     y = torch.randn(2, 5, 7, generator=g) if text else torch.tensor([1, 5])
@@ -29,8 +35,9 @@ def problem(text: bool, **changes):
 
 @pytest.mark.parametrize("backend", ["reference", BACKEND])
 @pytest.mark.parametrize("text", [False, True], ids=["class", "text"])
-def test_same_numbers_and_back(text, backend):
-    model, args = problem(text)
+@pytest.mark.parametrize("timm", [False, True], ids=["", "timm"])
+def test_same_numbers_and_back(timm, text, backend):
+    model, args = problem(text, timm)
     own = type(model).forward
     expected, expected_zs = model(*args, return_zs=True)
     expected.square().sum().backward()
@@ -62,6 +69,49 @@ def test_same_numbers_and_back(text, backend):
         1
     ]
     assert relative_error(jvp, own_jvp) < 1e-4
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["class", "text"])
+def test_three_steps_of_training_lead_where_the_model_s_own_lead(text):
+    model, args = problem(text, timm=True)
+    left_alone, start = copy.deepcopy(model), copy.deepcopy(model)
+    assert accelerate(model).fused == [""]
+    losses = []
+    for network in (model, left_alone):
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, eps=1e-6)
+        for _ in range(3):
+            sample, zs = network(*args, return_zs=True)
+            loss = (sample - args[0]).square().mean() + zs.square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+    assert losses[2] < losses[0]
+    torch.testing.assert_close(losses[:3], losses[3:], rtol=1e-5, atol=0)
+    ours, theirs, before = (
+        nn.utils.parameters_to_vector(network.parameters())
+        for network in (model, left_alone, start)
+    )
+    assert (ours - theirs).norm() < 1e-3 * (theirs - before).norm()
+
+
+def test_a_block_called_as_published_is_still_the_published_block():
+    model, _ = problem(text=False)
+    x, c = torch.randn(2, 6, 48, device=DEVICE), torch.randn(2, 1, 48, device=DEVICE)
+    turn = torch.ones(6, 24, device=DEVICE), torch.zeros(6, 24, device=DEVICE)
+    expected = model.blocks[0](x, c, *turn, c, None, False)
+    assert accelerate(model).fused == [""]
+    assert torch.equal(model.blocks[0](x, c, *turn, c, None, False), expected)
+
+
+def test_hooks_on_blocks_run():
+    model, args = problem(text=False)
+    assert accelerate(model).fused == [""]
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, inputs, output: seen.append(block))
+    model(*args)
+    assert seen == list(model.blocks)
 
 
 def test_an_accelerated_model_can_be_forgotten():
@@ -107,6 +157,97 @@ def test_a_block_that_is_not_tim_s_is_named_and_left():
     assert relative_error(model(*args), expected) < 2e-5
     restore(model)
     assert torch.equal(model(*args), expected)
+
+
+def idle_layers(**changes):
+    """What timm's SwiGLU has beside its three layers."""
+    idle = dict(act=nn.SiLU(), drop1=nn.Dropout(0.0), norm=nn.Identity(), drop2=nn.Dropout(0.0))
+    return idle | changes
+
+
+def test_layers_that_compute_nothing_are_no_obstacle():
+    model, args = problem(text=True)
+    expected = model(*args)
+    model.x_embedder.norm = nn.Identity()
+    for block in model.blocks:
+        for name, layer in idle_layers().items():
+            block.mlp.add_module(name, layer)
+    report = accelerate(model)
+    assert report.fused == [""], str(report)
+    assert relative_error(model(*args), expected) < 2e-5
+
+
+@pytest.mark.parametrize(
+    "name, layer, reason",
+    [
+        ("act", nn.GELU(), "GELU"),
+        ("drop1", nn.Dropout(0.1), "dropout of 0.1"),
+        ("norm", nn.LayerNorm(128, elementwise_affine=False), "LayerNorm, TiM has no norm there"),
+        ("drop2", nn.AlphaDropout(0.2), "dropout of 0.2"),
+        ("extra", nn.Tanh(), "Tanh, SwiGLU has none"),
+    ],
+)
+def test_layers_that_compute_something_are_named_and_left(name, layer, reason):
+    model, _ = problem(text=False)
+    for child, idle in idle_layers(**{name: layer}).items():
+        model.blocks[1].mlp.add_module(child, idle)
+    report = accelerate(model)
+    assert reason in report.left[f"blocks.1.mlp.{name}"]
+    assert "blocks.0.mlp" in report.fused and "blocks.1.mlp" not in report.fused
+
+
+@pytest.mark.parametrize("norm", ["blocks.0.norm1", "final_layer.norm_final"])
+def test_a_norm_that_is_missing_is_named(norm):
+    model, _ = problem(text=False)
+    model.set_submodule(norm, nn.Identity())
+    assert accelerate(model).left[norm] == "it is a Identity, TiM has a LayerNorm"
+
+
+def test_dropped_paths_are_named():
+    class DropPath(nn.Identity):
+        drop_prob = 0.1
+
+    model, _ = problem(text=False)
+    model.blocks[0].drop_path = DropPath()
+    assert "dropout of 0.1" in accelerate(model).left["blocks.0.drop_path"]
+
+
+def test_layers_named_as_swiglu_s_that_compute_something_else_are_left():
+    class GeGLU(SwiGLU):
+        def forward(self, x):
+            return self.fc2(nn.functional.gelu(self.fc1_g(x)) * self.fc1_x(x))
+
+    model = nn.ModuleDict(dict(one=SwiGLU(4, 6, 4), other=GeGLU(4, 6, 4)))
+    assert accelerate(model).fused == ["one"]
+
+
+@pytest.mark.parametrize("backend", ["reference", BACKEND])
+def test_timm_s_layers_one_by_one(backend):
+    """A tree that is not TiM's, since a block has timm's plain Mlp."""
+    layers = require_timm()
+    model, args = problem(text=False, timm=True)
+    model.blocks[1].mlp = layers.Mlp(48, 96).to(DEVICE)
+    expected = model(*args)
+    with use_backend(backend):
+        report = accelerate(model)
+        assert "" in report.left and "blocks.1.mlp" not in report.fused
+        assert {"blocks.0.mlp", "blocks.1.adaLN_modulation"} <= set(report.fused)
+        assert relative_error(model(*args), expected) < 2e-5
+
+
+@pytest.mark.parametrize("size", [8, (4, 6)])
+def test_timm_s_embedder_of_one_image_size(size):
+    layers = require_timm()
+    model, _ = problem(text=False)
+    model.x_embedder = layers.PatchEmbed(size, 2, 3, 48).to(DEVICE)
+    assert accelerate(model).fused == [""]
+
+
+def test_timm_s_embedder_that_pads_is_named():
+    layers = require_timm()
+    model, _ = problem(text=False)
+    model.x_embedder = layers.PatchEmbed(8, 2, 3, 48, dynamic_img_pad=True).to(DEVICE)
+    assert "pads its input" in accelerate(model).left["x_embedder"]
 
 
 def test_extra_parameters_are_named():

@@ -97,7 +97,7 @@ class TestAdaLayerNorm(Contract):
         yield op.forward_op, with_gradients(x, branch, gate, None, None, None, 0.0, None, 0)
         yield op.backward_op, (x, x, x, branch, gate, bias, scale, *rest)
         tangents = x, x, gate, bias, shift, scale
-        yield op.jvp_op, (x, branch, gate, bias, scale, *tangents, *rest)
+        yield op.forward_op.jvp, (x, branch, gate, bias, shift, scale, *rest, *tangents)
 
 
 @pytest.mark.parametrize("form", ["both", "both_bias"])

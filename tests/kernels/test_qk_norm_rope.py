@@ -82,17 +82,19 @@ class TestQKNormRoPE(Contract):
         q, k, *rows = problem("both", grid=(1, 3)).inputs
         affine, shifts = rows[:4], rows[4:]
         weights = affine[0], affine[2]
-        sizes = torch.tensor([3, 3], dtype=torch.int32, device=DEVICE)
+        sizes = torch.tensor([[1, 3], [3, 1]], dtype=torch.int32, device=DEVICE)
         tail = 1e-5, None, 0
-        yield op.forward_op, with_gradients(q, k, *affine, *shifts, None, 3, None, *tail)
+        grid = None, (1, 3), None, "grid"
+        yield op.forward_op, with_gradients(q, k, *affine, *shifts, *grid, *tail)
         of_q = q, None, *affine[:2], *[None] * 4
-        yield op.forward_op, with_gradients(*of_q, None, 0, sizes, *tail)
+        yield op.forward_op, with_gradients(*of_q, None, None, sizes, "grid", *tail)
         at = torch.tensor([[0, 1], [2, 3], [4, 5]], device=DEVICE)
-        tail = at, 0, None, *tail
+        tail = at, None, None, "grid", *tail
         yield op.backward_op, (q, k, q, k, *weights, *shifts, *tail)
         qkv = torch.stack((q, k, q), dim=2)
         yield op.packed_backward_op, (q, k, q, qkv, *weights, *shifts, *tail)
-        yield op.jvp_op, (q, k, *weights, *shifts, q, k, *affine, *shifts, *tail)
+        inputs = q, k, *affine, *shifts
+        yield op.forward_op.jvp, (*inputs, *tail, *inputs)
 
 
 def test_key_of_another_dtype():

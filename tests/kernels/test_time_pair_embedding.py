@@ -105,7 +105,7 @@ class TestTimePairEmbedding(Contract):
         yield op.forward_op, (*leaves, "t,t-r", torch.float32)
         yield op.forward_op, (t, r, "t,r,t-r", torch.bfloat16)
         yield op.backward_op, (noise(2, 3, 256, device=DEVICE), t, r, "t,t-r")
-        yield op.jvp_op, (t, r, r, None, "t,r", torch.float16)
+        yield op.forward_op.jvp, (t, r, "t,r", torch.float16, r, None)
 
 
 @pytest.mark.parametrize("largest", [1e-3, 80.0, 999.0])

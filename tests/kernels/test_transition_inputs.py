@@ -100,7 +100,7 @@ class TestTransitionInputs(Contract):
         yield op.forward_op, with_gradients(*args)
         yield op.forward_op, with_gradients(*args[:4], None, None, *args[6:])
         yield op.backward_op, (*op.forward_op(*args), *args, True, False, True)
-        yield op.jvp_op, (*args, *args)
+        yield op.forward_op.jvp, (*args, *args)
 
 
 def test_what_was_not_asked_for_is_none():

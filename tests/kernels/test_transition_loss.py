@@ -73,7 +73,7 @@ def eager(rest):
         prediction = prediction.float()
         squared = (prediction - target).square().flatten(1).mean(1)
         cosine = 1 - F.cosine_similarity(prediction, target, dim=1)
-        return squared, cosine.reshape(len(x), -1).mean(1)
+        return squared, cosine.unsqueeze(-1).flatten(1).mean(1)
 
     return call
 
@@ -150,7 +150,7 @@ class TestTransitionLoss(Contract):
         yield op.forward_op, (leaf, *others, None, None, None, None)
         gradients = noise(2, 2, device=DEVICE).unbind(0)
         yield op.backward_op, (*gradients, prediction, *others, *networks)
-        yield op.jvp_op, (prediction, *others, *networks, prediction)
+        yield op.forward_op.jvp, (prediction, *others, *networks, prediction)
 
 
 def test_a_program_of_several_tiles(monkeypatch):

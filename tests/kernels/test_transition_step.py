@@ -100,7 +100,7 @@ class TestTransitionStep(Contract):
         yield op.forward_op, with_gradients(*args)
         yield op.forward_op, with_gradients(x, F_cond, None, None, None, a, b, None)
         yield op.backward_op, (x, *args, [True, False, True, True, True])
-        yield op.jvp_op, (*args, *args)
+        yield op.forward_op.jvp, (*args, *args)
 
 
 @pytest.mark.parametrize("network", (torch.float64, *DTYPES), ids=str)

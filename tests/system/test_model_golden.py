@@ -1,12 +1,21 @@
 """The model against the published implementation's outputs (float32, CPU)."""
 
+import pytest
 import torch
 from golden_files import relative_error
 
 from tim.models import TiMTransformer2DModel
 from tim_kernels import grid_positions, rope_tables
+from tim_kernels.network import conditioning
 
 FORWARD, DERIVATIVE = 2e-5, 1e-4  # relative, from the golden README
+
+
+@pytest.fixture(params=["per block", "grouped"])
+def conditioned(request, monkeypatch):
+    """As on a CPU, or as on a GPU."""
+    if request.param == "grouped":
+        monkeypatch.setattr(conditioning, "WITHOUT_LAUNCHES", set())
 
 
 def load(golden) -> TiMTransformer2DModel:
@@ -15,6 +24,7 @@ def load(golden) -> TiMTransformer2DModel:
     return model
 
 
+@pytest.mark.usefixtures("conditioned")
 def test_sample_and_features(golden_model):
     given, expected = golden_model.group("input"), golden_model.group("output")
     model = load(golden_model)
@@ -25,6 +35,7 @@ def test_sample_and_features(golden_model):
     assert torch.equal(model(*args), sample)
 
 
+@pytest.mark.usefixtures("conditioned")
 def test_gradients(golden_model):
     given, expected = golden_model.group("input"), golden_model.group("output")
     model = load(golden_model)
@@ -42,6 +53,7 @@ def test_gradients(golden_model):
         assert (parameters[name].grad - gradient).norm() / scale < DERIVATIVE, name
 
 
+@pytest.mark.usefixtures("conditioned")
 def test_jvp(golden_model):
     given, expected = golden_model.group("input"), golden_model.group("output")
     model = load(golden_model)

@@ -28,10 +28,16 @@ def run(x, branch, gate, bias, shift, scale, eps) -> tuple[Tensor | None, Tensor
     if branch is not None:
         branch = branch if bias is None else branch + bias.unsqueeze(1)
         x = new = x + gate.unsqueeze(1) * branch
-    return new, None if scale is None else _norm(x, shift.float(), 1 + scale.float(), eps)
+    return new, None if scale is None else _norm(x, shift, scale, eps)
 
 
 def _norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    is_differentiated = torch.is_grad_enabled() and (shift.requires_grad or scale.requires_grad)
+    if is_differentiated and x.dtype != torch.float32:
+        # the sums over tokens that are a weight's gradient have x's dtype there: 1 % off
+        y = F.layer_norm(x, x.shape[-1:], eps=eps)
+        return torch.addcmul(shift.unsqueeze(1), y, 1 + scale.unsqueeze(1)).to(x.dtype)
+    shift, scale = shift.float(), 1 + scale.float()
     if shift.shape[0] == scale.shape[0] == 1:
         return F.layer_norm(x, x.shape[-1:], scale[0], shift[0], eps)
     rows = (row.expand(x.shape[0], -1).unbind(0) for row in (scale, shift))

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from ..dispatch import extension
-from ..launch.dense import Reader, one_dtype, tokens_per_block
+from ..launch.calls import Made, Out
+from ..launch.dense import call, made_as, one_dtype, read_as, tokens_per_block
 from ..launch.shares import MOST, samples_and_length
-from ..launch.views import view_cond, view_tokens
+from ..launch.views import In, view_cond, view_tokens
 
 FORWARD_STEP = 8  # tokens that a block has at a time, at the published widths
 BACKWARD_STEP = {1152: 2, 768: 3}
@@ -18,55 +19,41 @@ def is_fast(x: Tensor) -> bool:
     return x.shape[-1] in BACKWARD_STEP
 
 
-def _reader(tokens, cond, is_packed: bool) -> Reader:
+def _read(args: tuple, tokens: range, cond: range) -> tuple[torch.dtype, list[In]]:
     """Tokens in one dtype, conditioning rows in the same if all of them are, else in float32."""
-    dtype = one_dtype(*tokens)
-    cond_dtype = dtype if all(row is None or row.dtype == dtype for row in cond) else torch.float32
-    return Reader(
-        *((x, dtype, view_tokens(x, is_packed)) for x in tokens),
-        *((row, cond_dtype, view_cond(row)) for row in cond),
-    )
+    dtype = one_dtype(*(args[i] for i in tokens))
+    is_same = all(args[i] is None or args[i].dtype == dtype for i in cond)
+    views = read_as(dtype, args, view_tokens(args, *tokens, is_packed=args[-2] is not None))
+    rows = view_cond(args, *cond)
+    return dtype, [*views, *read_as(dtype if is_same else torch.float32, args, rows)]
 
 
-def forward(x, branch, gate, bias, shift, scale, eps, cu, max_length):
+def forward(*args):
     """(x', y), either of them an empty tensor where the op does not make it."""
-    read = _reader((x, branch), (gate, bias, shift, scale), cu is not None)
+    x, branch, _, _, _, scale, eps, cu, max_length = args
+    dtype, views = _read(args, range(2), range(2, 6))
     samples, length = samples_and_length(x, cu, max_length)
     share = tokens_per_block(x, samples, length, FORWARD_BLOCKS, MOST, FORWARD_STEP)
-    launch = extension.ops().ada_layer_norm_forward.default
-
-    def run(x, branch, gate, bias, shift, scale, eps, cu, max_length):
-        dtype = x.dtype
-        x, branch, *cond = read(x, branch, gate, bias, shift, scale)
-        out = None if branch is None else x.new_empty(x.shape)
-        y = None if scale is None else x.new_empty(x.shape)
-        if x.numel():
-            launch(x, branch, *cond, out, y, eps, cu, max_length, share)
-        return tuple(x.new_empty(0, dtype=dtype) if z is None else z.to(dtype) for z in (out, y))
-
-    return run
+    return call(
+        extension.ops().ada_layer_norm_forward,
+        (*views, Out(0), Out(1), eps, In(7), max_length, share),
+        [None if made is None else made_as(dtype, x) for made in (branch, scale)], args,
+        is_empty=x.numel() == 0,
+    )  # fmt: skip
 
 
-def backward(dout, dy, x, branch, gate, bias, scale, eps, cu, max_length):
+def backward(*args):
     """(dx, dbranch, sums), as triton.py's."""
-    read = _reader((dout, dy, x, branch), (gate, bias, scale), cu is not None)
+    _, _, x, branch, *_, eps, cu, max_length = args
+    dtype, views = _read(args, range(4), range(4, 7))
     samples, length = samples_and_length(x, cu, max_length)
     step = BACKWARD_STEP.get(x.shape[-1], 1)
     share = tokens_per_block(x, samples, length, BACKWARD_BLOCKS, MOST, step)
-    shape = 4, samples, -(-length // share), x.shape[-1]
-    make = torch.empty if x.numel() else torch.zeros
-    launch = extension.ops().ada_layer_norm_backward.default
-
-    def run(dout, dy, x, branch, gate, bias, scale, eps, cu, max_length):
-        dtypes = x.dtype, x.dtype if branch is None else branch.dtype
-        dout, dy, x, branch, *cond = read(dout, dy, x, branch, gate, bias, scale)
-        dx = x.new_empty(x.shape)
-        dbranch = None if branch is None else x.new_empty(x.shape)
-        partial = make(shape, dtype=torch.float32, device=x.device)
-        if x.numel():
-            gradients = dx, dbranch, partial
-            launch(dout, dy, x, branch, *cond, *gradients, eps, cu, max_length, share)
-        dbranch = x.new_empty(0) if dbranch is None else dbranch
-        return dx.to(dtypes[0]), dbranch.to(dtypes[1]), partial.sum(2)
-
-    return run
+    partial = Made((4, samples, -(-length // share), x.shape[-1]), torch.float32)
+    return call(
+        extension.ops().ada_layer_norm_backward,
+        (*views, Out(0), Out(1), Out(2), eps, In(8), max_length, share),
+        (made_as(dtype, x), made_as(dtype, branch), partial), args,
+        finish=lambda dx, dbranch, partial: (dx, dbranch, partial.sum(2)),
+        is_empty=x.numel() == 0,
+    )  # fmt: skip

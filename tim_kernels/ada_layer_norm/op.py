@@ -7,18 +7,16 @@ from ..checks import check_cond, check_same_device, check_tokens, is_double
 from ..dispatch.backend import Op
 from ..dispatch.operators import Operator
 from ..segments import Segments, packing
-from . import cpu, reference
+from . import cpu, cuda, reference
 
 
-def _kernels(backend: str):
-    if backend == "cuda":
-        from . import cuda as kernels
-    else:
-        from . import triton as kernels
-    return kernels
+def _triton():
+    from . import triton
+
+    return triton
 
 
-OP = Op("ada_layer_norm", _kernels)
+OP = Op("ada_layer_norm", _triton, cuda)
 
 
 def _made(x, branch, scale) -> tuple[Tensor, Tensor]:
@@ -39,10 +37,6 @@ def _backward_fake(dout, dy, x, branch, gate, bias, scale, eps, cu, max_length):
     return x.new_empty(x.shape), dbranch, sums
 
 
-def _jvp_fake(x, branch, gate, bias, scale, *_):
-    return _made(x, branch, scale)
-
-
 forward_op = Operator(
     OP,
     "ada_layer_norm(Tensor x, Tensor? branch, Tensor? gate, Tensor? bias, Tensor? shift, "
@@ -56,54 +50,26 @@ backward_op = Operator(
     "-> (Tensor, Tensor, Tensor)",
     _backward_fake,
 )
-jvp_op = Operator(
-    OP,
-    "ada_layer_norm_jvp(Tensor x, Tensor? branch, Tensor? gate, Tensor? bias, Tensor? scale, "
-    "Tensor? tx, Tensor? tbranch, Tensor? tgate, Tensor? tbias, Tensor? tshift, Tensor? tscale, "
-    "float eps, Tensor? cu_seqlens, SymInt max_length) -> (Tensor, Tensor)",
-    _jvp_fake,
-)
 
 
-def _setup_context(ctx, inputs, output):
-    x, branch, gate, bias, shift, scale, eps, cu, max_length = inputs
-    ctx.save_for_backward(x, branch, gate, bias, scale, cu)
-    ctx.save_for_forward(x, branch, gate, bias, scale, cu)
-    ctx.eps, ctx.max_length = eps, max_length
-    ctx.like = [None if row is None else (row.shape[0], row.dtype)
-                for row in (shift, scale, gate, bias)]  # fmt: skip
-
-
-def _vjp(ctx, dout, dy):
-    x, branch, gate, bias, scale, cu = ctx.saved_tensors
+def _vjp(args, needs, dout, dy):
+    x, branch, gate, bias, shift, scale, eps, cu, max_length = args
     if dout is not None and dout.numel() != x.numel():  # of an output that is not made
         dout = None
     if scale is None or (dy is not None and dy.numel() != x.numel()):
         dy = None
-    dx, dbranch, sums = backward_op(
-        dout, dy, x, branch, gate, bias, scale, ctx.eps, cu, ctx.max_length
-    )
-    made = dy is not None, dy is not None, branch is not None, bias is not None
-    dshift, dscale, dgate, dbias = (
-        _like(row, like) if is_made and like else None
-        for row, like, is_made in zip(sums.unbind(0), ctx.like, made, strict=True)
-    )
-    dbranch = None if branch is None else dbranch
-    return dx, dbranch, dgate, dbias, dshift, dscale, None, None, None
+    dx, dbranch, sums = backward_op(dout, dy, x, branch, gate, bias, scale, eps, cu, max_length)
+    dshift, dscale, dgate, dbias = map(_like, sums.unbind(0), (shift, scale, gate, bias))
+    if dy is None:
+        dshift = dscale = None
+    return dx, None if branch is None else dbranch, dgate, dbias, dshift, dscale
 
 
-def _like(row: Tensor, like: tuple[int, torch.dtype]) -> Tensor:
-    """A (samples, C) float32 gradient in its parameter's leading size and dtype."""
-    leading, dtype = like
-    return (row.sum(0, keepdim=True) if leading == 1 else row).to(dtype)
-
-
-def _tangent(ctx, tx, tbranch, tgate, tbias, tshift, tscale, *_):
-    x, branch, gate, bias, scale, cu = ctx.saved_tensors
-    return jvp_op(
-        x, branch, gate, bias, scale, tx, tbranch, tgate, tbias, tshift, tscale,
-        ctx.eps, cu, ctx.max_length,
-    )  # fmt: skip
+def _like(total: Tensor, row: Tensor | None) -> Tensor | None:
+    """A (samples, C) float32 gradient in its row's leading size and dtype."""
+    if row is None:
+        return None
+    return (total.sum(0, keepdim=True) if row.shape[0] == 1 else total).to(row.dtype)
 
 
 def _check(x, branch, gate, bias, shift, scale, eps, cu, max_length) -> bool:
@@ -141,7 +107,7 @@ def _on_cpu(x, branch, gate, bias, shift, scale, eps, cu, max_length):
     return _reference(x, branch, gate, bias, shift, scale, eps, cu, max_length)
 
 
-_call = forward_op.differentiable(_check, _reference, _setup_context, _vjp, _tangent, _on_cpu)
+_call = forward_op.differentiable(6, _check, _reference, _vjp, _on_cpu)
 
 
 def ada_layer_norm(

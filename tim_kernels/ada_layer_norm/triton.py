@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch.grid import Launch, kernel
+from ..launch.calls import Made, Out, like
+from ..launch.grid import kernel, launch
 from ..launch.rows import (
     load_row,
     load_rows,
@@ -34,7 +35,7 @@ from ..launch.rows import (
 )
 from ..launch.shares import samples_and_length, token_grid, tokens_to_reduce
 from ..launch.tuning import tuned
-from ..launch.views import POINTER, view_cond, view_tokens
+from ..launch.views import In, view_cond, view_tokens
 
 
 @kernel
@@ -171,74 +172,49 @@ def _tile(direction: str, x: Tensor) -> dict[str, int]:
     return dict(C=C, A=A, B=B, ROWS=tile_rows(C, elements), num_warps=num_warps)
 
 
-def _per_tile(direction: str, function, x, cu, max_length, *arguments) -> Launch:
-    """One program a tile of a sample's tokens."""
-    tile = _tile(direction, x)
-    programs, length, tiles = token_grid(x, cu, max_length, tile["ROWS"])
-    return Launch(function, (programs,), (POINTER, length, tiles, *arguments), **tile)
-
-
-def forward(x, branch, gate, bias, shift, scale, eps, cu, max_length):
+def forward(*args):
     """(x', y), either of them an empty tensor where the op does not make it."""
-    launch = _per_tile(
-        "forward", _ada_layer_norm_forward_kernel, x, cu, max_length,
-        *(view_tokens(tensor, cu is not None) for tensor in (x, branch)),
-        *map(view_cond, (gate, bias, shift, scale)), POINTER, POINTER, eps,
+    x, branch, _, _, _, scale, eps, cu, max_length = args
+    tile = _tile("forward", x)
+    programs, length, tiles = token_grid(x, cu, max_length, tile["ROWS"])
+    return launch(
+        _ada_layer_norm_forward_kernel, (programs,),
+        (In(7), length, tiles, *view_tokens(args, 0, 1, is_packed=cu is not None),
+         *view_cond(args, 2, 3, 4, 5), Out(0), Out(1), eps),
+        (like(x, branch), like(x, scale)), args, **tile,
     )  # fmt: skip
 
-    def run(x, branch, gate, bias, shift, scale, eps, cu, max_length):
-        new = x.new_empty(x.shape if branch is not None else 0)
-        y = x.new_empty(x.shape if scale is not None else 0)
-        launch(cu, x, branch, gate, bias, shift, scale, new, y)
-        return new, y
 
-    return run
-
-
-def backward(dout, dy, x, branch, gate, bias, scale, eps, cu, max_length):
+def backward(*args):
     """(dx, dbranch, sums): float32 sums (4, samples, C) for shift, scale, gate and bias.
 
     x' is made again from x and branch, which costs no more bytes than reading it and loses nothing
     to its rounding. Gradients nobody has are empty or unset.
     """
+    _, _, x, branch, *_, eps, cu, max_length = args
     tile = _tile("backward", x)
     tokens = tokens_to_reduce(x, cu, max_length, tile["num_warps"], tile["ROWS"])
     programs, length, tiles = token_grid(x, cu, max_length, tokens)
-    launch = Launch(
+    samples, _ = samples_and_length(x, cu, max_length)
+    return launch(
         _ada_layer_norm_backward_kernel, (programs,),
-        (POINTER, length, tiles, tokens,
-         *(view_tokens(tensor, cu is not None) for tensor in (dout, dy, x, branch)),
-         *map(view_cond, (gate, bias, scale)), POINTER, POINTER, POINTER, programs, eps),
-        **tile,
+        (In(8), length, tiles, tokens, *view_tokens(args, 0, 1, 2, 3, is_packed=cu is not None),
+         *view_cond(args, 4, 5, 6), Out(0), Out(1), Out(2), programs, eps),
+        (like(x), like(branch), Made((4, samples, tiles, x.shape[-1]), torch.float32)), args,
+        finish=lambda dx, dbranch, partial: (dx, dbranch, partial.sum(2)), **tile,
     )  # fmt: skip
-    make = torch.zeros if launch.is_empty else torch.empty
-    shape = 4, samples_and_length(x, cu, max_length)[0], tiles, x.shape[-1]
-
-    def run(dout, dy, x, branch, gate, bias, scale, eps, cu, max_length):
-        dx = x.new_empty(x.shape)
-        dbranch = x.new_empty(0) if branch is None else branch.new_empty(x.shape)
-        partial = make(shape, dtype=torch.float32, device=x.device)
-        launch(cu, dout, dy, x, branch, gate, bias, scale, dx, dbranch, partial)
-        return dx, dbranch, partial.sum(2)
-
-    return run
 
 
-def jvp(x, branch, gate, bias, scale, tx, tbranch, tgate, tbias, tshift, tscale, eps, cu, length):
+def jvp(*args):
     """Tangents of (x', y); a tangent that is None is zero."""
-    launch = _per_tile(
-        "jvp", _ada_layer_norm_jvp_kernel, x, cu, length,
-        *(view_tokens(tensor, cu is not None) for tensor in (x, branch)),
-        *map(view_cond, (gate, bias, scale)),
-        *(view_tokens(tensor, cu is not None) for tensor in (tx, tbranch)),
-        *map(view_cond, (tgate, tbias, tshift, tscale)), POINTER, POINTER, eps,
+    x, branch, _, _, _, scale, eps, cu, max_length = args[:9]
+    tile, is_packed = _tile("jvp", x), cu is not None
+    programs, length, tiles = token_grid(x, cu, max_length, tile["ROWS"])
+    return launch(
+        _ada_layer_norm_jvp_kernel, (programs,),
+        (In(7), length, tiles,
+         *view_tokens(args, 0, 1, is_packed=is_packed), *view_cond(args, 2, 3, 5),
+         *view_tokens(args, 9, 10, is_packed=is_packed), *view_cond(args, 11, 12, 13, 14),
+         Out(0), Out(1), eps),
+        (like(x, branch), like(x, scale)), args, **tile,
     )  # fmt: skip
-
-    def run(x, branch, gate, bias, scale, *tangents_and_rest):
-        *tangents, eps, cu, length = tangents_and_rest
-        tnew = x.new_empty(x.shape if branch is not None else 0)
-        ty = x.new_empty(x.shape if scale is not None else 0)
-        launch(cu, x, branch, gate, bias, scale, *tangents, tnew, ty)
-        return tnew, ty
-
-    return run

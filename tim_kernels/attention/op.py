@@ -19,13 +19,13 @@ from ..segments import Segments, packing
 from . import reference
 
 
-def _kernels(backend: str):
-    from . import triton as kernels
+def _triton():
+    from . import triton
 
-    return kernels
+    return triton
 
 
-OP = Op("attention", _kernels, is_in_cuda=False)
+OP = Op("attention", _triton)
 HEAD_DIMS = range(8, 257, 8)  # of our kernel and of flash-attn
 
 
@@ -84,14 +84,9 @@ def attention(
     k_cu, k_max_length = packing(k_segments or segments)
     args = q, k, v, key_mask, cu, k_cu, max_length, k_max_length
     if torch.compiler.is_compiling():
-        _check(*args)
-        has_kernel = _has_kernel(q, False)
+        has_kernel = _has_kernel(*args)
     else:
-        key = requested(), signature(args)
-        has_kernel = _checked.get(key)
-        if has_kernel is None:
-            _check(*args)
-            has_kernel = _checked[key] = _has_kernel(q, type(q) in (Tensor, torch.nn.Parameter))
+        has_kernel = _kernels.find((requested(), signature(args)), _has_kernel, *args)
     if has_kernel and is_forward_mode():
         duals = [forward_ad.unpack_dual(x) for x in (q, k, v)]
         if any(dual.tangent is not None for dual in duals):
@@ -99,7 +94,7 @@ def attention(
     return _plain_attention(q, k, v, segments, k_segments, key_mask)
 
 
-_checked = Plans()  # by signature, whether our kernel can make the tangent
+_kernels = Plans()  # by signature, whether our kernel can make the tangent
 
 
 def _plain_attention(q, k, v, segments, k_segments, key_mask) -> Tensor:
@@ -118,9 +113,11 @@ def _plain_attention(q, k, v, segments, k_segments, key_mask) -> Tensor:
     return out[0] if isinstance(out, tuple) else out  # flash-attn 4 adds the log-sum-exp
 
 
-def _has_kernel(q: Tensor, is_real: bool) -> bool:
-    device = q.device.type
-    is_chosen = choose(OP.name, device, is_real and device != "meta") != "reference"
+def _has_kernel(q, *args) -> bool:
+    """Of arguments that are checked on the way."""
+    _check(q, *args)
+    is_real = type(q) in (Tensor, torch.nn.Parameter) and not q.is_meta
+    is_chosen = choose(OP.name, q.device.type, is_real) != "reference"
     return is_chosen and q.shape[-1] in HEAD_DIMS and not is_double(q)
 
 

@@ -20,19 +20,18 @@ tq do not fit the registers they are read anew for each tile of keys, CHUNK chan
 the kernel qa, qb are the two pieces of a tile, t tangents; what is None is compiled away.
 """
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..dispatch.backend import interpreting
-from ..launch.grid import Launch, kernel
+from ..launch.calls import Out, like
+from ..launch.grid import kernel, launch
 from ..launch.rows import locate
 from ..launch.shares import token_grid
 from ..launch.tuning import TABLE, architecture, section
-from ..launch.views import POINTER, view_heads, view_vector
+from ..launch.views import In, view_heads
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -204,30 +203,19 @@ def _tile(q: Tensor, lanes: int) -> dict[str, int]:
     return TABLE[section(name, architecture(q.device))][name]
 
 
-def jvp(
-    q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None,
-    key_mask: Tensor | None, cu: Tensor | None, k_cu: Tensor | None, max_length: int,
-    k_max_length: int,
-) -> Callable[..., tuple[Tensor, Tensor]]:  # fmt: skip
+def jvp(*args):
     """(out, tout), shaped as q and contiguous; a tangent that is None is zero."""
+    q, k, *_, cu, _, max_length, k_max_length = args
     is_packed, (heads, D) = cu is not None, q.shape[-2:]
-    (A, B), dtype = pieces(D), q.dtype
+    A, B = pieces(D)
     tile = _tile(q, A + B)
     programs, length, tiles = token_grid(q, cu, max_length, tile["rows"])
-    launch = Launch(
+    mask = In(6, change=lambda mask: mask.contiguous().view(torch.uint8))
+    return launch(
         _attention_jvp_kernel, (programs, heads),
-        (POINTER, length, tiles, *(view_heads(x, is_packed) for x in (q, k, v, tq, tk, tv)),
-         view_vector(key_mask), POINTER, k_max_length if is_packed else k.shape[1], heads, D**-0.5,
-         POINTER, POINTER),
-        D=D, A=A, B=B, ROWS=tile["rows"], COLUMNS=tile["columns"], CHUNK=tile["chunk"],
-        WIDEN=interpreting() and dtype == torch.bfloat16,
+        (In(7), length, tiles, *view_heads(args, *range(6), is_packed=is_packed), mask, In(8),
+         k_max_length if is_packed else k.shape[1], heads, D**-0.5, Out(0), Out(1)),
+        (like(q), like(q)), args, D=D, A=A, B=B, ROWS=tile["rows"], COLUMNS=tile["columns"],
+        CHUNK=tile["chunk"], WIDEN=interpreting() and q.dtype == torch.bfloat16,
         num_warps=tile["num_warps"], num_stages=tile["num_stages"],
     )  # fmt: skip
-
-    def run(q, k, v, tq, tk, tv, key_mask, cu, k_cu, max_length, k_max_length):
-        out, tout = q.new_empty(q.shape), q.new_empty(q.shape)
-        mask = None if key_mask is None else key_mask.view(torch.uint8)
-        launch(cu, q, k, v, tq, tk, tv, mask, k_cu, out, tout)
-        return out, tout
-
-    return run

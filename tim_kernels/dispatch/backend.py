@@ -33,12 +33,12 @@ class BackendUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Op:
-    """A folder of kernels: `kernels("triton")` imports its launchers, which need Triton, and
-    `kernels("cuda")` those of csrc/, if it has any."""
+    """A folder of kernels: `triton()` imports the launchers that need Triton, `cuda` has those of
+    csrc/, if there are any."""
 
     name: str
-    kernels: Callable[[str], ModuleType]
-    is_in_cuda: bool = True
+    triton: Callable[[], ModuleType]
+    cuda: ModuleType | None = None
 
     def __post_init__(self):
         OPS[self.name] = self
@@ -94,9 +94,7 @@ def obstacle(backend: str, op: str, device: str) -> str | None:
     if backend == "reference":
         return None
     if backend == "cuda":
-        return (
-            extension.obstacle(device) if OPS[op].is_in_cuda else "the extension does not have it"
-        )
+        return extension.obstacle(device) if OPS[op].cuda else "the extension does not have it"
     if not _has_triton():
         return "triton is not installed"
     if device != "cuda" and not interpreting():
@@ -152,13 +150,13 @@ def plan(op: Op, launcher: str, args: tuple, backend: str) -> Callable:
     """What computes a launcher of `op`, such as "forward", on tensors like these. Where csrc/ has
     no such launcher, or its launcher says None to these arguments, Triton's runs."""
     if backend == "cuda":
-        make = getattr(op.kernels(backend), launcher, None)
+        make = getattr(op.cuda, launcher, None)
         if make is not None and (run := make(*args)) is not None:
             return run
-    return getattr(op.kernels("triton"), launcher)(*args)
+    return getattr(op.triton(), launcher)(*args)
 
 
 def _is_fast(op: Op, tensor: Tensor) -> bool:
     """Whether csrc/ has its fast kernels for such a tensor, and not only some that can do it."""
-    is_fast = getattr(op.kernels("cuda"), "is_fast", None)
+    is_fast = getattr(op.cuda, "is_fast", None)
     return is_fast is None or is_fast(tensor)

@@ -8,9 +8,9 @@ eager code calls. It plans a call once for each signature and then goes straight
 through an `autograd.Function` with backward and jvp where something can be differentiated.
 """
 
+import re
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,11 +37,14 @@ NO_TANGENT = (
 OPERATORS: dict[str, "Operator"] = {}  # by name
 
 
-class Planned(NamedTuple):
-    """A call of an operator with arguments of one signature, once they are checked."""
+class Planned:
+    """What is done with arguments of one signature, once they are checked: `run` computes it,
+    `call` has its derivatives too. Without `run` the reference does it all."""
 
-    call: Callable  # derivatives and all
-    run: Callable | None  # what computes it; None where the reference does
+    def __init__(self, args: tuple, call: Callable | None = None, run: Callable | None = None):
+        self.call, self.run = call, run
+        self.tensors = [i for i, x in enumerate(args) if isinstance(x, Tensor)]
+        self.rest = [None if isinstance(x, Tensor) else x for x in args]
 
 
 class Operator:
@@ -53,7 +56,7 @@ class Operator:
     """
 
     def __init__(self, op: Op, schema: str, fake: Callable):
-        self.op, self.name = op, schema.partition("(")[0]
+        self.op, self.name, self.schema, self.fake = op, schema.partition("(")[0], schema, fake
         self.launcher = self.name.removeprefix(op.name).strip("_") or "forward"
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         for device in ("CPU", "CUDA"):
@@ -66,20 +69,28 @@ class Operator:
         OPERATORS[self.name] = self
 
     def differentiable(
-        self,
-        check: Callable,
-        reference: Callable | None,
-        setup_context: Callable,
-        backward: Callable,
-        jvp: Callable,
+        self, inputs: int, check: Callable, reference: Callable, vjp: Callable,
         on_cpu: Callable | None = None,
-    ) -> "Operator":
-        """Give it derivatives, which are those of an `autograd.Function`, where a gradient or
-        tangent that does not exist is None; what checks its arguments, says whether one is float64
-        and so has no kernel; and the definition, with perhaps a faster form of it on a CPU."""
-        self.check, self.reference = check, reference
-        self.on_cpu = on_cpu or reference
-        self.derivative = Derivative(self.name, setup_context, backward, jvp)
+    ) -> "Operator":  # fmt: skip
+        """Make it differentiable in its first `inputs` arguments.
+
+        `vjp(args, needs, *gradients)` gives the gradients of the first arguments; a gradient of an
+        output that nobody has is None. Tangents come from a second operator, `<name>_jvp`, which
+        takes the arguments and then the inputs' tangents. `check` refuses arguments, or says
+        whether one is float64 and so has no kernel; `reference` is the definition, `on_cpu`
+        perhaps a faster form of it.
+        """
+        self.check, self.reference, self.on_cpu = check, reference, on_cpu or reference
+        _, arguments, returns = re.fullmatch(r"(\w+)\((.*)\) -> (.*)", self.schema).groups()
+        names = [argument.split()[-1] for argument in arguments.split(", ")]
+        tangents = ", ".join(f"Tensor? t{name}" for name in names[:inputs])
+        fake = self.fake
+        self.jvp = Operator(
+            self.op, f"{self.name}_jvp({arguments}, {tangents}) -> {returns}",
+            lambda *args: fake(*args[: len(names)]),
+        )  # fmt: skip
+        tangent = lambda args, *tangents: self.jvp(*args, *tangents[:inputs])  # noqa: E731
+        self.derivative = Derivative(self.name, vjp, tangent)
         return self
 
     def __call__(self, *args):
@@ -89,17 +100,13 @@ class Operator:
 
     def planned(self, args: tuple) -> Planned:
         """What `__call__` does with arguments like these."""
-        key = requested(), signature(args)
-        planned = self.calls.get(key)
-        if planned is None:
-            planned = self.calls[key] = self._plan(args)
-        return planned
+        return self.calls.find((requested(), signature(args)), self._plan, args)
 
     def _plan(self, args: tuple) -> Planned:
         is_real = all(type(x) in (Tensor, torch.nn.Parameter) for x in args if _is_tensor(x))
         if self._is_reference(args, is_real):
             is_cpu = requested() == "auto" and _first_tensor(args).device.type == "cpu"
-            return Planned(self.on_cpu if is_cpu and is_real else self.reference, None)
+            return Planned(args, self.on_cpu if is_cpu and is_real else self.reference)
         launch, torch_op, derivative = self.torch_op, self.torch_op, self.derivative
         if is_real and _first_tensor(args).device.type in ("cpu", "cuda"):
             launch = self._launch(args)
@@ -107,13 +114,13 @@ class Operator:
         def run(*args):
             return torch_op(*args) if dispatch_modes() else launch(*args)
 
-        if derivative is not None:
-            return Planned(partial(derivative, run), run)
-
-        def call(*args):
+        def watched(*args):
             return torch_op(*args) if can_differentiate(args) else run(*args)
 
-        return Planned(call, run)
+        planned = Planned(args, watched, run)
+        if derivative is not None:
+            planned.call = partial(derivative, planned)
+        return planned
 
     def _is_reference(self, args: tuple, is_real: bool) -> bool:
         """Whether the definition runs: it was chosen, or a tensor is float64, for which no kernel
@@ -148,11 +155,7 @@ class Operator:
         return on_its_device
 
     def _run(self, *args):
-        key = requested(), signature(args)
-        launch = self.plans.get(key)
-        if launch is None:
-            launch = self.plans[key] = self._launch(args)
-        return launch(*args)
+        return self.plans.find((requested(), signature(args)), self._launch, args)(*args)
 
     def _autograd(self, keyset, *args):
         if is_forward_mode_enabled() and has_tangent(args):
@@ -163,42 +166,55 @@ class Operator:
         if self.derivative is None:
             constants = (x.detach() if _is_tensor(x) else x for x in args)
             return _Constant.apply(self.name, run, torch.empty(0, requires_grad=True), *constants)
-        return self.derivative.function.apply(run, *args)
+        return self.derivative.function.apply(Planned(args, None, run), *args)
 
 
 class Derivative:
-    """The derivatives of what computes an op, as `Operator.differentiable` takes them:
-    `derivative(run, *args)` is run(*args), differentiable where somebody may ask for it."""
+    """Derivatives of whatever computes an op: `derivative(planned, *args)` is planned.run(*args),
+    differentiable where somebody may ask for it, with `vjp(args, needs, *gradients)` and
+    `jvp(args, *tangents)`, a tangent for each argument, None where there is none."""
 
-    def __init__(self, name: str, setup_context: Callable, backward: Callable, jvp: Callable):
+    def __init__(self, name: str, vjp: Callable, jvp: Callable):
         class Function(torch.autograd.Function):
             @staticmethod
-            def forward(run, *args):
-                return run(*args)
+            def forward(planned, *args):
+                return planned.run(*args)
 
             @staticmethod
             def setup_context(ctx, inputs, output):
                 ctx.set_materialize_grads(False)
+                ctx.planned = planned = inputs[0]
+                ctx.save_for_backward(*[inputs[i + 1] for i in planned.tensors])
+                if is_forward_mode():
+                    ctx.save_for_forward(*[inputs[i + 1] for i in planned.tensors])
                 ctx.backend = requested()  # a choice is a thread's, and autograd has its own
-                setup_context(ctx, inputs[1:], output)
 
             @staticmethod
             @once_differentiable
             def backward(ctx, *gradients):
+                args = _saved(ctx)
                 with use_backend(ctx.backend):
-                    return None, *backward(ctx, *gradients)
+                    found = vjp(args, ctx.needs_input_grad[1:], *gradients)
+                return None, *found, *(None,) * (len(args) - len(found))
 
             @staticmethod
             def jvp(ctx, _, *tangents):
-                return jvp(ctx, *tangents)
+                return jvp(_saved(ctx), *tangents)
 
         Function.__name__ = Function.__qualname__ = name
         self.function, self.apply = Function, apply_function(Function)
 
-    def __call__(self, run: Callable, *args):
+    def __call__(self, planned: Planned, *args):
         if is_functorch_active():
-            return self.function.apply(run, *args)
-        return self.apply(run, *args) if can_differentiate(args) else run(*args)
+            return self.function.apply(planned, *args)
+        return self.apply(planned, *args) if can_differentiate(args) else planned.run(*args)
+
+
+def _saved(ctx) -> list:
+    args = ctx.planned.rest.copy()
+    for i, tensor in zip(ctx.planned.tensors, ctx.saved_tensors, strict=True):
+        args[i] = tensor
+    return args
 
 
 def can_differentiate(args: tuple) -> bool:

@@ -1,8 +1,9 @@
 """What is the same for every call of the same shapes is worked out once and looked up after."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 
 MOST = 4096  # signatures of one operator; beyond them it starts anew
@@ -16,7 +17,19 @@ class Plans(dict):
         super().__init__()
         _all.append(self)
 
+    def find(self, key: tuple, make: Callable, *args):
+        """The plan of a signature; make(*args) if there is none."""
+        try:
+            plan = self.get(key)
+        except TypeError:  # sizes that are symbols, while something is traced, have no hash
+            return make(*args)
+        if plan is None:
+            plan = self[key] = make(*args)
+        return plan
+
     def __setitem__(self, key, plan) -> None:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return  # what a plan made is of the graph's memory
         if len(self) >= MOST:
             self.clear()
         super().__setitem__(key, plan)

@@ -1,10 +1,13 @@
-"""What the launchers of csrc/ share: how its kernels read tensors, decided once for a signature."""
+"""Calls of csrc/'s operators: how they read tensors, and how much each block has."""
+
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from .calls import Call, Made
 from .shares import multiprocessors, share_of
-from .views import View
+from .views import In
 
 LATENT_BLOCK = 2048  # elements of latents that a block has, ELEMENTS of csrc/samples.cuh
 
@@ -15,27 +18,37 @@ def one_dtype(*tensors: Tensor | None) -> torch.dtype:
     return next(iter(dtypes)) if len(dtypes) == 1 else torch.float32
 
 
-class Reader:
-    """Brings tensors to what a kernel reads: each to its dtype, and copied where its view says so.
+def read_as(dtype: torch.dtype, args: tuple, views: Iterable[In], flat: bool = False) -> list[In]:
+    """The arguments of views in a dtype; csrc/ reads strides itself. `flat` latents (B, …) become
+    (B, elements)."""
+    return [In(v.index, (), _change(args[v.index], dtype, v.change, flat)) for v in views]
 
-    `parts` are (tensor or None, dtype, view).
-    """
 
-    def __init__(self, *parts: tuple[Tensor | None, torch.dtype, View]):
-        self.changes = [
-            (i, dtype, view.is_copied)
-            for i, (x, dtype, view) in enumerate(parts)
-            if x is not None and (x.dtype != dtype or view.is_copied)
-        ]
+def _change(x: Tensor | None, dtype, copy: Callable | None, flat: bool) -> Callable | None:
+    changes = [] if x is None or x.dtype == dtype else [lambda x: x.to(dtype)]
+    changes += [] if copy is None else [copy]
+    changes += [lambda x: x.flatten(1)] if flat and x is not None else []
+    if len(changes) <= 1:
+        return changes[0] if changes else None
 
-    def __call__(self, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not self.changes:
-            return tensors
-        changed = list(tensors)
-        for i, dtype, is_copied in self.changes:
-            x = changed[i].to(dtype)
-            changed[i] = x.contiguous() if is_copied else x
-        return tuple(changed)
+    def change(x: Tensor) -> Tensor:
+        for each in changes:
+            x = each(x)
+        return x
+
+    return change
+
+
+def made_as(dtype: torch.dtype, x: Tensor | None) -> Made | None:
+    """Shaped as x: written in a dtype, returned in x's."""
+    return None if x is None else Made(x.shape, dtype, returned=x.dtype)
+
+
+def call(
+    operator, arguments: Sequence, made: Sequence[Made | None], args: tuple, finish=None,
+    is_empty: bool = False,
+) -> Call:  # fmt: skip
+    return Call(operator.default, arguments, made, args, finish, is_empty)
 
 
 def blocks_per_sample(elements: int) -> int:

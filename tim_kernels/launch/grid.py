@@ -1,20 +1,19 @@
-"""Launches of Triton kernels: made once for a signature, run with nothing but tensors.
+"""Launches of Triton kernels.
 
-A kernel's arguments are views (views.py), numbers and constants. Lengths and strides that are
-counted in elements are passed in units of ALIGN elements, a constant of the kernel, so that the
-compiler knows them to be multiples of it and can use 16-byte accesses. Numbers are never
-specialised, so nothing recompiles when a length changes.
+Lengths and strides that are counted in elements reach a kernel in units of ALIGN elements, a
+constant of the kernel, so that the compiler knows them to be multiples of it and can use 16-byte
+accesses. Numbers are never specialised, so nothing recompiles when a length changes.
 """
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .views import View
+from .calls import Call, Made, Out
+from .views import In
 
 
 def kernel(function):
@@ -46,51 +45,36 @@ def dry() -> Iterator[None]:
         _is_dry = before
 
 
-class Launch:
-    """`function` over a grid of programs with `arguments`, of which the views wait for tensors.
+def launch(
+    function,
+    programs: Sequence[int],
+    arguments: Sequence,
+    made: Sequence[Made | None],
+    args: tuple,
+    finish: Callable | None = None,
+    units: Sequence[int] = (16, 8, 1),
+    **options,
+) -> Call:
+    """A call of a Triton kernel over a grid of programs, with constants and num_warps as options.
 
-    `units` are what ALIGN may be; the first that divides all strides and lengths is it. A grid
-    without programs launches nothing.
+    `units` are what ALIGN may be; the first that divides all strides and lengths is it.
     """
-
-    def __init__(
-        self,
-        function,
-        programs: Sequence[int],
-        arguments: Sequence[View | int | float],
-        units: Sequence[int] = (16, 8, 1),
-        **options,
-    ):
-        lengths = [n for n in arguments if isinstance(n, Elements)]
-        for view in arguments:
-            lengths += view.strides if isinstance(view, View) else ()
-        if "ALIGN" not in function.arg_names:
-            units = (1,)
+    lengths = [n for n in arguments if isinstance(n, Elements)]
+    for argument in arguments:
+        lengths += argument.strides if isinstance(argument, (In, Out)) else ()
+    align = 1
+    if "ALIGN" in function.arg_names:
         align = next(unit for unit in units if all(n % unit == 0 for n in lengths))
-        self.flat, self.slots, self.copied = [], [], []
-        for argument in arguments:
-            if isinstance(argument, View):
-                if argument.is_copied:
-                    self.copied.append(len(self.slots))
-                self.slots.append(len(self.flat))
-                self.flat += None, *(stride // align for stride in argument.strides)
-            else:
-                is_length = isinstance(argument, Elements)
-                self.flat.append(int(argument) // align if is_length else argument)
-        self.function, self.programs = function, tuple(programs)
-        self.is_empty = 0 in self.programs
-        self.options = options | (dict(ALIGN=align) if "ALIGN" in function.arg_names else {})
+        options["ALIGN"] = align
+    flat = []
+    for argument in arguments:
+        if isinstance(argument, (In, Out)):
+            flat += argument, *(stride // align for stride in argument.strides)
+        else:
+            flat.append(argument // align if isinstance(argument, Elements) else argument)
 
-    def __call__(self, *tensors: Tensor | None) -> None:
-        """Start it on one tensor, or None, for each view, in the current stream."""
-        if self.is_empty:
-            return
-        if self.copied:
-            tensors = list(tensors)
-            for i in self.copied:
-                tensors[i] = tensors[i].contiguous()
-        flat = self.flat.copy()
-        for slot, tensor in zip(self.slots, tensors, strict=True):
-            flat[slot] = tensor
+    def start(*flat) -> None:
         if not _is_dry:
-            self.function.run(*flat, grid=self.programs, warmup=False, **self.options)
+            function.run(*flat, grid=programs, warmup=False, **options)
+
+    return Call(start, flat, made, args, finish, 0 in programs)

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .grid import Elements, Launch
+from .calls import Call
+from .grid import Elements, launch
 from .shares import multiprocessors
 from .tuning import tuned
-from .views import View
 
 UNITS = 8, 1  # what ALIGN may be: 8 elements are 16 bytes of a 2-byte dtype
 
@@ -37,12 +37,12 @@ class LatentGrid:
         """Give each program as many tiles as leave every multiprocessor eight programs."""
         self.tiles = max(1, self.samples * self.programs // (8 * multiprocessors(self.x.device)))
 
-    def launch(self, function, *arguments: View | int | float, **options) -> Launch:
+    def launch(self, function, arguments, made, args, finish=None, **options) -> Call:
         """Of `function` with (length, programs) and then `arguments`."""
         programs = self.samples * self.programs if self.x.numel() else 0
         arguments = Elements(self.length), self.programs, *arguments
         options |= dict(BLOCK=self.block, num_warps=self.num_warps)
-        return Launch(function, (programs,), arguments, UNITS, **options)
+        return launch(function, (programs,), arguments, made, args, finish, UNITS, **options)
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 """What the blocks know of time and class, one row a sample.
 
-c and delta do not depend on the block, so on one device the conditioning of all blocks is a few
-grouped GEMMs before the first block (`condition_blocks`). They read every block's weights at once,
-which must lie there whole and plain. Sharded, offloaded, wrapped or compiled blocks each form
-their own inside their forward, by calling their layers (`condition_block`).
+c and delta do not depend on the block, so on a GPU the conditioning of all blocks is a few grouped
+GEMMs before the first block (`condition_blocks`). They read every block's weights at once, which
+must lie there whole and plain. Sharded, offloaded, wrapped or compiled blocks, and all on a CPU,
+form their own inside their forward, by calling their layers (`condition_block`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ..swiglu.op import swiglu
 from .layers import is_plain, swiglu_mlp
 from .packing import pack
+
+WITHOUT_LAUNCHES = {"cpu"}  # one large GEMM is no faster there than several small ones
 
 
 class BlockConditioning(NamedTuple):
@@ -39,13 +41,16 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def can_group(model: nn.Module) -> bool:
-    """Whether all blocks' conditioning layers are plain, whole, and on one device.
+    """Whether to condition all blocks at once and to pack projections: plain layers, whole and on
+    one device where launches cost something.
 
-    Inside torch.compile they would be copied together at every call: each block reads its own.
+    Inside torch.compile weights would be copied together at every call: each block reads its own.
     """
-    if torch.compiler.is_compiling() or is_sharded(model) or any(map(is_sharded, model.blocks)):
+    device = model.x_embedder.proj.weight.device
+    if device.type in WITHOUT_LAUNCHES or torch.compiler.is_compiling():
         return False
-    device = model.blocks[0].attn.proj.weight.device
+    if is_sharded(model) or any(map(is_sharded, model.blocks)):
+        return False
     return all(
         is_plain(layer) and layer.weight.device == device
         for block in model.blocks

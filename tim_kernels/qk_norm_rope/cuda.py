@@ -5,11 +5,12 @@ import torch
 from torch import Tensor
 
 from ..dispatch import extension
-from ..launch.dense import Reader, one_dtype, tokens_per_block
+from ..launch.calls import Made, Out
+from ..launch.dense import call, made_as, one_dtype, read_as, tokens_per_block
 from ..launch.shares import MOST, samples_and_length
-from ..launch.views import View, view_cond, view_heads, view_vector
+from ..launch.views import In, view_cond, view_heads, view_vectors
 from .frequencies import frequencies
-from .gradients import packed, separate
+from .gradients import QKV, as_backward, filled, of_qkv, slot
 from .positions import is_rotated, period_of, periods_of
 
 THREADS, TOKENS, CHUNK = 288, 2, 8  # as in csrc/heads.cuh and common.cuh
@@ -22,40 +23,41 @@ def _strides(x: Tensor) -> tuple[int, ...]:
     return tuple(s if n > 1 else 0 for n, s in zip(x.shape, x.stride(), strict=True))
 
 
-def _view_pair(is_packed: bool, *pair: Tensor | None) -> list[View]:
-    """q and k as the kernels read them: with the same strides, a block's tokens within 2^31
+def _read_pair(args: tuple, q: int, k: int, dtype: torch.dtype) -> list[In]:
+    """Two arguments as the kernels read them: with the same strides, a block's tokens within 2^31
     elements. Views of one packed tensor are so, and contiguous ones; any others are copied."""
-    views = [view_heads(x, is_packed) for x in pair]
-    given = [(x, view) for x, view in zip(pair, views, strict=True) if x is not None]
-    strides = {_strides(x)[:-1] for x, _ in given}
-    if len(strides) == 1 and not any(view.is_copied for _, view in given):
+    views = view_heads(args, q, k, is_packed=args[-2] is not None)
+    given = [args[i] for i in (q, k) if args[i] is not None]
+    strides = {_strides(x)[:-1] for x in given}
+    is_one = len(strides) == 1 and all(view.change is None for view in views)
+    if is_one:
         *_, of_token, of_head = next(iter(strides))
-        if MOST * of_token + given[0][0].shape[-2] * of_head < 2**31:
-            return views
-    return [View(view.strides, x is not None and not x.is_contiguous())
-            for x, view in zip(pair, views, strict=True)]  # fmt: skip
+        is_one = MOST * of_token + given[0].shape[-2] * of_head < 2**31
+    if not is_one:
+        views = view_vectors(args, q, k)
+    return read_as(dtype, args, views)
 
 
-def _rows(*rows: Tensor | None) -> list:
+def _read_rows(args: tuple, *rows: int) -> list[In]:
     """Weights and shifts: without gaps, and not float64."""
-    wide = torch.float32
-    return [
-        (row, wide if row is None or row.dtype == torch.float64 else row.dtype, _view_row(row))
-        for row in rows
-    ]
+    read = []
+    for i in rows:
+        row = args[i]
+        (view,) = view_cond(args, i) if row is not None and row.ndim == 2 else view_vectors(args, i)
+        is_double = row is None or row.dtype == torch.float64
+        read += read_as(torch.float32 if is_double else row.dtype, args, [view])
+    return read
 
 
-def _view_row(row: Tensor | None) -> View:
-    return view_cond(row) if row is not None and row.ndim == 2 else view_vector(row)
-
-
-def _positions(q, positions, grid, sizes, order) -> tuple:
-    """The kernels' arguments from positions to freq."""
+def _positions(args: tuple, first: int) -> list:
+    """The kernels' arguments from positions to freq; positions are argument `first`."""
+    positions, grid, sizes, order = args[first : first + 4]
     if not is_rotated(positions, grid, sizes):
-        return None, 0, None, None
-    positions = None if positions is None else positions.contiguous()
-    freq = frequencies(q.shape[-1], q.device)
-    return positions, period_of(grid, order), periods_of(sizes, order), freq
+        return [None, 0, None, None]
+    q = next(x for x in args if x is not None)
+    periods = In(first + 2, change=lambda sizes: periods_of(sizes, order))
+    where = *view_vectors(args, first), period_of(grid, order), periods
+    return [*where, frequencies(q.shape[-1], q.device)]
 
 
 def _plan(q, sides, blocks, cu, max_length) -> tuple[int, int, int, int]:
@@ -71,79 +73,61 @@ def _plan(q, sides, blocks, cu, max_length) -> tuple[int, int, int, int]:
     return share, heads, slots, columns
 
 
-def forward(q, k, *rows_and_tail):
+def forward(*args):
     """(q', k'), an empty tensor for k' if there is no k."""
+    q, k, *_, eps, cu, max_length = args
     if q.shape[-1] > WIDEST:
         return None
-    rows, (*_, cu, max_length) = rows_and_tail[:6], rows_and_tail[6:]
-    dtype, views = one_dtype(q, k), _view_pair(cu is not None, q, k)
-    pairs = ((x, dtype, view) for x, view in zip((q, k), views, strict=True))
-    read = Reader(*pairs, *_rows(*rows))
+    dtype = one_dtype(q, k)
     *plan, _ = _plan(q, 1 if k is None else 2, FORWARD_BLOCKS, cu, max_length)
-    launch = extension.ops().qk_norm_rope_forward.default
-
-    def run(q, k, *rows_and_tail):
-        rows, (*where, eps, cu, max_length) = rows_and_tail[:6], rows_and_tail[6:]
-        dtypes = q.dtype, q.dtype if k is None else k.dtype
-        q, k, *rows = read(q, k, *rows)
-        q_out = q.new_empty(q.shape)
-        k_out = None if k is None else k.new_empty(k.shape)
-        if q.numel():
-            launch(q, k, *rows, *_positions(q, *where), q_out, k_out, eps, cu, max_length, *plan)
-        k_out = q.new_empty(0) if k is None else k_out
-        return q_out.to(dtypes[0]), k_out.to(dtypes[1])
-
-    return run
+    return call(
+        extension.ops().qk_norm_rope_forward,
+        (*_read_pair(args, 0, 1, dtype), *_read_rows(args, *range(2, 8)), *_positions(args, 8),
+         Out(0), Out(1), eps, In(13), max_length, *plan),
+        (made_as(dtype, q), made_as(dtype, k)), args, is_empty=q.numel() == 0,
+    )  # fmt: skip
 
 
-def _backward(dq_out, dk_out, q, k, *rows_tail_and_targets):
-    """Fill dq and dk; (shifts, affine), as triton.py's."""
-    if q.shape[-1] > WIDEST:
-        return None
-    rows, (*_, cu, max_length) = rows_tail_and_targets[:4], rows_tail_and_targets[4:-2]
-    tensors, is_packed = (dq_out, dk_out, q, k), cu is not None
-    dtype = one_dtype(*tensors)
-    views = *_view_pair(is_packed, dq_out, dk_out), *_view_pair(is_packed, q, k)
-    pairs = ((x, dtype, view) for x, view in zip(tensors, views, strict=True))
-    read = Reader(*pairs, *_rows(*rows))
-    is_empty = q.numel() == 0 or (dq_out is None and dk_out is None)
+def _backward(args: tuple, q_and_k: list[In], targets, made, of: tuple, dtype: torch.dtype):
+    """Fill `targets`, dq and dk, which are of those `made`, as triton.py's."""
+    dq_out, dk_out, q, _, q_weight, k_weight, q_shift, k_shift, *_, eps, cu, max_length = args
     sides = 1 if dq_out is None or dk_out is None else 2
     *plan, columns = _plan(q, sides, BACKWARD_BLOCKS, cu, max_length)
     samples, length = samples_and_length(q, cu, max_length)
     tiles, (H, D) = -(-length // plan[0]), q.shape[-2:]
-    make = torch.zeros if is_empty else torch.empty
-    q_weight, k_weight, q_shift, k_shift = rows
     is_shifted = q_shift is not None or k_shift is not None
     is_normed = q_weight is not None or k_weight is not None
-    launch = extension.ops().qk_norm_rope_backward.default
-
-    def run(dq_out, dk_out, q, k, *rows_tail_and_targets):
-        *where, eps, cu, max_length, dq, dk = rows_tail_and_targets[4:]
-        targets, device = (dq, dk), q.device
-        dq_out, dk_out, q, k, *rows = read(dq_out, dk_out, q, k, *rows_tail_and_targets[:4])
-        dq, dk = (
-            x if x is None or x.dtype == dtype else x.new_empty(x.shape, dtype=dtype)
-            for x in targets
-        )
-        shifts = affine = None
-        if is_shifted:
-            shifts = make((2, samples, tiles, H * D), dtype=torch.float32, device=device)
-        if is_normed:
-            affine = make((4, samples * tiles * columns, D), dtype=torch.float32, device=device)
-        if not is_empty:
-            launch(
-                dq_out, dk_out, q, k, *rows, *_positions(q, *where), dq, dk, shifts, affine,
-                eps, cu, max_length, *plan,
-            )  # fmt: skip
-        for target, made in zip(targets, (dq, dk), strict=True):
-            if target is not made:
-                target.copy_(made)
-        return (
-            q.new_empty((2, 0, H * D), dtype=torch.float32) if shifts is None else shifts.sum(2),
-            q.new_empty((4, D), dtype=torch.float32) if affine is None else affine.sum(1),
-        )
-
-    return run
+    shifts = Made((2, samples, tiles, H * D) if is_shifted else (2, 0, 0, H * D), torch.float32)
+    affine = Made((4, samples * tiles * columns if is_normed else 0, D), torch.float32)
+    sums = Out(len(made)) if is_shifted else None, Out(len(made) + 1) if is_normed else None
+    return call(
+        extension.ops().qk_norm_rope_backward,
+        (*_read_pair(args, 0, 1, dtype), *q_and_k, *_read_rows(args, *range(4, 8)),
+         *_positions(args, 8), *targets, *sums, eps, In(13), max_length, *plan),
+        (*made, shifts, affine), of,
+        finish=lambda *made: (*made[:-2], made[-2].sum(2), made[-1].sum(1)),
+        is_empty=q.numel() == 0 or (dq_out is None and dk_out is None),
+    )  # fmt: skip
 
 
-backward, packed_backward = separate(_backward), packed(_backward)
+def backward(*args):
+    """(dq, dk, shifts, affine), empty those of dq and dk whose gradient does not exist."""
+    if args[2].shape[-1] > WIDEST:
+        return None
+    dtype = one_dtype(*args[:4])
+    made = [
+        None if gradient is None else made_as(dtype, x)
+        for gradient, x in zip(args[:2], args[2:4], strict=True)
+    ]
+    return _backward(args, _read_pair(args, 2, 3, dtype), (Out(0), Out(1)), made, args, dtype)
+
+
+def packed_backward(*args):
+    """(dqkv, shifts, affine)."""
+    if args[QKV].shape[-1] > WIDEST:
+        return None
+    plain, dtype = as_backward(args), one_dtype(*args[:2], args[QKV])
+    pair = _read_pair(plain, 2, 3, dtype)
+    q_and_k = [of_qkv(view, which) for which, view in enumerate(pair)]
+    targets = [None if args[i] is None else slot((), i) for i in (0, 1)]
+    return filled(_backward(plain, q_and_k, targets, (made_as(dtype, args[QKV]),), args, dtype))

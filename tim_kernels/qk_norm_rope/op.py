@@ -1,25 +1,26 @@
 """QK-norm with axial RoPE: operators, derivatives and public functions."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ..checks import check_cond, check_same_device, check_tokens, is_double
-from ..dispatch.backend import Op
-from ..dispatch.operators import Derivative, Operator, can_differentiate
+from ..dispatch.backend import Op, requested
+from ..dispatch.operators import Derivative, Operator, Planned
+from ..dispatch.plans import Plans, signature
 from ..segments import Segments, packing
-from . import cpu, reference
+from . import cpu, cuda, reference
 from .positions import check_positions, period_of, periods_of
 
 
-def _kernels(backend: str):
-    if backend == "cuda":
-        from . import cuda as kernels
-    else:
-        from . import triton as kernels
-    return kernels
+def _triton():
+    from . import triton
+
+    return triton
 
 
-OP = Op("qk_norm_rope", _kernels)
+OP = Op("qk_norm_rope", _triton, cuda)
 _TAIL = (
     "Tensor? positions, SymInt[]? grid, Tensor? sizes, str order, float eps, "
     "Tensor? cu_seqlens, SymInt max_length"
@@ -68,78 +69,47 @@ packed_backward_op = Operator(
     "-> (Tensor, Tensor, Tensor)",
     _packed_backward_fake,
 )
-jvp_op = Operator(
-    OP,
-    "qk_norm_rope_jvp(Tensor q, Tensor? k, Tensor? q_weight, Tensor? k_weight, Tensor? q_shift, "
-    "Tensor? k_shift, Tensor? tq, Tensor? tk, Tensor? tq_weight, Tensor? tq_bias, "
-    f"Tensor? tk_weight, Tensor? tk_bias, Tensor? tq_shift, Tensor? tk_shift, {_TAIL}) "
-    "-> (Tensor, Tensor)",
-    _forward_fake,
-)
 
 
-def _setup_context(ctx, inputs, output):
-    q, k, q_weight, q_bias, k_weight, k_bias, q_shift, k_shift = inputs[:8]
-    positions, grid, sizes, order, eps, cu, max_length = inputs[8:]
-    saved = q, k, q_weight, k_weight, q_shift, k_shift, positions, sizes, cu
-    ctx.save_for_backward(*saved)
-    ctx.save_for_forward(*saved)
-    ctx.grid, ctx.order, ctx.eps, ctx.max_length = grid, order, eps, max_length
-    ctx.dtypes = [None if x is None else x.dtype for x in inputs[2:8]]
-    ctx.leading = [None if x is None else x.shape[0] for x in (q_shift, k_shift)]
+def _vjp(args, needs, dq_out, dk_out):
+    q, k, *rows = args[:8]
+    dk_out = None if k is None else dk_out
+    dq, dk, *sums = backward_op(dq_out, dk_out, q, k, *_without_biases(rows), *args[8:])
+    of_rows = _of_rows(rows, *sums, dq_out, dk_out)
+    return None if dq_out is None else dq, None if dk_out is None else dk, *of_rows
 
 
-def _saved(ctx):
-    """The tokens (q and k, or qkv and None), then weights and shifts, then the operators' tail."""
-    *tokens_and_rows, positions, sizes, cu = ctx.saved_tensors
-    tail = positions, ctx.grid, sizes, ctx.order, ctx.eps, cu, ctx.max_length
-    return tokens_and_rows[:2], tokens_and_rows[2:], tail
+def _packed_vjp(args, needs, dq_out, dk_out, dv):
+    qkv, *rows = args[:7]
+    dqkv, *sums = packed_backward_op(dq_out, dk_out, dv, qkv, *_without_biases(rows), *args[7:])
+    return dqkv, *_of_rows(rows, *sums, dq_out, dk_out)
 
 
-def _vjp(ctx, dq_out, dk_out):
-    (q, k), rows, tail = _saved(ctx)
-    if k is None:
-        dk_out = None
-    dq, dk, *sums = backward_op(dq_out, dk_out, q, k, *rows, *tail)
-    dq = None if dq_out is None else dq
-    dk = None if dk_out is None else dk
-    return dq, dk, *_row_gradients(ctx, *sums, dq_out, dk_out), *(None,) * 7
+def _without_biases(rows):
+    q_weight, _, k_weight, _, q_shift, k_shift = rows
+    return q_weight, k_weight, q_shift, k_shift
 
 
-def _row_gradients(ctx, shifts: Tensor, affine: Tensor, dq_out, dk_out) -> list[Tensor | None]:
+def _of_rows(rows, shifts: Tensor, affine: Tensor, dq_out, dk_out) -> list[Tensor | None]:
     """Gradients of the weights, biases and shifts in their own leading sizes and dtypes."""
-    is_made = dq_out is not None, dk_out is not None
-    rows = [*affine.unbind(0), *shifts.unbind(0)]
-    for i, dtype in enumerate(ctx.dtypes):
-        if dtype is None or not is_made[i // 2 if i < 4 else i - 4]:
-            rows[i] = None
-        elif i >= 4 and ctx.leading[i - 4] == 1:
-            rows[i] = rows[i].sum(0, keepdim=True)
-    return [
-        None if row is None else row.to(dtype) for row, dtype in zip(rows, ctx.dtypes, strict=True)
-    ]
+    has_q, has_k = dq_out is not None, dk_out is not None
+    is_made = has_q, has_q, has_k, has_k, has_q, has_k
+    found = []
+    for row, total, made in zip(rows, (*affine.unbind(0), *shifts.unbind(0)), is_made, strict=True):
+        if row is not None and row.ndim == 2 and row.shape[0] == 1:
+            total = total.sum(0, keepdim=True)
+        found.append(total.to(row.dtype) if row is not None and made else None)
+    return found
 
 
-def _tangent(ctx, *tangents):
-    tokens, rows, tail = _saved(ctx)
-    return jvp_op(*tokens, *rows, *tangents[:8], *tail)
-
-
-def _packed_setup_context(ctx, inputs, output):
-    _setup_context(ctx, (inputs[0], None, *inputs[1:]), output)
-
-
-def _packed_vjp(ctx, dq_out, dk_out, dv):
-    (qkv, _), rows, tail = _saved(ctx)
-    dqkv, *sums = packed_backward_op(dq_out, dk_out, dv, qkv, *rows, *tail)
-    return dqkv, *_row_gradients(ctx, *sums, dq_out, dk_out), *(None,) * 7
-
-
-def _packed_tangent(ctx, tqkv, *tangents):
-    (qkv, _), rows, tail = _saved(ctx)
-    q, k, _ = qkv.unbind(-3)
-    tq, tk, tv = (None,) * 3 if tqkv is None else (tqkv.select(-3, i) for i in range(3))
-    return *jvp_op(q, k, *rows, tq, tk, *tangents[:6], *tail), tv
+def _packed_jvp(args, tqkv, *tangents):
+    qkv, *rest = args
+    q, k, v = qkv.unbind(-3)
+    if tqkv is None:
+        tq, tk, tv = None, None, torch.zeros_like(v)  # functorch wants a tangent of a view
+    else:
+        tq, tk, tv = tqkv.unbind(-3)
+    return *forward_op.jvp(q, k, *rest, tq, tk, *tangents[:6]), tv
 
 
 def _check(
@@ -204,10 +174,11 @@ def _on_cpu(
     return q, None if k is None else cpu.run(k, k_weight, k_bias, k_shift, grid, order, eps)
 
 
-_call = forward_op.differentiable(_check, _reference, _setup_context, _vjp, _tangent, _on_cpu)
+_call = forward_op.differentiable(8, _check, _reference, _vjp, _on_cpu)
 # The same of a packed qkv in eager code: v is a view, and backward fills one dqkv. An operator may
 # not return a view, so torch.compile gets `_call` on views instead.
-_packed = Derivative("qkv_norm_rope", _packed_setup_context, _packed_vjp, _packed_tangent)
+_packed = Derivative("qkv_norm_rope", _packed_vjp, _packed_jvp)
+_packed_runs = Plans()  # by signature, what computes it; None where the reference does
 
 
 def qk_norm_rope(
@@ -306,22 +277,38 @@ def qkv_norm_rope(
         >>> q, k, v = qkv_norm_rope(qkv, torch.ones(32), None, torch.ones(32), grid=(3, 4))
         >>> out = attention(q, k, v)
     """
-    layout = "(B, N, 3, heads, head_dim)" if segments is None else "(T, 3, heads, head_dim)"
-    if qkv.ndim != layout.count(",") + 1 or qkv.shape[-3] != 3:
-        raise ValueError(f"qkv must be {layout}, got {tuple(qkv.shape)}")
-    q, k, v = qkv.unbind(-3)
     rows = q_weight, q_bias, k_weight, k_bias, q_shift, k_shift
     args = *rows, positions, _pair(grid), sizes, order, float(eps), *packing(segments)
     if torch.compiler.is_compiling():
-        return *_call(q, k, *args), v
+        return _sliced(qkv, *args)
+    key = requested(), signature((qkv, *args))
+    return tuple(_packed_runs.find(key, _packed_run, qkv, args)(qkv, *args))
+
+
+def _slices(qkv, args) -> tuple[Tensor, Tensor, Tensor]:
+    layout = "(B, N, 3, heads, head_dim)" if args[-2] is None else "(T, 3, heads, head_dim)"
+    if qkv.ndim != layout.count(",") + 1 or qkv.shape[-3] != 3:
+        raise ValueError(f"qkv must be {layout}, got {tuple(qkv.shape)}")
+    return qkv.unbind(-3)
+
+
+def _sliced(qkv, *args):
+    q, k, v = _slices(qkv, args)
+    return *_call(q, k, *args), v
+
+
+def _packed_run(qkv, args):
+    """What computes arguments like these."""
+    q, k, _ = _slices(qkv, args)
     planned = forward_op.planned((q, k, *args))
-    if planned.run is None or not can_differentiate((qkv, *rows)):
-        return *planned.call(q, k, *args), v
+    if planned.run is None:
+        return _sliced
 
     def run(qkv, *args):
-        return *planned.run(qkv.select(-3, 0), qkv.select(-3, 1), *args), qkv.select(-3, 2)
+        q, k, v = qkv.unbind(-3)
+        return *planned.run(q, k, *args), v
 
-    return tuple(_packed(run, qkv, *args))
+    return partial(_packed, Planned((qkv, *args), None, run))
 
 
 def _pair(grid) -> tuple[int, int] | None:

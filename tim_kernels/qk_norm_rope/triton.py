@@ -23,13 +23,14 @@ In the kernels xa, xb are the two pieces of a row, g gradients, t tangents, and 
 import torch
 import triton.language as tl
 
-from ..launch.grid import Launch, kernel
+from ..launch.calls import Made, Out, like
+from ..launch.grid import kernel, launch
 from ..launch.rows import locate, pieces
 from ..launch.shares import samples_and_length, token_grid, tokens_to_reduce
 from ..launch.tuning import tuned
-from ..launch.views import POINTER, view_cond, view_heads, view_vector
+from ..launch.views import In, contiguous_strides, view_cond, view_heads, view_vectors
 from .frequencies import frequencies
-from .gradients import packed, separate
+from .gradients import QKV, as_backward, filled, of_qkv, slot
 from .heads import backward_heads, forward_heads, jvp_heads, locate_tokens
 from .positions import is_rotated, period_of, periods_of
 from .rotation import axial_turn
@@ -137,112 +138,103 @@ def _tile(direction: str, x) -> dict[str, int]:
     return dict(H=H, D=D, A=A, B=B, T=rows // HB, HB=HB, num_warps=num_warps)
 
 
-def _view_positions(positions, grid, sizes, order) -> list:
-    """The kernels' arguments from position_ptr to freq_ptr."""
+def _positions(args: tuple, first: int) -> list:
+    """The kernels' arguments from position_ptr to freq_ptr; positions are argument `first`."""
+    positions, grid, sizes, order = args[first : first + 4]
     position_b = 0 if positions is None or positions.ndim == 2 else 2 * positions.shape[1]
     period_s = 0 if sizes is None else sizes.stride(0)
-    position_view = view_vector(positions)
-    return [position_view, position_b, period_of(grid, order), POINTER, period_s, POINTER]
+    periods = In(first + 2, change=lambda sizes: periods_of(sizes, order))
+    freq = None
+    if is_rotated(positions, grid, sizes):
+        q = next(x for x in args if x is not None)
+        freq = frequencies(q.shape[-1], q.device)
+    where = *view_vectors(args, first), position_b, period_of(grid, order)
+    return [*where, periods, period_s, freq]
 
 
-def _positions(q, positions, grid, sizes, order) -> tuple:
-    """The tensors of those arguments."""
-    if not is_rotated(positions, grid, sizes):
-        return None, None, None
-    return positions, periods_of(sizes, order), frequencies(q.shape[-1], q.device)
-
-
-def _split(args):
-    """The end of an operator's arguments: where tokens sit, and (eps, cu_seqlens, max_length)."""
-    return args[:4], args[4:]
-
-
-def forward(q, k, q_weight, q_bias, k_weight, k_bias, q_shift, k_shift, *tail):
+def forward(*args):
     """(q', k'), an empty tensor for k' if there is no k."""
-    where, (eps, cu, max_length) = _split(tail)
+    q, k, *_, eps, cu, max_length = args
     tile = _tile("forward", q)
     programs, length, tiles = token_grid(q, cu, max_length, tile["T"])
-    launch = Launch(
+    return launch(
         _qk_norm_rope_forward_kernel, (programs,),
-        (POINTER, length, tiles, *(view_heads(x, cu is not None) for x in (q, k)),
-         *map(view_vector, (q_weight, q_bias, k_weight, k_bias)),
-         *map(view_cond, (q_shift, k_shift)), *_view_positions(*where), POINTER, POINTER, eps),
-        **tile,
+        (In(13), length, tiles, *view_heads(args, 0, 1, is_packed=cu is not None),
+         *view_vectors(args, 2, 3, 4, 5), *view_cond(args, 6, 7), *_positions(args, 8),
+         Out(0), Out(1), eps),
+        (like(q), like(k)), args, **tile,
     )  # fmt: skip
 
-    def run(q, k, *rows_and_tail):
-        rows, (where, (_, cu, _)) = rows_and_tail[:6], _split(rows_and_tail[6:])
-        q_out = q.new_empty(q.shape)
-        k_out = q.new_empty(0) if k is None else k.new_empty(k.shape)
-        launch(cu, q, k, *rows, *_positions(q, *where), q_out, k_out)
-        return q_out, k_out
 
-    return run
-
-
-def _backward(dq_out, dk_out, q, k, q_weight, k_weight, q_shift, k_shift, *tail_and_targets):
-    """Fill dq and dk; (shifts, affine), float32: shifts (2, samples, heads·head_dim) for q and k,
-    affine (4, head_dim) for q's weight and bias and k's. What nobody asked for is empty
-    or unset."""
-    *tail, dq, dk = tail_and_targets
-    where, (eps, cu, max_length) = _split(tail)
+def _backward(args: tuple, q_and_k: list[In], targets: list, made: tuple, of: tuple):
+    """Of a call with arguments `of`, like `args` of `backward`: fill `targets`, dq and dk, each a
+    pointer and three strides, which are of those `made`. The sums of the rows' gradients come last:
+    shifts (2, samples, heads·head_dim) for q and k, affine (4, head_dim) for q's weight and bias
+    and k's, both float32. What nobody asked for is empty or unset."""
+    _, _, q, _, q_weight, k_weight, q_shift, k_shift, *_, eps, cu, max_length = args
     (H, D), tile, is_packed = q.shape[-2:], _tile("backward", q), cu is not None
     columns = H // tile["HB"]
     tokens = tokens_to_reduce(q, cu, max_length, tile["num_warps"], tile["T"], columns)
     programs, length, tiles = token_grid(q, cu, max_length, tokens)
-    launch = Launch(
-        _qk_norm_rope_backward_kernel, (programs, columns),
-        (POINTER, length, tiles, tokens,
-         *(view_heads(x, is_packed) for x in (dq_out, dk_out, q, k)),
-         *map(view_vector, (q_weight, k_weight)), *map(view_cond, (q_shift, k_shift)),
-         *_view_positions(*where), *(view_heads(x, is_packed) for x in (dq, dk)),
-         *[POINTER] * 4, programs, eps),
-        **tile,
-    )  # fmt: skip
     samples, _ = samples_and_length(q, cu, max_length)
     is_shifted = q_shift is not None or k_shift is not None
     is_normed = q_weight is not None or k_weight is not None
-    shift_shape = (2, samples, tiles, H * D) if is_shifted else (2, 0, 0, H * D)
-    affine_shape = 4, programs * columns if is_normed else 0, D
-    make = torch.zeros if launch.is_empty else torch.empty
-
-    def run(dq_out, dk_out, q, k, q_weight, k_weight, q_shift, k_shift, *tail_and_targets):
-        *tail, dq, dk = tail_and_targets
-        where, (_, cu, _) = _split(tail)
-        shifts = make(shift_shape, dtype=torch.float32, device=q.device)
-        affine = make(affine_shape, dtype=torch.float32, device=q.device)
-        launch(
-            cu, dq_out, dk_out, q, k, q_weight, k_weight, q_shift, k_shift,
-            *_positions(q, *where), dq, dk, shifts[0], shifts[1], affine[:2], affine[2:],
-        )  # fmt: skip
-        return shifts.sum(2), affine.sum(1)
-
-    return run
-
-
-backward, packed_backward = separate(_backward), packed(_backward)
-
-
-def jvp(q, k, q_weight, k_weight, q_shift, k_shift, tq, tk, *tangents_and_tail):
-    """Tangents of (q', k'); a tangent that is None is zero."""
-    rows, tail = tangents_and_tail[:6], tangents_and_tail[6:]
-    where, (eps, cu, max_length) = _split(tail)
-    tile, is_packed = _tile("jvp", q), cu is not None
-    programs, length, tiles = token_grid(q, cu, max_length, tile["T"])
-    launch = Launch(
-        _qk_norm_rope_jvp_kernel, (programs,),
-        (POINTER, length, tiles, *(view_heads(x, is_packed) for x in (q, k)),
-         *map(view_vector, (q_weight, k_weight)), *map(view_cond, (q_shift, k_shift)),
-         *(view_heads(x, is_packed) for x in (tq, tk)), *map(view_vector, rows[:4]),
-         *map(view_cond, rows[4:]), *_view_positions(*where), POINTER, POINTER, eps),
-        **tile,
+    shifts = Made((2, samples, tiles, H * D) if is_shifted else (2, 0, 0, H * D), torch.float32)
+    affine = Made((4, programs * columns if is_normed else 0, D), torch.float32)
+    of_shift, of_affine = len(made), len(made) + 1
+    sums = (
+        Out(of_shift, (), lambda x: x[0]), Out(of_shift, (), lambda x: x[1]),
+        Out(of_affine, (), lambda x: x[:2]), Out(of_affine, (), lambda x: x[2:]),
+    )  # fmt: skip
+    return launch(
+        _qk_norm_rope_backward_kernel, (programs, columns),
+        (In(13), length, tiles, tokens, *view_heads(args, 0, 1, is_packed=is_packed), *q_and_k,
+         *view_vectors(args, 4, 5), *view_cond(args, 6, 7), *_positions(args, 8), *targets, *sums,
+         programs, eps),
+        (*made, shifts, affine), of,
+        finish=lambda *made: (*made[:-2], made[-2].sum(2), made[-1].sum(1)), **tile,
     )  # fmt: skip
 
-    def run(q, k, *args):
-        tensors, (where, (_, cu, _)) = args[:12], _split(args[12:])
-        tq_out = q.new_empty(q.shape)
-        tk_out = q.new_empty(0) if k is None else k.new_empty(k.shape)
-        launch(cu, q, k, *tensors, *_positions(q, *where), tq_out, tk_out)
-        return tq_out, tk_out
 
-    return run
+def _by_token(strides: tuple[int, ...], is_packed: bool) -> tuple[int, ...]:
+    return (0, *strides[:2]) if is_packed else strides[:3]
+
+
+def backward(*args):
+    """(dq, dk, shifts, affine), empty those of dq and dk whose gradient does not exist."""
+    dq_out, dk_out, q, k, *_, cu, _ = args
+    strides = _by_token(contiguous_strides(q.shape), cu is not None)
+    targets = [
+        n for i in (0, 1) for n in ((None, 0, 0, 0) if args[i] is None else (Out(i, strides),))
+    ]
+    q_and_k = view_heads(args, 2, 3, is_packed=cu is not None)
+    return _backward(args, q_and_k, targets, (like(q, dq_out), like(k, dk_out)), args)
+
+
+def packed_backward(*args):
+    """(dqkv, shifts, affine)."""
+    is_packed, qkv = args[-2] is not None, args[QKV]
+    of_dqkv = contiguous_strides(qkv.shape)
+    strides = _by_token(of_dqkv[:-3] + of_dqkv[-2:], is_packed)
+    targets = [
+        n for i in (0, 1) for n in ((None, 0, 0, 0) if args[i] is None else (slot(strides, i),))
+    ]
+    plain = as_backward(args)
+    views = view_heads(plain, 2, 3, is_packed=is_packed)
+    q_and_k = [of_qkv(view, which) for which, view in enumerate(views)]
+    return filled(_backward(plain, q_and_k, targets, (like(qkv),), args))
+
+
+def jvp(*args):
+    """Tangents of (q', k'); a tangent that is None is zero."""
+    q, k, *_, eps, cu, max_length = args[:15]
+    tile, is_packed = _tile("jvp", q), cu is not None
+    programs, length, tiles = token_grid(q, cu, max_length, tile["T"])
+    return launch(
+        _qk_norm_rope_jvp_kernel, (programs,),
+        (In(13), length, tiles, *view_heads(args, 0, 1, is_packed=is_packed),
+         *view_vectors(args, 2, 4), *view_cond(args, 6, 7),
+         *view_heads(args, 15, 16, is_packed=is_packed), *view_vectors(args, 17, 18, 19, 20),
+         *view_cond(args, 21, 22), *_positions(args, 8), Out(0), Out(1), eps),
+        (like(q), like(k)), args, **tile,
+    )  # fmt: skip

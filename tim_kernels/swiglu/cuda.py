@@ -1,53 +1,53 @@
 """Launchers of csrc/swiglu.cu, as triton.py's; tangents are Triton's."""
 
+from torch import Tensor
+
 from ..dispatch import extension
-from ..launch.dense import Reader, one_dtype
+from ..launch.calls import Made, Out
+from ..launch.dense import call, made_as, one_dtype, read_as
 from ..launch.views import view_matrix
 
 
-def _reader(*tensors) -> Reader:
-    dtype = one_dtype(*tensors)
-    return Reader(*((x, dtype, view_matrix(x)) for x in tensors))
+def _matrix(copy=None, half: int | None = None):
+    """(rows, C) of a tensor, or of its first or second half."""
+
+    def change(x: Tensor) -> Tensor:
+        x = x if copy is None else copy(x)
+        x = x.reshape(-1, x.shape[-1])
+        return x if half is None else x.chunk(2, dim=1)[half]
+
+    return change
 
 
-def _matrices(gate, value):
-    """gate and value as (rows, C); of a packed tensor, its halves."""
-    gate = gate.reshape(-1, gate.shape[-1])
-    return gate.chunk(2, dim=1) if value is None else (gate, value.reshape(-1, value.shape[-1]))
+def _read(args: tuple, gate: int) -> list:
+    """gate, argument `gate`, and value as (rows, C), after whatever comes before them."""
+    dtype, is_packed = one_dtype(*args), args[gate + 1] is None
+    *before, gate, value = read_as(dtype, args, view_matrix(args, *range(len(args))))
+    if is_packed:
+        halves = [gate._replace(change=_matrix(gate.change, half)) for half in (0, 1)]
+    else:
+        halves = [view._replace(change=_matrix(view.change)) for view in (gate, value)]
+    return [*(view._replace(change=_matrix(view.change)) for view in before), *halves]
 
 
-def forward(gate, value):
+def forward(*args):
     """silu(gate)·value; value None says that gate is packed."""
-    read = _reader(gate, value)
-    C = gate.shape[-1] if value is not None else gate.shape[-1] // 2
-    shape = *gate.shape[:-1], C
-    launch = extension.ops().swiglu_forward.default
-
-    def run(gate, value):
-        dtype = gate.dtype
-        gate, value = read(gate, value)
-        out = gate.new_empty(shape)
-        if out.numel():
-            launch(*_matrices(gate, value), out.view(-1, C))
-        return out.to(dtype)
-
-    return run
+    gate, value = args
+    dtype, C = one_dtype(*args), gate.shape[-1] if value is not None else gate.shape[-1] // 2
+    made = Made((*gate.shape[:-1], C), dtype, returned=gate.dtype)
+    arguments = *_read(args, 0), Out(0, (), _matrix())
+    is_empty = 0 in made.shape
+    return call(extension.ops().swiglu_forward, arguments, (made,), args, is_empty=is_empty)
 
 
-def backward(dout, gate, value):
+def backward(*args):
     """(dgate, dvalue), or of a packed gate its gradient and an empty tensor."""
-    read = _reader(dout, gate, value)
-    launch = extension.ops().swiglu_backward.default
-
-    def run(dout, gate, value):
-        dtypes = gate.dtype, gate.dtype if value is None else value.dtype
-        dout, gate, value = read(dout, gate, value)
-        dgate = gate.new_empty(gate.shape)
-        dvalue = None if value is None else value.new_empty(value.shape)
-        if gate.numel():
-            inputs, outputs = _matrices(gate, value), _matrices(dgate, dvalue)
-            launch(dout.reshape(-1, dout.shape[-1]), *inputs, *outputs)
-        dvalue = gate.new_empty(0) if dvalue is None else dvalue
-        return dgate.to(dtypes[0]), dvalue.to(dtypes[1])
-
-    return run
+    _, gate, value = args
+    dtype = one_dtype(*args)
+    outputs = Out(0, (), _matrix()), Out(1, (), _matrix())
+    if value is None:
+        outputs = Out(0, (), _matrix(half=0)), Out(0, (), _matrix(half=1))
+    return call(
+        extension.ops().swiglu_backward, (*_read(args, 1), *outputs),
+        (made_as(dtype, gate), made_as(dtype, value)), args, is_empty=gate.numel() == 0,
+    )  # fmt: skip

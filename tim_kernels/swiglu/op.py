@@ -6,21 +6,19 @@ from torch import Tensor
 from ..checks import check_floating, is_double
 from ..dispatch.backend import Op
 from ..dispatch.operators import Operator
-from . import reference
+from . import cuda, reference
 
 
-def _kernels(backend: str):
-    if backend == "cuda":
-        from . import cuda as kernels
-    else:
-        from . import triton as kernels
-    return kernels
+def _triton():
+    from . import triton
+
+    return triton
 
 
-OP = Op("swiglu", _kernels)
+OP = Op("swiglu", _triton, cuda)
 
 
-def _output(gate, value, *tangents):
+def _output(gate, value):
     width = gate.shape[-1] if value is not None else gate.shape[-1] // 2
     return gate.new_empty((*gate.shape[:-1], width))
 
@@ -36,26 +34,13 @@ backward_op = Operator(
     "swiglu_backward(Tensor dout, Tensor gate, Tensor? value) -> (Tensor, Tensor)",
     _backward_fake,
 )
-jvp_op = Operator(
-    OP, "swiglu_jvp(Tensor gate, Tensor? value, Tensor? tgate, Tensor? tvalue) -> Tensor", _output
-)
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-    ctx.save_for_forward(*inputs)
-
-
-def _vjp(ctx, dout):
-    gate, value = ctx.saved_tensors
+def _vjp(args, needs, dout):
     if dout is None:
         return None, None
-    dgate, dvalue = backward_op(dout, gate, value)
-    return dgate, None if value is None else dvalue
-
-
-def _tangent(ctx, tgate, tvalue):
-    return jvp_op(*ctx.saved_tensors, tgate, tvalue)
+    dgate, dvalue = backward_op(dout, *args)
+    return dgate, None if args[1] is None else dvalue
 
 
 def _check(gate: Tensor, value: Tensor | None) -> bool:
@@ -87,7 +72,7 @@ def _on_cpu(gate, value):
     return F.silu(gate) * value
 
 
-_call = forward_op.differentiable(_check, reference.swiglu, _setup_context, _vjp, _tangent, _on_cpu)
+_call = forward_op.differentiable(2, _check, reference.swiglu, _vjp, _on_cpu)
 
 
 def swiglu(gate: Tensor, value: Tensor | None = None) -> Tensor:

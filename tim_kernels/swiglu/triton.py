@@ -13,9 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch.grid import Launch, kernel
+from ..launch.calls import Made, Out, like
+from ..launch.grid import kernel, launch
 from ..launch.tuning import tuned
-from ..launch.views import View, view_matrix
+from ..launch.views import In, view_matrix
+
+UNITS = 16, 8, 4, 2, 1
 
 
 @triton.jit
@@ -94,75 +97,56 @@ def _swiglu_jvp_kernel(
     tl.store(out_ptr + row * out_stride * ALIGN + column, tg * slope * v + y * tv, mask=is_row)
 
 
-def _width(gate: Tensor, value: Tensor | None) -> int:
-    return gate.shape[-1] if value is not None else gate.shape[-1] // 2
+def _halves(args: tuple, gate: int, value: int, C: int, is_packed: bool) -> list[In]:
+    """gate and value; those of a packed tensor are views of it."""
+    if not is_packed or args[gate] is None:
+        return view_matrix(args, gate, value)
+    (whole,) = view_matrix(args, gate)
+    return [whole, whole._replace(change=_second_half(C, whole.change))]
 
 
-def _views(gate: Tensor | None, value: Tensor | None, is_packed: bool) -> list[View]:
-    """Of gate and value; the halves of a packed tensor have its stride."""
-    return [view_matrix(gate), view_matrix(gate if is_packed else value)]
+def _second_half(C: int, copy=None):
+    return lambda x: (x if copy is None else copy(x)).narrow(-1, C, C)
 
 
-def _halves(gate, value, C: int, is_packed: bool):
-    """What the two views are views of."""
-    if not is_packed:
-        return gate, value
-    return (None, None) if gate is None else (gate, gate.narrow(-1, C, C))
+def _grid(gate: Tensor, value: Tensor | None) -> tuple[int, int, int, dict[str, int]]:
+    """The width C, the rows, the programs and the constants of a launch."""
+    C = gate.shape[-1] if value is not None else gate.shape[-1] // 2
+    rows = gate.shape[:-1].numel()
+    block, num_warps = tuned("swiglu", gate.device)  # 8 a thread: 16 bytes of bfloat16
+    return C, rows, triton.cdiv(rows * C, block), dict(C=C, BLOCK=block, num_warps=num_warps)
 
 
-def _launch(function, like: Tensor, C: int, *views: View) -> Launch:
-    """`function` over the (…, C) that `like`, of any width, has rows for."""
-    rows = like.shape[:-1].numel()
-    block, num_warps = tuned("swiglu", like.device)  # 8 a thread: 16 bytes of bfloat16
-    programs = triton.cdiv(rows * C, block)
-    units = 16, 8, 4, 2, 1
-    constants = dict(C=C, BLOCK=block, num_warps=num_warps)
-    return Launch(function, (programs,), (rows, *views), units, **constants)
-
-
-def forward(gate, value):
+def forward(*args):
     """silu(gate)·value; value None says that gate is packed."""
-    C, is_packed = _width(gate, value), value is None
-    views = *_views(gate, value, is_packed), View((C,))
-    launch = _launch(_swiglu_forward_kernel, gate, C, *views)
-    shape = *gate.shape[:-1], C
-
-    def run(gate, value):
-        out = gate.new_empty(shape)
-        launch(*_halves(gate, value, C, is_packed), out)
-        return out
-
-    return run
+    gate, value = args
+    C, rows, programs, constants = _grid(gate, value)
+    return launch(
+        _swiglu_forward_kernel, (programs,),
+        (rows, *_halves(args, 0, 1, C, value is None), Out(0, (C,))),
+        (Made((*gate.shape[:-1], C), gate.dtype),), args, units=UNITS, **constants,
+    )  # fmt: skip
 
 
-def backward(dout, gate, value):
+def backward(*args):
     """(dgate, dvalue), or of a packed gate its gradient and an empty tensor."""
-    C, is_packed = _width(gate, value), value is None
-    width = View((gate.shape[-1],))
-    views = view_matrix(dout), *_views(gate, value, is_packed), width, width
-    launch = _launch(_swiglu_backward_kernel, gate, C, *views)
-
-    def run(dout, gate, value):
-        dgate = gate.new_empty(gate.shape)
-        dvalue = gate.new_empty(0) if is_packed else value.new_empty(value.shape)
-        inputs = _halves(gate, value, C, is_packed)
-        launch(dout, *inputs, *_halves(dgate, dvalue, C, is_packed))
-        return dgate, dvalue
-
-    return run
+    dout, gate, value = args
+    C, rows, programs, constants = _grid(gate, value)
+    width = (gate.shape[-1],)
+    outputs = Out(0, width), Out(1, width) if value is not None else Out(0, width, _second_half(C))
+    return launch(
+        _swiglu_backward_kernel, (programs,),
+        (rows, *view_matrix(args, 0), *_halves(args, 1, 2, C, value is None), *outputs),
+        (like(gate), like(value)), args, units=UNITS, **constants,
+    )  # fmt: skip
 
 
-def jvp(gate, value, tgate, tvalue):
+def jvp(*args):
     """The tangent of silu(gate)·value; a tangent that is None is zero."""
-    C, is_packed = _width(gate, value), value is None
-    views = *_views(gate, value, is_packed), *_views(tgate, tvalue, is_packed), View((C,))
-    launch = _launch(_swiglu_jvp_kernel, gate, C, *views)
-    shape = *gate.shape[:-1], C
-
-    def run(gate, value, tgate, tvalue):
-        tout = gate.new_empty(shape)
-        inputs = _halves(gate, value, C, is_packed)
-        launch(*inputs, *_halves(tgate, tvalue, C, is_packed), tout)
-        return tout
-
-    return run
+    gate, value, _, _ = args
+    C, rows, programs, constants = _grid(gate, value)
+    pairs = (*_halves(args, 0, 1, C, value is None), *_halves(args, 2, 3, C, value is None))
+    return launch(
+        _swiglu_jvp_kernel, (programs,), (rows, *pairs, Out(0, (C,))),
+        (Made((*gate.shape[:-1], C), gate.dtype),), args, units=UNITS, **constants,
+    )  # fmt: skip

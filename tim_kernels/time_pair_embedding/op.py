@@ -14,19 +14,17 @@ from torch import Tensor
 from ..checks import check_floating, is_double
 from ..dispatch.backend import Op
 from ..dispatch.operators import Operator
-from . import reference
+from . import cuda, reference
 from .reference import CONDITIONS, DIM, TimeMLP
 
 
-def _kernels(backend: str):
-    if backend == "cuda":
-        from . import cuda as kernels
-    else:
-        from . import triton as kernels
-    return kernels
+def _triton():
+    from . import triton
+
+    return triton
 
 
-OP = Op("time_pair_embedding", _kernels)
+OP = Op("time_pair_embedding", _triton, cuda)
 
 
 def _forward_fake(t, r, times, dtype):
@@ -35,10 +33,6 @@ def _forward_fake(t, r, times, dtype):
 
 def _backward_fake(dout, t, r, times):
     return t.new_empty(t.shape), r.new_empty(r.shape)
-
-
-def _jvp_fake(t, r, tt, tr, times, dtype):
-    return _forward_fake(t, r, times, dtype)
 
 
 forward_op = Operator(
@@ -51,37 +45,18 @@ backward_op = Operator(
     "time_pair_embedding_backward(Tensor dout, Tensor t, Tensor r, str times) -> (Tensor, Tensor)",
     _backward_fake,
 )
-jvp_op = Operator(
-    OP,
-    "time_pair_embedding_jvp(Tensor t, Tensor r, Tensor? tt, Tensor? tr, str times, "
-    "ScalarType dtype) -> Tensor",
-    _jvp_fake,
-)
 
 
-def _setup_context(ctx, inputs, output):
-    t, r, ctx.times, ctx.dtype = inputs
-    ctx.save_for_backward(t, r)
-    ctx.save_for_forward(t, r)
-
-
-def _vjp(ctx, dout):
-    if dout is None:
-        return None, None, None, None
-    return *backward_op(dout, *ctx.saved_tensors, ctx.times), None, None
-
-
-def _tangent(ctx, tt, tr, *_):
-    return jvp_op(*ctx.saved_tensors, tt, tr, ctx.times, ctx.dtype)
+def _vjp(args, needs, dout):
+    t, r, times, _ = args
+    return (None, None) if dout is None else backward_op(dout, t, r, times)
 
 
 def _is_double(t, r, times, dtype) -> bool:
     return is_double(t, r) or dtype == torch.float64
 
 
-_sinusoids = forward_op.differentiable(
-    _is_double, reference.sinusoids, _setup_context, _vjp, _tangent
-)
+_sinusoids = forward_op.differentiable(2, _is_double, reference.sinusoids, _vjp)
 
 
 def time_pair_embedding(

@@ -13,11 +13,13 @@ a thread one frequency: the rows are few and short, what costs is the arithmetic
 In the kernels d is a gradient, dc and ds of cosine and sine, tt and tr tangents of t and r.
 """
 
+import torch
 import triton
 import triton.language as tl
 
-from ..launch.grid import Launch, kernel
-from ..launch.views import POINTER, View, view_vector
+from ..launch.calls import Made, Out, like
+from ..launch.grid import kernel, launch
+from ..launch.views import In, view_vectors
 from .slots import slot_codes
 
 HALF = tl.constexpr(128)  # frequencies, of which each of 4 warps has 32
@@ -127,45 +129,33 @@ def _time_pair_embedding_backward_kernel(
     tl.store(dr_ptr + sample, dr)
 
 
-def _vectors(*times) -> list[View]:
-    return [View((0 if time is None else time.stride(0),)) for time in times]
+def _times(args: tuple, *indices: int) -> list[In]:
+    return [In(i, (0 if args[i] is None else args[i].stride(0),)) for i in indices]
 
 
-def _sinusoids(function, times, dtype, *vectors):
-    (slots, codes), B = slot_codes(times), vectors[0].shape[0]
-    launch = Launch(function, (slots * B,), (B, codes, *_vectors(*vectors), POINTER), num_warps=4)
-    shape = slots, B, 2 * HALF.value
-
-    def run(*vectors):
-        out = vectors[0].new_empty(shape, dtype=dtype)
-        launch(*vectors, out)
-        return out
-
-    return run
+def _sinusoids(function, args: tuple, times: str, dtype: torch.dtype, *vectors: int):
+    (slots, codes), B = slot_codes(times), args[0].shape[0]
+    return launch(
+        function, (slots * B,), (B, codes, *_times(args, *vectors), Out(0)),
+        (Made((slots, B, 2 * HALF.value), dtype),), args, num_warps=4,
+    )  # fmt: skip
 
 
-def forward(t, r, times, dtype):
+def forward(*args):
     """The sinusoids (slots, B, 256) of `times`, a list like "t,r,t-r"."""
-    sinusoids = _sinusoids(_time_pair_embedding_forward_kernel, times, dtype, t, r)
-    return lambda t, r, times, dtype: sinusoids(t, r)
+    return _sinusoids(_time_pair_embedding_forward_kernel, args, *args[2:4], 0, 1)
 
 
-def jvp(t, r, tt, tr, times, dtype):
+def jvp(*args):
     """The tangent of the sinusoids; a tangent that is None is zero."""
-    sinusoids = _sinusoids(_time_pair_embedding_jvp_kernel, times, dtype, t, r, tt, tr)
-    return lambda t, r, tt, tr, times, dtype: sinusoids(t, r, tt, tr)
+    return _sinusoids(_time_pair_embedding_jvp_kernel, args, *args[2:4], 0, 1, 4, 5)
 
 
-def backward(dout, t, r, times):
+def backward(*args):
     """(dt, dr), in the times' dtypes."""
+    _, t, r, times = args
     slots, codes = slot_codes(times)
     B = t.shape[0]
-    arguments = B, slots, codes, view_vector(dout), *_vectors(t, r), POINTER, POINTER
-    launch = Launch(_time_pair_embedding_backward_kernel, (B,), arguments, num_warps=4)
-
-    def run(dout, t, r, times):
-        dt, dr = t.new_empty(t.shape), r.new_empty(r.shape)
-        launch(dout, t, r, dt, dr)
-        return dt, dr
-
-    return run
+    arguments = B, slots, codes, *view_vectors(args, 0), *_times(args, 1, 2), Out(0), Out(1)
+    function = _time_pair_embedding_backward_kernel
+    return launch(function, (B,), arguments, (like(t), like(r)), args, num_warps=4)

@@ -8,18 +8,16 @@ from torch import Tensor
 from ..checks import check_latents, check_like, check_vector, is_double
 from ..dispatch.backend import Op
 from ..dispatch.operators import Operator
-from . import reference
+from . import cuda, reference
 
 
-def _kernels(backend: str):
-    if backend == "cuda":
-        from . import cuda as kernels
-    else:
-        from . import triton as kernels
-    return kernels
+def _triton():
+    from . import triton
+
+    return triton
 
 
-OP = Op("transition_inputs", _kernels)
+OP = Op("transition_inputs", _triton, cuda)
 
 
 class TransitionInputs(NamedTuple):
@@ -64,10 +62,6 @@ def _backward_fake(
     )
 
 
-def _jvp_fake(x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm, *tangents):
-    return _made(x, d_alpha, alpha_pm)
-
-
 _INPUTS = (
     "Tensor x, Tensor z, Tensor alpha, Tensor sigma, Tensor? d_alpha, Tensor? d_sigma, "
     "Tensor? alpha_pm, Tensor? sigma_pm"
@@ -81,26 +75,12 @@ backward_op = Operator(
     "bool needs_dx, bool needs_dz, bool needs_sums) -> (Tensor, Tensor, Tensor)",
     _backward_fake,
 )
-jvp_op = Operator(
-    OP,
-    f"transition_inputs_jvp({_INPUTS}, Tensor? tx, Tensor? tz, Tensor? talpha, Tensor? tsigma, "
-    "Tensor? td_alpha, Tensor? td_sigma, Tensor? talpha_pm, Tensor? tsigma_pm) "
-    "-> (Tensor, Tensor, Tensor)",
-    _jvp_fake,
-)
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-    ctx.save_for_forward(*inputs)
-
-
-def _vjp(ctx, dx_t, dv_t, dx_pm):
-    inputs = ctx.saved_tensors
+def _vjp(inputs, needs, dx_t, dv_t, dx_pm):
     x, _, alpha, _, d_alpha, _, alpha_pm, _ = inputs
     dv_t = None if d_alpha is None else dv_t
     dx_pm = None if alpha_pm is None else dx_pm
-    needs = ctx.needs_input_grad[-8:]
     dx, dz, sums = backward_op(dx_t, dv_t, dx_pm, *inputs, needs[0], needs[1], any(needs[2:]))
     gradients = [dx if needs[0] else None, dz if needs[1] else None]
     for kind, (a, b) in enumerate(((alpha, sums[:2]), (d_alpha, sums[2:4]), (alpha_pm, None))):
@@ -114,10 +94,6 @@ def _vjp(ctx, dx_t, dv_t, dx_pm):
             gradients += (torch.cat((sums[i, last:], sums[i + 2, last:])) for i in (4, 5))
     pairs = zip(gradients, inputs, strict=True)
     return tuple(None if g is None else g.to(value.dtype) for g, value in pairs)
-
-
-def _tangent(ctx, *tangents):
-    return jvp_op(*ctx.saved_tensors, *tangents)
 
 
 def _check(x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm) -> bool:
@@ -148,9 +124,7 @@ def _check(x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm) -> bool:
     return is_double(x, z)
 
 
-_call = forward_op.differentiable(
-    _check, reference.transition_inputs, _setup_context, _vjp, _tangent
-)
+_call = forward_op.differentiable(8, _check, reference.transition_inputs, _vjp)
 
 
 def transition_inputs(

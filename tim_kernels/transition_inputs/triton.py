@@ -11,9 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch.calls import Made, Out, like
 from ..launch.grid import kernel
 from ..launch.latents import LatentGrid, load, locate, scaled, store
-from ..launch.views import POINTER, view_latents, view_vector
+from ..launch.views import view_latents, view_vectors
+
+NO_LATENTS = (None, 0)  # a pointer and a stride
 
 
 @triton.jit
@@ -107,72 +110,46 @@ def _trailing(x, d_alpha, alpha_pm) -> tuple[int, int]:
     return x.shape[0] - trailing, trailing
 
 
-def _mixes(like, pair, coefficients, second=(None, None), tangents=(None,) * 6):
-    """(x_t, v_t, x_±) of x and z; their tangents where `second` and `tangents` are given."""
-    _, _, d_alpha, _, alpha_pm, _ = coefficients
-    launch = LatentGrid("transition_inputs", like, like.shape[1:].numel()).launch(
-        _transition_inputs_forward_kernel, *_trailing(like, d_alpha, alpha_pm),
-        *map(view_latents, pair), *map(view_vector, coefficients),
-        *map(view_latents, second), *map(view_vector, tangents), POINTER, POINTER, POINTER,
-    )  # fmt: skip
-    shape = like.shape[1:]
-    leading = [None if rows is None else len(rows) for rows in (like, d_alpha, alpha_pm)]
-
-    def run(like, *tensors):
-        made = [like.new_empty(0 if n is None else (n, *shape)) for n in leading]
-        stored = (None if n is None else out for n, out in zip(leading, made, strict=True))
-        launch(*tensors, *stored)
-        return tuple(made)
-
-    return run
-
-
-def forward(x, z, *coefficients):
+def _mixes(args: tuple, *views):
     """(x_t, v_t, x_±), the last two empty without their coefficients."""
-    mixes, none = _mixes(x, (x, z), coefficients), (None,) * 8
-    return lambda x, *rest: mixes(x, x, *rest, *none)
+    x, _, _, _, d_alpha, _, alpha_pm, _ = args[:8]
+    made = [
+        None if rows is None else Made((len(rows), *x.shape[1:]), x.dtype)
+        for rows in (x, d_alpha, alpha_pm)
+    ]
+    return LatentGrid("transition_inputs", x, x.shape[1:].numel()).launch(
+        _transition_inputs_forward_kernel,
+        (*_trailing(x, d_alpha, alpha_pm), *views, Out(0), Out(1), Out(2)), made, args,
+    )  # fmt: skip
 
 
-def jvp(x, z, *coefficients_and_tangents):
+def forward(*args):
+    """(x_t, v_t, x_±), the last two empty without their coefficients."""
+    nothing = *NO_LATENTS * 2, *[None] * 6
+    return _mixes(args, *view_latents(args, 0, 1), *view_vectors(args, *range(2, 8)), *nothing)
+
+
+def jvp(*args):
     """Tangents of (x_t, v_t, x_±); a tangent that is None is zero."""
-    coefficients, (tx, tz, *tangents) = _split(coefficients_and_tangents)
-    is_read = any(tangent is not None for tangent in tangents)
-    second = (x, z) if is_read else (None, None)
-    mixes = _mixes(x, (tx, tz), coefficients, second, tangents)
-
-    def run(x, z, *rest):
-        coefficients, (tx, tz, *tangents) = _split(rest)
-        second = (x, z) if is_read else (None, None)
-        return mixes(x, tx, tz, *coefficients, *second, *tangents)
-
-    return run
+    second = view_latents(args, 0, 1)
+    if all(tangent is None for tangent in args[10:]):
+        second = NO_LATENTS * 2
+    tangents = view_vectors(args, *range(10, 16))
+    coefficients = view_vectors(args, *range(2, 8))
+    return _mixes(args, *view_latents(args, 8, 9), *coefficients, *second, *tangents)
 
 
-def _split(rest):
-    return rest[:6], rest[6:]
-
-
-def backward(dx_t, dv_t, dx_pm, x, z, *coefficients_and_needs):
+def backward(*args):
     """(dx, dz, sums), what is not needed being empty: sums is float32 (8, B), the gradients of
     (α, σ), (α', σ'), (α₊, σ₊) and (α₋, σ₋); x and z are read only for it."""
-    coefficients, (needs_dx, needs_dz, needs_sums) = _split(coefficients_and_needs)
+    _, _, _, x, z, _, _, d_alpha, _, alpha_pm, _, needs_dx, needs_dz, needs_sums = args
     grid = LatentGrid("transition_inputs", x, x.shape[1:].numel())
-    inputs = (x, z) if needs_sums else (None, None)
-    launch = grid.launch(
-        _transition_inputs_backward_kernel, *_trailing(x, coefficients[2], coefficients[4]),
-        *map(view_latents, (dx_t, dv_t, dx_pm, *inputs)), *map(view_vector, coefficients),
-        POINTER, POINTER, POINTER,
-    )  # fmt: skip
+    inputs = view_latents(args, 3, 4) if needs_sums else NO_LATENTS * 2
     shape = 8, grid.samples, grid.programs if needs_sums else 0
-
-    def run(dx_t, dv_t, dx_pm, x, z, *rest):
-        dx = x.new_empty(x.shape if needs_dx else 0)
-        dz = z.new_empty(z.shape if needs_dz else 0)
-        partial = x.new_zeros(shape, dtype=torch.float32)
-        launch(
-            dx_t, dv_t, dx_pm, *((x, z) if needs_sums else (None, None)), *rest[:6],
-            dx if needs_dx else None, dz if needs_dz else None, partial if needs_sums else None,
-        )  # fmt: skip
-        return dx, dz, partial.sum(2)
-
-    return run
+    return grid.launch(
+        _transition_inputs_backward_kernel,
+        (*_trailing(x, d_alpha, alpha_pm), *view_latents(args, 0, 1, 2), *inputs,
+         *view_vectors(args, *range(5, 11)), Out(0), Out(1), Out(2) if needs_sums else None),
+        (like(x, needs_dx or None), like(z, needs_dz or None), Made(shape, torch.float32, True)),
+        args, finish=lambda dx, dz, partial: (dx, dz, partial.sum(2)),
+    )  # fmt: skip

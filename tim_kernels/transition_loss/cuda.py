@@ -3,8 +3,9 @@
 import torch
 
 from ..dispatch import extension
-from ..launch.dense import Reader, one_dtype, tokens_per_block
-from ..launch.views import view_latents, view_vector
+from ..launch.calls import Made, Out
+from ..launch.dense import call, made_as, one_dtype, read_as, tokens_per_block
+from ..launch.views import view_latents, view_vectors
 
 STEP = 4096  # elements that a block has at a time, if teams have the channels
 TEAMS = 4, 8, 16, 32  # channels
@@ -12,67 +13,59 @@ POSITIONS = 128  # a block has at a time, with any other number of channels
 BLOCKS = 3  # that a multiprocessor holds
 
 
-def _reader(prediction, x, z, coefficients, dF, F_cond, F_uncond, gradients=()) -> Reader:
-    """Networks in one dtype, data and noise in the same or float32, the rest in float32."""
-    dtype = one_dtype(prediction, dF, F_cond, F_uncond)
-    is_same = x.dtype == z.dtype == dtype
-    latents = [(y, dtype if is_same else torch.float32) for y in (x, z)]
-    latents = [(prediction, dtype), *latents, *((y, dtype) for y in (dF, F_cond, F_uncond))]
-    vectors = (*coefficients, *gradients)
-    return Reader(
-        *((y, dtype, view_latents(y)) for y, dtype in latents),
-        *((c, torch.float32, view_vector(c)) for c in vectors),
-    )
+def _read(args: tuple, first: int) -> tuple[torch.dtype, list]:
+    """The dtype of the networks, and what csrc takes from the prediction, argument `first`, to
+    F_uncond: networks in one dtype, data and noise in the same or float32, coefficients in
+    float32."""
+    at = dict(p=first, x=first + 1, z=first + 2, dF=first + 8, cond=first + 10, uncond=first + 11)
+    p, x, z, dF, cond, uncond = (args[i] for i in at.values())
+    epsilon = args[first + 9]
+    dtype = one_dtype(p, dF, cond, uncond)
+    data = dtype if x.dtype == z.dtype == dtype else torch.float32
 
+    def read(dtype, *names):
+        return read_as(dtype, args, view_latents(args, *(at[n] for n in names)), flat=True)
 
-def _inputs(read, prediction, x, z, *rest):
-    """What csrc takes, and the gradients of the terms."""
-    *coefficients, dF, epsilon, F_cond, F_uncond = rest[:9]
-    tensors = read(prediction, x, z, dF, F_cond, F_uncond, *coefficients, *rest[9:])
-    matrices = [None if y is None else y.flatten(1) for y in tensors[:6]]
-    *state, dF, F_cond, F_uncond = matrices
-    later, earlier = (dF, None) if dF is None or epsilon is None else dF.chunk(2)
-    if later is not None and later.shape[0] == 0:
-        later = earlier = None
+    later, earlier = *read(dtype, "dF"), None
+    if dF is not None and len(dF) == 0:
+        later = None
+    elif dF is not None and epsilon is not None:
+        later, earlier = (later._replace(change=_half(later.change, i)) for i in (0, 1))
     rate = 1.0 if epsilon is None else 0.5 / epsilon
-    inputs = *state, *tensors[6:11], later, earlier, rate, F_cond, F_uncond
-    return inputs, tensors[11:]
+    coefficients = view_vectors(args, *range(first + 3, first + 8))
+    return dtype, [
+        *read(dtype, "p"), *read(data, "x", "z"), *read_as(torch.float32, args, coefficients),
+        later, earlier, rate, *read(dtype, "cond", "uncond"),
+    ]  # fmt: skip
 
 
-def forward(prediction, x, z, *rest):
+def _half(change, half: int):
+    return lambda dF: change(dF).chunk(2)[half]
+
+
+def forward(*args):
     """(2, B): the squared and the cosine term of each sample."""
-    *coefficients, dF, _, F_cond, F_uncond = rest
-    read = _reader(prediction, x, z, coefficients, dF, F_cond, F_uncond)
-    samples, C = prediction.shape[:2]
-    length = prediction.shape[2:].numel()
+    p = args[0]
+    samples, C = p.shape[:2]
+    if p.numel() == 0:  # the mean of nothing
+        return lambda p, *_: p.new_full((2, samples), float("nan"), dtype=torch.float32)
+    length = p.shape[2:].numel()
     step = STEP // C if C in TEAMS else POSITIONS
-    positions = tokens_per_block(prediction, samples, length, BLOCKS, length, step)
-    shape = 2, samples, -(-length // positions)
-    launch = extension.ops().transition_loss_forward.default
-
-    def run(prediction, *target):
-        if prediction.numel() == 0:  # the mean of nothing
-            return prediction.new_full(shape[:2], float("nan"), dtype=torch.float32)
-        inputs, _ = _inputs(read, prediction, *target)
-        partial = torch.empty(shape, dtype=torch.float32, device=prediction.device)
-        launch(*inputs, partial, C, positions)
-        return partial.sum(2) if shape[2] > 1 else partial.squeeze(2)
-
-    return run
+    positions = tokens_per_block(p, samples, length, BLOCKS, length, step)
+    _, views = _read(args, 0)
+    return call(
+        extension.ops().transition_loss_forward, (*views, Out(0), C, positions),
+        (Made((2, samples, -(-length // positions)), torch.float32),), args,
+        finish=lambda partial: partial.sum(2) if partial.shape[2] > 1 else partial.squeeze(2),
+    )  # fmt: skip
 
 
-def backward(d_squared, d_cosine, prediction, x, z, *rest):
+def backward(*args):
     """The gradient of the prediction."""
-    *coefficients, dF, _, F_cond, F_uncond = rest
-    gradients = d_squared, d_cosine
-    read = _reader(prediction, x, z, coefficients, dF, F_cond, F_uncond, gradients)
-    launch = extension.ops().transition_loss_backward.default
-
-    def run(d_squared, d_cosine, prediction, *target):
-        inputs, gradients = _inputs(read, prediction, *target, d_squared, d_cosine)
-        out = inputs[0].new_empty(prediction.shape)
-        if out.numel():
-            launch(*gradients, *inputs, out, prediction.shape[1])
-        return out.to(prediction.dtype)
-
-    return run
+    p = args[2]
+    dtype, views = _read(args, 2)
+    gradients = read_as(torch.float32, args, view_vectors(args, 0, 1))
+    return call(
+        extension.ops().transition_loss_backward, (*gradients, *views, Out(0), p.shape[1]),
+        (made_as(dtype, p),), args, is_empty=p.numel() == 0,
+    )  # fmt: skip

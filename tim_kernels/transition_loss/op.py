@@ -6,18 +6,16 @@ from torch import Tensor
 from ..checks import check_latents, check_like, check_vector, is_double
 from ..dispatch.backend import Op
 from ..dispatch.operators import Operator
-from . import reference
+from . import cuda, reference
 
 
-def _kernels(backend: str):
-    if backend == "cuda":
-        from . import cuda as kernels
-    else:
-        from . import triton as kernels
-    return kernels
+def _triton():
+    from . import triton
+
+    return triton
 
 
-OP = Op("transition_loss", _kernels)
+OP = Op("transition_loss", _triton, cuda)
 
 
 def _forward_fake(prediction, *_):
@@ -38,30 +36,10 @@ backward_op = Operator(
     f"transition_loss_backward(Tensor? d_squared, Tensor? d_cosine, {_INPUTS}) -> Tensor",
     _backward_fake,
 )
-jvp_op = Operator(OP, f"transition_loss_jvp({_INPUTS}, Tensor tangent) -> Tensor", _forward_fake)
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, epsilon, F_cond, F_uncond = inputs
-    ctx.save_for_backward(*tensors, F_cond, F_uncond)
-    ctx.save_for_forward(*tensors, F_cond, F_uncond)
-    ctx.epsilon = epsilon
-
-
-def _saved(ctx):
-    *tensors, F_cond, F_uncond = ctx.saved_tensors
-    return *tensors, ctx.epsilon, F_cond, F_uncond
-
-
-def _vjp(ctx, gradient):
-    return backward_op(*gradient.unbind(0), *_saved(ctx)), *(None,) * 11
-
-
-def _tangent(ctx, tangent, *_):
-    saved = _saved(ctx)
-    if tangent is None:
-        return saved[0].new_zeros((2, saved[0].shape[0]), dtype=torch.float32)
-    return jvp_op(*saved, tangent)
+def _vjp(args, needs, gradient):
+    return () if gradient is None else (backward_op(*gradient.unbind(0), *args),)
 
 
 def _check(
@@ -95,7 +73,7 @@ def _reference(prediction, x, z, a_x, a_z, a_D, a_cond, a_uncond, *target):
     return reference.transition_loss(prediction, x, z, coefficients, *target)
 
 
-_call = forward_op.differentiable(_check, _reference, _setup_context, _vjp, _tangent)
+_call = forward_op.differentiable(1, _check, _reference, _vjp)
 
 
 def transition_loss(

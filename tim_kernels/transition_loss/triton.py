@@ -14,15 +14,17 @@ cos is (v − cos·u)/|p|, without its second term where |p| is below EPS.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..launch.calls import Made, Out, like
 from ..launch.grid import kernel
 from ..launch.latents import LatentGrid, load, scaled
-from ..launch.views import POINTER, view_latents, view_vector
+from ..launch.views import view_latents, view_vectors
 from .reference import EPS
 
 
 @triton.jit
-def _load_target(
+def _target(
     sample, skipped, offset, mask, x_ptr, x_b, z_ptr, z_b, plus_ptr, plus_b, minus_ptr, minus_b,
     f_cond_ptr, f_cond_b, f_uncond_ptr, f_uncond_b, a_x, a_z, a_d, a_cond, a_uncond, rate,
     ALIGN: tl.constexpr,
@@ -90,7 +92,7 @@ def _transition_loss_forward_kernel(
         offset = channel * positions + position[None, :]
         mask = (channel < C) & is_position[None, :]
         p = load(p_ptr, sample, p_b, offset, mask, ALIGN)
-        t = _load_target(
+        t = _target(
             sample, skipped, offset, mask, x_ptr, x_b, z_ptr, z_b,
             plus_ptr, plus_b, minus_ptr, minus_b, f_cond_ptr, f_cond_b, f_uncond_ptr, f_uncond_b,
             a_x, a_z, a_d, a_cond, a_uncond, rate, ALIGN,
@@ -123,7 +125,7 @@ def _transition_loss_backward_kernel(
     offset = channel * positions + position[None, :]
     mask = (channel < C) & (position < positions)[None, :]
     p = load(p_ptr, sample, p_b, offset, mask, ALIGN)
-    t = _load_target(
+    t = _target(
         sample, skipped, offset, mask, x_ptr, x_b, z_ptr, z_b,
         plus_ptr, plus_b, minus_ptr, minus_b, f_cond_ptr, f_cond_b, f_uncond_ptr, f_uncond_b,
         a_x, a_z, a_d, a_cond, a_uncond, rate, ALIGN,
@@ -136,91 +138,74 @@ def _transition_loss_backward_kernel(
     tl.store(dp_ptr + sample * positions * C + offset, dp, mask=mask)
 
 
-def _sides(dF, epsilon):
-    """F_+ and F_−, which is None where F_+ is D itself."""
-    if dF is None or epsilon is None:
-        return dF, None
-    half = dF.shape[0] // 2
-    return dF[:half], dF[half:]
-
-
-def _plan(p, dF, epsilon):
-    """The grid, constants, and numbers of a loss over latents p (B, C, …): 1/2ε, how many leading
-    samples have no derivative, and one over the elements and the positions of a sample."""
+def _plan(p: Tensor, dF: Tensor | None, epsilon: float | None):
+    """The grid and constants of a loss over latents p (B, C, …), its numbers: how many leading
+    samples have no derivative, 1/2ε, and one over a sample's elements and positions."""
     C, positions = p.shape[1], p.shape[2:].numel()
     CHANNELS = triton.next_power_of_2(max(C, 1))
     grid = LatentGrid("transition_loss", p, positions, CHANNELS)
     rate = 0.5 / epsilon if epsilon is not None and dF is not None else 1.0
     trailing = 0 if dF is None else len(dF) // (1 if epsilon is None else 2)
     per = 1 / max(1, C * positions), 1 / max(1, positions)
-    return grid, dict(C=C, CHANNELS=CHANNELS, EPS=EPS), rate, p.shape[0] - trailing, per
+    return grid, dict(C=C, CHANNELS=CHANNELS, EPS=EPS), p.shape[0] - trailing, (rate, *per)
 
 
-def _views(p, x, z, coefficients, dF, epsilon, F_cond, F_uncond):
-    tensors = p, x, z, *_sides(dF, epsilon), F_cond, F_uncond
-    return *map(view_latents, tensors), *map(view_vector, coefficients)
+def _views(args: tuple, first: int) -> list:
+    """The prediction, which is argument `first`, x and z; F_+ and F_−, None where F_+ is D itself;
+    F_cond and F_uncond, and the five coefficients."""
+    dF, epsilon = args[first + 8], args[first + 9]
+    (plus,) = view_latents(args, first + 8)
+    minus = [None, 0]
+    if dF is not None and epsilon is not None:
+        half, copy = dF.shape[0] // 2, plus.change
+        minus = [plus._replace(change=_part(copy, half, 2 * half))]
+        plus = plus._replace(change=_part(copy, 0, half))
+    return [
+        *view_latents(args, *range(first, first + 3)), plus, *minus,
+        *view_latents(args, first + 10, first + 11),
+        *view_vectors(args, *range(first + 3, first + 8)),
+    ]  # fmt: skip
 
 
-def _terms(p, target, tangent=None):
+def _part(copy, start: int, stop: int):
+    return lambda dF: (dF if copy is None else copy(dF))[start:stop]
+
+
+def _terms(args: tuple, *tangent):
     """The two terms, or their derivative along a tangent of the prediction."""
-    _, _, _, dF, epsilon, _, _ = target
-    grid, constants, rate, skipped, per = _plan(p, dF, epsilon)
+    p, dF, epsilon = args[0], args[8], args[9]
+    grid, constants, skipped, numbers = _plan(p, dF, epsilon)
     grid.spread()
-    shape = 2, grid.samples, grid.programs
-    launch = grid.launch(
-        _transition_loss_forward_kernel, grid.tiles, skipped, *_views(p, *target), rate, *per,
-        view_latents(tangent), POINTER, **constants,
+    if p.numel() == 0:  # the mean of nothing
+        samples = p.shape[0]
+        return lambda p, *_: p.new_full((2, samples), float("nan"), dtype=torch.float32)
+    return grid.launch(
+        _transition_loss_forward_kernel,
+        (grid.tiles, skipped, *_views(args, 0), *numbers, *tangent, Out(0)),
+        (Made((2, grid.samples, grid.programs), torch.float32),), args,
+        finish=lambda partial: partial.sum(2) if partial.shape[2] > 1 else partial.squeeze(2),
+        **constants,
     )  # fmt: skip
 
-    def run(p, target, tangent=None):
-        if launch.is_empty:  # the mean of nothing
-            return p.new_full(shape[:2], float("nan"), dtype=torch.float32)
-        partial = p.new_empty(shape, dtype=torch.float32)
-        x, z, coefficients, dF, epsilon, F_cond, F_uncond = target
-        tensors = p, x, z, *_sides(dF, epsilon), F_cond, F_uncond, *coefficients
-        launch(*tensors, tangent, partial)
-        return partial.sum(2) if shape[2] > 1 else partial.squeeze(2)
 
-    return run
-
-
-def _target(x, z, a_x, a_z, a_D, a_cond, a_uncond, dF, epsilon, F_cond, F_uncond):
-    return x, z, (a_x, a_z, a_D, a_cond, a_uncond), dF, epsilon, F_cond, F_uncond
-
-
-def forward(prediction, *target):
+def forward(*args):
     """(2, B): the squared and the cosine term of each sample."""
-    terms = _terms(prediction, _target(*target))
-    return lambda prediction, *target: terms(prediction, _target(*target))
+    return _terms(args, None, 0)
 
 
-def jvp(prediction, *target_and_tangent):
+def jvp(*args):
     """The derivative of `forward` along a tangent of the prediction."""
-    *target, tangent = target_and_tangent
-    terms = _terms(prediction, _target(*target), tangent)
-
-    def run(prediction, *target_and_tangent):
-        *target, tangent = target_and_tangent
-        return terms(prediction, _target(*target), tangent)
-
-    return run
+    if args[12] is None:
+        return lambda p, *_: p.new_zeros((2, p.shape[0]), dtype=torch.float32)
+    return _terms(args, *view_latents(args, 12))
 
 
-def backward(d_squared, d_cosine, prediction, *target):
+def backward(*args):
     """The gradient of the prediction."""
-    target = _target(*target)
-    _, _, _, dF, epsilon, _, _ = target
-    grid, constants, rate, skipped, per = _plan(prediction, dF, epsilon)
-    launch = grid.launch(
-        _transition_loss_backward_kernel, view_vector(d_squared), view_vector(d_cosine), skipped,
-        *_views(prediction, *target), rate, *per, POINTER, **constants,
+    p, dF, epsilon = args[2], args[10], args[11]
+    grid, constants, skipped, numbers = _plan(p, dF, epsilon)
+    return grid.launch(
+        _transition_loss_backward_kernel,
+        (*view_vectors(args, 0, 1), skipped, *_views(args, 2), *numbers, Out(0)),
+        (like(p),), args, **constants,
     )  # fmt: skip
-
-    def run(d_squared, d_cosine, prediction, *target):
-        x, z, coefficients, dF, epsilon, F_cond, F_uncond = _target(*target)
-        tensors = prediction, x, z, *_sides(dF, epsilon), F_cond, F_uncond, *coefficients
-        out = prediction.new_empty(prediction.shape)
-        launch(d_squared, d_cosine, *tensors, out)
-        return out
-
-    return run

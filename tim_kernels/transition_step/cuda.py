@@ -3,69 +3,49 @@
 import torch
 
 from ..dispatch import extension
-from ..launch.dense import Reader, blocks_per_sample, one_dtype
-from ..launch.views import view_latents, view_vector
+from ..launch.calls import Made, Out
+from ..launch.dense import blocks_per_sample, call, one_dtype, read_as
+from ..launch.views import view_latents, view_vectors
 
 
-def _reader(x, f_cond, f_uncond, noise, coefficients, d=None) -> tuple[Reader, torch.dtype]:
-    """The state is as wide as the network or float32 or float64, noise and gradient are like the
-    state, the coefficients float32 or float64. Also the coefficients' dtype."""
-    dtype = one_dtype(f_cond, f_uncond)
-    state = x.dtype
+def _read(args: tuple, x: int) -> tuple[list[torch.dtype], list]:
+    """The dtypes of state, F_cond, F_uncond and noise, and these and the coefficients, the state
+    argument `x`: it is as wide as the network or float32 or float64, the noise is like it, the
+    coefficients are float32 or float64."""
+    state, network = args[x].dtype, one_dtype(args[x + 1], args[x + 2])
     if state != torch.float64:
-        state = state if state == dtype else torch.float32
-        dtype = torch.float32 if dtype == torch.float64 else dtype
+        state = state if state == network else torch.float32
+        network = torch.float32 if network == torch.float64 else network
+    dtypes = [state, network, network, state]
+    views = zip(dtypes, view_latents(args, *range(x, x + 4)), strict=True)
+    latents = [v for dtype, view in views for v in read_as(dtype, args, [view], flat=True)]
+    coefficients = view_vectors(args, *range(x + 4, x + 8))
     wide = torch.promote_types(state, torch.float32)
-    latents = (x, state), (f_cond, dtype), (f_uncond, dtype), (noise, state), (d, state)
-    read = Reader(
-        *((y, dtype, view_latents(y)) for y, dtype in latents),
-        *((c, wide, view_vector(c)) for c in coefficients),
-    )
-    return read, wide
+    return dtypes, [*latents, *read_as(wide, args, coefficients)]
 
 
-def _matrices(latents):
-    return [None if y is None else y.flatten(1) for y in latents]
+def forward(*args):
+    x = args[0]
+    dtypes, views = _read(args, 0)
+    made = (Made(x.shape, dtypes[0], returned=x.dtype),)
+    operator, is_empty = extension.ops().transition_step_forward, x.numel() == 0
+    return call(operator, (*views, Out(0)), made, args, is_empty=is_empty)
 
 
-def forward(x, f_cond, f_uncond, noise, *coefficients):
-    read, _ = _reader(x, f_cond, f_uncond, noise, coefficients)
-    launch = extension.ops().transition_step_forward.default
-
-    def run(x, f_cond, f_uncond, noise, *coefficients):
-        dtype = x.dtype
-        tensors = read(x, f_cond, f_uncond, noise, None, *coefficients)
-        out = tensors[0].new_empty(x.shape)
-        if out.numel():
-            launch(*_matrices(tensors[:4]), *tensors[5:], out)
-        return out.to(dtype)
-
-    return run
-
-
-def backward(d, x, f_cond, f_uncond, noise, guidance, a, b, c, needs):
+def backward(*args):
     """(dx, dF_c, dF_u, dn, sums), as triton.py's."""
-    read, wide = _reader(x, f_cond, f_uncond, noise, (guidance, a, b, c), d)
+    x, needs = args[1], args[9]
+    dtypes, views = _read(args, 1)
+    gradient = read_as(dtypes[0], args, view_latents(args, 0), flat=True)
     blocks = blocks_per_sample(x.shape[1:].numel()) if needs[4] else 0
-    make = torch.empty if x.numel() else torch.zeros
-    shape = 4, x.shape[0], blocks
-    launch = extension.ops().transition_step_backward.default
-
-    def run(d, x, f_cond, f_uncond, noise, guidance, a, b, c, needs):
-        own = x, f_cond, f_uncond, noise
-        *latents, d, guidance, a, b, c = read(*own, d, guidance, a, b, c)
-        made = [
-            tensor.new_empty(x.shape) if is_needed else None
-            for tensor, is_needed in zip(latents, needs, strict=False)
-        ]
-        partial = make(shape, dtype=wide, device=x.device)
-        if x.numel():
-            sums = partial if needs[4] else None
-            launch(d.flatten(1), *_matrices(latents), guidance, a, b, c, *made, sums)
-        gradients = (
-            x.new_empty(0) if gradient is None else gradient.to(tensor.dtype)
-            for gradient, tensor in zip(made, own, strict=True)
-        )
-        return *gradients, partial.sum(2)
-
-    return run
+    made = [
+        Made(x.shape, dtype, returned=tensor.dtype) if is_needed else None
+        for dtype, tensor, is_needed in zip(dtypes, args[1:5], needs, strict=False)
+    ]
+    partial = Made((4, x.shape[0], blocks), torch.promote_types(dtypes[0], torch.float32))
+    outputs = *map(Out, range(4)), Out(4) if needs[4] else None
+    return call(
+        extension.ops().transition_step_backward, (*gradient, *views, *outputs),
+        (*made, partial), args, finish=lambda *made: (*made[:4], made[4].sum(2)),
+        is_empty=x.numel() == 0,
+    )  # fmt: skip

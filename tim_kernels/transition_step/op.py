@@ -6,18 +6,16 @@ from torch import Tensor
 from ..checks import check_latents, check_like, check_vector
 from ..dispatch.backend import Op
 from ..dispatch.operators import Operator
-from . import reference
+from . import cuda, reference
 
 
-def _kernels(backend: str):
-    if backend == "cuda":
-        from . import cuda as kernels
-    else:
-        from . import triton as kernels
-    return kernels
+def _triton():
+    from . import triton
+
+    return triton
 
 
-OP = Op("transition_step", _kernels)
+OP = Op("transition_step", _triton, cuda)
 
 
 def _forward_fake(x, *_):
@@ -42,31 +40,14 @@ backward_op = Operator(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
 )
-jvp_op = Operator(
-    OP,
-    f"transition_step_jvp({_INPUTS}, Tensor? tx, Tensor? tF_cond, Tensor? tF_uncond, "
-    "Tensor? tnoise, Tensor? tguidance, Tensor? ta, Tensor? tb, Tensor? tc) -> Tensor",
-    _forward_fake,
-)
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-    ctx.save_for_forward(*inputs)
-
-
-def _vjp(ctx, d):
-    inputs = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[-8:])
+def _vjp(inputs, needs, d):
     *tensors, sums = backward_op(d, *inputs, (*needs[:4], any(needs[4:])))
     da, db, dc, dguidance = sums.unbind(0)
     gradients = *tensors, dguidance, da, db, dc
     triples = zip(gradients, inputs, needs, strict=True)
     return tuple(g.to(value.dtype) if needed else None for g, value, needed in triples)
-
-
-def _tangent(ctx, *tangents):
-    return jvp_op(*ctx.saved_tensors, *tangents)
 
 
 def _check(x, F_cond, F_uncond, noise, guidance, a, b, c) -> bool:
@@ -84,7 +65,7 @@ def _reference(x, F_cond, F_uncond, noise, guidance, a, b, c):
     return reference.transition_step(x, F_cond, (a, b, c), F_uncond, guidance, noise)
 
 
-_call = forward_op.differentiable(_check, _reference, _setup_context, _vjp, _tangent)
+_call = forward_op.differentiable(8, _check, _reference, _vjp)
 
 
 def transition_step(

@@ -9,9 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch.calls import Made, Out, like
 from ..launch.grid import kernel
 from ..launch.latents import LatentGrid, load, locate, scaled, store
-from ..launch.views import POINTER, view_latents, view_vector
+from ..launch.views import view_latents, view_vectors
+
+NO_LATENTS = (None, 0)  # a pointer and a stride
 
 
 @triton.jit
@@ -107,66 +110,43 @@ def _plan(x):
     return LatentGrid("transition_step", x, x.shape[1:].numel()), dict(WIDE=wide)
 
 
-def forward(x, *rest):
+def forward(*args):
     """x_r from the state, F_cond, F_uncond, the noise, and guidance, a, b, c."""
-    grid, constants = _plan(x)
-    launch = grid.launch(
-        _transition_step_forward_kernel, *map(view_latents, (x, *rest[:3])),
-        *map(view_vector, rest[3:]), POINTER, **constants,
-    )  # fmt: skip
-
-    def run(x, *rest):
-        out = x.new_empty(x.shape)
-        launch(x, *rest, out)
-        return out
-
-    return run
+    grid, constants = _plan(args[0])
+    views = *view_latents(args, *range(4)), *view_vectors(args, *range(4, 8))
+    function = _transition_step_forward_kernel
+    return grid.launch(function, (*views, Out(0)), (like(args[0]),), args, **constants)
 
 
-def jvp(x, f_cond, f_uncond, noise, guidance, a, b, c, *tangents):
+def jvp(*args):
     """The tangent of x_r; a tangent that is None is zero."""
-    _, _, _, _, tguidance, ta, tb, tc = tangents
+    *_, tguidance, ta, tb, tc = args
     is_f_read = tb is not None or tguidance is not None
     is_read = ta is not None, is_f_read, is_f_read, tc is not None
-
-    def read(*tensors):
-        return (x if is_it else None for x, is_it in zip(tensors, is_read, strict=True))
-
-    grid, constants = _plan(x)
-    launch = grid.launch(
-        _transition_step_jvp_kernel, *map(view_latents, read(x, f_cond, f_uncond, noise)),
-        *map(view_vector, (guidance, a, b, c)), *map(view_latents, tangents[:4]),
-        *map(view_vector, tangents[4:]), POINTER, **constants,
+    inputs = [
+        n for i, read in enumerate(is_read) for n in (view_latents(args, i) if read else NO_LATENTS)
+    ]
+    grid, constants = _plan(args[0])
+    views = (
+        *inputs, *view_vectors(args, *range(4, 8)), *view_latents(args, *range(8, 12)),
+        *view_vectors(args, *range(12, 16)),
     )  # fmt: skip
-
-    def run(x, f_cond, f_uncond, noise, *rest):
-        out = x.new_empty(x.shape)
-        launch(*read(x, f_cond, f_uncond, noise), *rest, out)
-        return out
-
-    return run
+    function = _transition_step_jvp_kernel
+    return grid.launch(function, (*views, Out(0)), (like(args[0]),), args, **constants)
 
 
-def backward(d, x, f_cond, f_uncond, noise, guidance, a, b, c, needs):
+def backward(*args):
     """(dx, dF_c, dF_u, dn, sums), empty what is not needed; sums is (4, B) for a, b, c and g in
     the state's precision, and the only one that reads the inputs."""
+    _, *tensors, _, _, _, _, needs = args
+    x = tensors[0]
     grid, constants = _plan(x)
-    shape = 4, grid.samples, grid.programs if needs[4] else 0
     wide = torch.promote_types(x.dtype, torch.float32)
-    launch = grid.launch(
-        _transition_step_backward_kernel, *map(view_latents, (d, x, f_cond, f_uncond, noise)),
-        *map(view_vector, (guidance, a, b, c)), *[POINTER] * 5, **constants,
+    made = [like(t, needed or None) for t, needed in zip(tensors, needs, strict=False)]
+    partial = Made((4, grid.samples, grid.programs if needs[4] else 0), wide, True)
+    outputs = *map(Out, range(4)), Out(4) if needs[4] else None
+    return grid.launch(
+        _transition_step_backward_kernel,
+        (*view_latents(args, *range(5)), *view_vectors(args, *range(5, 9)), *outputs),
+        (*made, partial), args, finish=lambda *made: (*made[:4], made[4].sum(2)), **constants,
     )  # fmt: skip
-
-    def run(d, x, f_cond, f_uncond, noise, guidance, a, b, c, needs):
-        tensors = x, f_cond, f_uncond, noise
-        made = [
-            tensor.new_empty(tensor.shape) if is_needed else None
-            for tensor, is_needed in zip(tensors, needs, strict=False)
-        ]
-        partial = x.new_zeros(shape, dtype=wide)
-        launch(d, *tensors, guidance, a, b, c, *made, partial if needs[4] else None)
-        filled = (x.new_empty(0) if tensor is None else tensor for tensor in made)
-        return *filled, partial.sum(2)
-
-    return run
