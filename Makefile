@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-nightly lint bench gpu wheels clean
+.PHONY: help demo test test-nightly test-matrix oldest newest lint bench gpu wheels clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +18,20 @@ test: lint ## lint, then run every test
 
 test-nightly: lint ## the same and longer sweeps over shapes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "nightly or not nightly"
+
+# One end, another Python, some tests:
+#   make test-matrix ENDS=oldest PYTHON=python3.10 TESTS=tests/kernels/test_swiglu.py
+ENDS := oldest newest
+TESTS := tests/kernels tests/test_packaging.py tests/bench/test_resources.py
+oldest: VERSIONS := torch==2.11.0 triton==3.6.0
+newest: VERSIONS := torch==2.15.0 triton==3.9.0
+
+test-matrix: $(ENDS) ## test the kernels with the oldest and the newest torch and Triton
+
+oldest newest:
+	test -d build/matrix/$@ || $(PYTHON) -m venv build/matrix/$@
+	TIM_KERNELS_CUDA_ARCHS=none build/matrix/$@/bin/python -m pip install $(VERSIONS) --editable ".[test]"
+	OMP_NUM_THREADS=1 build/matrix/$@/bin/python -m pytest -n 2 $(TESTS)
 
 lint: $(VENV)/.test ## check style and formatting
 	$(BIN)/ruff check .

@@ -116,7 +116,8 @@ def _plain_attention(q, k, v, segments, k_segments, key_mask) -> Tensor:
 def _has_kernel(q, *args) -> bool:
     """Of arguments that are checked on the way."""
     _check(q, *args)
-    is_real = type(q) in (Tensor, torch.nn.Parameter) and not q.is_meta
+    is_plain = type(q) in (Tensor, torch.nn.Parameter) and not q.is_meta
+    is_real = is_plain and not torch.compiler.is_compiling()
     is_chosen = choose(OP.name, q.device.type, is_real) != "reference"
     return is_chosen and q.shape[-1] in HEAD_DIMS and not is_double(q)
 

@@ -104,11 +104,11 @@ def _attention_jvp_kernel(
             w = (exact * (ds - centre[:, None])).to(p.dtype)
             w_total = w_total * shrink + tl.sum(w.to(tl.float32), 1)
         total = total * shrink + p_sum
-        oa, ta = oa * shrink[:, None], ta * shrink[:, None]
-        oa, ta = _values(oa, ta, p, w, v, tv, keys, 0, A, HAS_DS, D, WIDEN, ALIGN)
-        if B:
+        if B:  # before A: else each warp of a small tile computes all channels of A, and spills
             ob, tb = ob * shrink[:, None], tb * shrink[:, None]
             ob, tb = _values(ob, tb, p, w, v, tv, keys, A, B, HAS_DS, D, WIDEN, ALIGN)
+        oa, ta = oa * shrink[:, None], ta * shrink[:, None]
+        oa, ta = _values(oa, ta, p, w, v, tv, keys, 0, A, HAS_DS, D, WIDEN, ALIGN)
 
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)[:, None]
     w_mean = w_total[:, None] * inverse
