@@ -38,11 +38,12 @@ OPERATORS: dict[str, "Operator"] = {}  # by name
 
 
 class Planned:
-    """What is done with arguments of one signature, once they are checked: `run` computes it,
-    `call` has its derivatives too. Without `run` the reference does it all."""
+    """What is done with arguments of one signature, once they are checked: `run` computes it, or
+    what torch_op and its dispatch do while a dispatch mode looks on. Without `run` the reference,
+    `call`, does it all."""
 
-    def __init__(self, args: tuple, call: Callable | None = None, run: Callable | None = None):
-        self.call, self.run = call, run
+    def __init__(self, args: tuple, call=None, run=None, torch_op=None):
+        self.call, self.run, self.torch_op = call, run, torch_op or run
         self.tensors = [i for i, x in enumerate(args) if isinstance(x, Tensor)]
         self.rest = [None if isinstance(x, Tensor) else x for x in args]
 
@@ -107,19 +108,16 @@ class Operator:
         if self._is_reference(args, is_real):
             is_cpu = requested() == "auto" and _first_tensor(args).device.type == "cpu"
             return Planned(args, self.on_cpu if is_cpu and is_real else self.reference)
-        launch, torch_op, derivative = self.torch_op, self.torch_op, self.derivative
+        run, torch_op = self.torch_op, self.torch_op
         if is_real and _first_tensor(args).device.type in ("cpu", "cuda"):
-            launch = self._launch(args)
-
-        def run(*args):
-            return torch_op(*args) if dispatch_modes() else launch(*args)
+            run = self._launch(args)
 
         def watched(*args):
-            return torch_op(*args) if can_differentiate(args) else run(*args)
+            return (torch_op if dispatch_modes() or can_differentiate(args) else run)(*args)
 
-        planned = Planned(args, watched, run)
-        if derivative is not None:
-            planned.call = partial(derivative, planned)
+        planned = Planned(args, watched, run, torch_op)
+        if self.derivative is not None:
+            planned.call = partial(self.derivative, planned)
         return planned
 
     def _is_reference(self, args: tuple, is_real: bool) -> bool:
@@ -178,7 +176,7 @@ class Derivative:
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(planned, *args):
-                return planned.run(*args)
+                return (planned.torch_op if dispatch_modes() else planned.run)(*args)
 
             @staticmethod
             def setup_context(ctx, inputs, output):
@@ -207,7 +205,9 @@ class Derivative:
     def __call__(self, planned: Planned, *args):
         if is_functorch_active():
             return self.function.apply(planned, *args)
-        return self.apply(planned, *args) if can_differentiate(args) else planned.run(*args)
+        if is_forward_mode() or (torch.is_grad_enabled() and _requires_grad(args)):
+            return self.apply(planned, *args)
+        return (planned.torch_op if dispatch_modes() else planned.run)(*args)
 
 
 def _saved(ctx) -> list:

@@ -53,14 +53,13 @@ def forgotten_around() -> Iterator[None]:
 
 def signature(args: tuple) -> tuple:
     """All that checks, the choice of a backend, views and launches depend on: of tensors their
-    class, shape, strides, dtype and device, anything else by its value."""
+    class, shape, dtype, device, and strides where they are not contiguous; anything else by its
+    value."""
     return tuple(
         [
-            (type(x), x.shape, x.stride(), x.dtype, x.device)
+            (type(x), x.shape, x.dtype, x.device, None if x.is_contiguous() else x.stride())
             if isinstance(x, Tensor)
-            else x
-            if type(x) is not list
-            else tuple(x)
+            else (x if type(x) is not list else tuple(x))
             for x in args
         ]
     )

@@ -9,6 +9,7 @@ from ..checks import check_cond, check_same_device, check_tokens, is_double
 from ..dispatch.backend import Op, requested
 from ..dispatch.operators import Derivative, Operator, Planned
 from ..dispatch.plans import Plans, signature
+from ..dispatch.torch_private import dispatch_modes
 from ..segments import Segments, packing
 from . import cpu, cuda, reference
 from .positions import check_positions, period_of, periods_of
@@ -236,8 +237,8 @@ def qk_norm_rope(
         >>> q, k = qk_norm_rope(q, k, weight, bias, weight, bias, grid=(3, 4), order="grid")
     """
     q_out, k_out = _call(
-        q, k, q_weight, q_bias, k_weight, k_bias, q_shift, k_shift, positions, _pair(grid), sizes,
-        order, float(eps), *packing(segments),
+        q, k, q_weight, q_bias, k_weight, k_bias, q_shift, k_shift, positions,
+        grid if grid is None else tuple(grid), sizes, order, float(eps), *packing(segments),
     )  # fmt: skip
     return q_out if k is None else (q_out, k_out)
 
@@ -277,12 +278,16 @@ def qkv_norm_rope(
         >>> q, k, v = qkv_norm_rope(qkv, torch.ones(32), None, torch.ones(32), grid=(3, 4))
         >>> out = attention(q, k, v)
     """
-    rows = q_weight, q_bias, k_weight, k_bias, q_shift, k_shift
-    args = *rows, positions, _pair(grid), sizes, order, float(eps), *packing(segments)
+    cu, max_length = (None, 0) if segments is None else segments
+    grid = grid if grid is None or type(grid) is tuple else tuple(grid)
+    args = (
+        q_weight, q_bias, k_weight, k_bias, q_shift, k_shift, positions, grid, sizes, order,
+        float(eps), cu, max_length,
+    )  # fmt: skip
     if torch.compiler.is_compiling():
         return _sliced(qkv, *args)
     key = requested(), signature((qkv, *args))
-    return tuple(_packed_runs.find(key, _packed_run, qkv, args)(qkv, *args))
+    return _packed_runs.find(key, _packed_run, qkv, args)(qkv, *args)
 
 
 def _slices(qkv, args) -> tuple[Tensor, Tensor, Tensor]:
@@ -306,10 +311,6 @@ def _packed_run(qkv, args):
 
     def run(qkv, *args):
         q, k, v = qkv.unbind(-3)
-        return *planned.run(q, k, *args), v
+        return *(planned.torch_op if dispatch_modes() else planned.run)(q, k, *args), v
 
     return partial(_packed, Planned((qkv, *args), None, run))
-
-
-def _pair(grid) -> tuple[int, int] | None:
-    return None if grid is None else tuple(grid)
