@@ -2,6 +2,7 @@
 
 import doctest
 import importlib.util
+import itertools
 import json
 import re
 import sys
@@ -164,7 +165,7 @@ def test_paths_exist():
     named = [path for block in trees for path in _paths_of_tree(block)]
     named += [c for c in commands() if re.fullmatch(r"[\w.<>-]+(/[\w.<>-]+)+/?", c)]
     missing = [path for path in named if not [*ROOT.glob(path.replace("<op>", "*").rstrip("/"))]]
-    assert not {*missing} - {"runs/mnist/model"}  # which the reader has made
+    assert not [path for path in missing if not path.startswith(("build/", "runs/"))]  # made there
 
 
 def _paths_of_tree(block: str):
@@ -185,7 +186,8 @@ def test_commands_exist():
     found = {"make": set(), "benchmarks": set(), "tim": set()}
     for command in commands():
         words = command.partition("  #")[0].partition("    ")[0].split()
-        match [word.removeprefix(".venv/bin/") for word in words]:
+        words = [word.removeprefix(".venv/bin/") for word in words]
+        match [*itertools.dropwhile(lambda word: word[0].isupper() and "=" in word, words)]:
             case ["make", *rest]:
                 for target in [word for word in rest if "=" not in word]:
                     assert re.search(rf"^({target}:|.*\.{target}.*:)", makefile, re.M), command
