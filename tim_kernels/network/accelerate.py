@@ -1,7 +1,8 @@
 """`accelerate`: somebody else's TiM on the fused ops, in one line.
 
 A model is recognised by its tree of names, shapes and layer kinds, never by its class. Its weights
-stay where they are; only `forward` of the instance is replaced, and `restore` puts it back.
+stay where they are; only `forward` of the instance and of its blocks is replaced, and `restore`
+puts them back. Blocks are still called as modules, and one that is called as published is itself.
 """
 
 import contextlib
