@@ -13,7 +13,7 @@ DROPOUTS = (
 )  # fmt: skip
 
 
-def obstacles(model: nn.Module, new_condition: str | None) -> Iterator[tuple[str, str]]:
+def differences(model: nn.Module, new_condition: str | None) -> Iterator[tuple[str, str]]:
     """Each (module, reason) for which the tree is not the published one."""
     try:
         expected = _expected_parameters(model)
