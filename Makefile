@@ -65,7 +65,9 @@ $(VENV)/.torch:
 	$(BIN)/python -m pip install "$(TORCH)"
 	touch $@
 
-# .venv/.EXTRA: the package is installed with that extra, and PyTorch stays as it is.
+# .venv/.EXTRA: the package is installed with that extra. timm comes alone, for its layers: the
+# torchvision that it asks for needs a CUDA build of PyTorch, and breaks transformers beside another.
 $(VENV)/.demo $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py
-	$(BIN)/python -m pip install --editable ".[$*]" "$(TORCH)"
+	$(BIN)/python -m pip install --editable ".[$*]"
+	$(if $(filter test,$*),$(BIN)/python -m pip install --no-deps "timm>=1.0")
 	touch $@

@@ -78,7 +78,7 @@ def namespace() -> str:
     return name
 
 
-def obstacle() -> str | None:
+def why_not_built() -> str | None:
     """Why the extension is not built; None if it is."""
     if os.environ.get("TIM_KERNELS_CUDA_ARCHS", "").strip().lower() == "none":
         return "it was not built: TIM_KERNELS_CUDA_ARCHS was 'none'"
@@ -114,7 +114,7 @@ class BuildExtension(build_ext):
     def run(self) -> None:
         super().run()
         folder = Path("." if self.inplace else self.build_lib, "tim_kernels")
-        if reason := obstacle():
+        if reason := why_not_built():
             print(f"no CUDA extension: {reason}")
             note(folder, {"reason": reason})
         else:
@@ -160,7 +160,7 @@ class BuildExtension(build_ext):
 class BuildPython(build_py):
     def run(self) -> None:
         super().run()
-        if reason := obstacle():
+        if reason := why_not_built():
             print(f"no CUDA extension: {reason}")
             root = "." if self.editable_mode else self.build_lib
             note(Path(root, "tim_kernels"), {"reason": reason})
@@ -191,6 +191,6 @@ def note(folder: Path, what: dict) -> None:
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[] if obstacle() else [Extension("tim_kernels._cuda", SOURCES)],
+        ext_modules=[] if why_not_built() else [Extension("tim_kernels._cuda", SOURCES)],
         cmdclass={"build_ext": BuildExtension, "build_py": BuildPython, "bdist_wheel": Wheel},
     )

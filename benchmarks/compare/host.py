@@ -24,7 +24,10 @@ from ..record.rows import Host
 from ..record.table import text
 
 CALLS = "gated_residual_ada_layer_norm", "qk_norm_rope of packed qkv", "swiglu"
-MOST = {False: 5.5, True: 9.0}  # multiples without and with gradients; the longest call's, and noise
+MOST = {
+    False: 5.5,
+    True: 9.0,
+}  # multiples without and with gradients; the longest call's, and noise
 
 
 def measured(rounds: int = 21, device: str = "cpu") -> Iterator[Host]:

@@ -21,14 +21,14 @@ TRITON_KERNELS, CUDA_KERNELS = "regex=^_[a-z_]+_kernel", "kernel_substring=3tim"
 
 @dataclasses.dataclass
 class Stage:
-    """A command with a time limit; `obstacle` is why it cannot run here, `needs` an earlier stage
+    """A command with a time limit; `why_not` is why it cannot run here, `needs` an earlier stage
     without which it means nothing."""
 
     name: str
     command: list[str]
     limit: float
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
-    obstacle: str | None = None
+    why_not: str | None = None
     must_say: str | None = None  # in its output
     must_fail: bool = False  # it holds a planted error
     needs: str | None = None
@@ -36,13 +36,13 @@ class Stage:
 
 def build(dry_run: bool, is_needed: bool = True) -> Stage:
     """The extension for this GPU alone."""
-    obstacle = None if is_needed else "it is built already"
+    why_not = None if is_needed else "it is built already"
     return Stage(
         "build",
         [sys.executable, "setup.py", "build_ext", "--inplace"],
         120,
         {} if dry_run else {"TIM_KERNELS_CUDA_ARCHS": _architecture()},
-        "a dry run builds nothing" if dry_run else obstacle,
+        "a dry run builds nothing" if dry_run else why_not,
     )
 
 
@@ -86,9 +86,9 @@ def parity(backend: str, dry_run: bool, limit: float) -> Stage:
     environment = ONE_THREAD | {
         "TIM_KERNELS_TEST_BACKEND": backend, "TORCHINDUCTOR_COMPILE_THREADS": "4",
     }  # fmt: skip
-    obstacle = "a dry run has no CUDA" if dry_run and backend == "cuda" else None
+    why_not = "a dry run has no CUDA" if dry_run and backend == "cuda" else None
     needs = "build" if backend == "cuda" else None
-    return Stage(f"tests, {backend}", command, limit, environment, obstacle, needs=needs)
+    return Stage(f"tests, {backend}", command, limit, environment, why_not, needs=needs)
 
 
 def sanitizer(dry_run: bool) -> list[Stage]:
@@ -97,9 +97,9 @@ def sanitizer(dry_run: bool) -> list[Stage]:
     probes."""
     tool = _compute_sanitizer()
     if tool is None:
-        obstacle, tool = "compute-sanitizer is not on this machine", ""
+        why_not, tool = "compute-sanitizer is not on this machine", ""
     else:
-        obstacle = "a dry run has no CUDA" if dry_run else None
+        why_not = "a dry run has no CUDA" if dry_run else None
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
     def under(kind: str, name: str, limit: float, *options: str, **changes) -> Stage:
@@ -108,7 +108,7 @@ def sanitizer(dry_run: bool) -> list[Stage]:
             tool, "--tool", kind, *options, "--error-exitcode", "99", "--print-limit", "20",
             "--kernel-name", TRITON_KERNELS, "--kernel-name", CUDA_KERNELS, *stage.command,
         ]  # fmt: skip
-        return dataclasses.replace(stage, environment=environment, obstacle=obstacle)
+        return dataclasses.replace(stage, environment=environment, why_not=why_not)
 
     memory = "--report-api-errors", "no"
     planted = under(

@@ -58,11 +58,11 @@ class Gate:
         entry = {"name": stage.name, "outcome": "running", "seconds": 0.0, "limit": stage.limit}
         self.record.data["stages"].append(entry)
         left = self.until - time.monotonic()
-        obstacle = stage.obstacle or self._lacks(stage)
-        obstacle = obstacle or (None if left > LEAST else "no time was left")
-        if obstacle:
-            entry |= {"outcome": "left out", "why": obstacle}
-            self.record.leave_out(stage.name, stage.name, obstacle)
+        why_not = stage.why_not or self._lacks(stage)
+        why_not = why_not or (None if left > LEAST else "no time was left")
+        if why_not:
+            entry |= {"outcome": "left out", "why": why_not}
+            self.record.leave_out(stage.name, stage.name, why_not)
             self.record.save()
             return
         print(f"{stage.name} …", flush=True)

@@ -42,7 +42,7 @@ def table(results: Sequence[dict]) -> dict[str, dict[str, str]]:
     chosen = {}
     for gpu in proof.gpus(results):
         result = proof.latest(results, "ops", gpu)
-        if result is not None and proof.obstacle(result, results) is None:
+        if result is not None and proof.why_not_proved(result, results) is None:
             name = "sm_" + result["machine"]["capability"].replace(".", "")
             chosen[name] = fastest(proof.told_rows(result, results, Op))
     return chosen

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..record.provenance import ROOT
 from ..record.rows import EAGER, FUSED, Derivative, Op, Timed, Turns, load
 from ..record.table import markdown
-from .proof import KINDS, failed_tests, gpus, latest, obstacle, rows_of, told_rows, unproven
+from .proof import KINDS, failed_tests, gpus, latest, rows_of, told_rows, unproven, why_not_proved
 
 README, PLOTS = ROOT / "README.md", ROOT / "docs/benchmarks"
 BEGIN, END = "<!-- benchmarks: begin, made by `make bench` -->", "<!-- benchmarks: end -->"
@@ -40,7 +40,7 @@ def _gpu_section(gpu: str, results: Sequence[dict]) -> list[str]:
         if result is None:
             parts.append(f"{part}: not measured yet.")
             continue
-        if reason := obstacle(result, results):
+        if reason := why_not_proved(result, results):
             parts.append(f"{part}: measured, but not told, since {reason}.")
             continue
         rows = told_rows(result, results, kind)
@@ -175,6 +175,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for gpu in gpus(results):
         for part, kind in KINDS.items():
             result = latest(results, part, gpu)
-            if result is not None and obstacle(result, results) is None:
+            if result is not None and why_not_proved(result, results) is None:
                 write_plots(result, results, kind)
     README.write_text(into(README.read_text(), text))

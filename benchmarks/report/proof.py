@@ -35,7 +35,7 @@ def _has(result: dict, part: str) -> bool:
     return part in KINDS and bool(rows_of(result, KINDS[part]))
 
 
-def obstacle(result: dict, results: Iterable[dict]) -> str | None:
+def why_not_proved(result: dict, results: Iterable[dict]) -> str | None:
     """Why no speed of ours in a result may be told."""
     reasons = [unproven(backend, result, results) for backend in FUSED]
     return reasons[0] if all(reasons) else None

@@ -19,7 +19,7 @@ TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "f
 CUDA_TYPES = {"__nv_bfloat16": "bf16", "__half": "fp16", "float": "fp32", "double": "fp64"}
 
 
-def obstacle() -> str | None:
+def why_not() -> str | None:
     """Why csrc/ cannot be compiled here; None if it can."""
     if build_script.nvcc() is None:
         return "nvcc was not found"

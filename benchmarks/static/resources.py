@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         jobs = triton_jobs(args.arch, args.width, args.dtype, args.op)
         kernels += in_processes(compile_job, jobs, args.processes)
         print(f"Triton {triton.__version__}\n{text(kernels, COLUMNS)}")
-    if "cuda" in args.backend and (reason := extension.obstacle()):
+    if "cuda" in args.backend and (reason := extension.why_not()):
         print(f"CUDA: not compiled, {reason}")
     elif "cuda" in args.backend:
         cuda = cuda_kernels(args.arch, args.dtype, args.op, args.processes)

@@ -48,7 +48,7 @@ def test_nothing_stops_at_a_failure(light, tmp_path):
     planned = [
         python("fails", "raise SystemExit('this is why')"),
         python("hangs", f"{WRITE_A_ROW}; import time; time.sleep(60)", limit=3),
-        python("cannot", "", obstacle="no such tool"),
+        python("cannot", "", why_not="no such tool"),
         Stage("is not there", [str(tmp_path / "nothing")], 5),
         python("says it", "print('0 errors')", must_say="0 errors"),
         python("says it and fails", "print('0 errors'); raise SystemExit(1)", must_say="0 errors"),
@@ -101,7 +101,7 @@ def test_a_library_of_other_sources_is_built_again(monkeypatch, tmp_path):
     note = tmp_path / "tim_kernels/_cuda.json"
 
     def obstacle() -> str | None:
-        return parts.build_if_missing(False)[0].obstacle
+        return parts.build_if_missing(False)[0].why_not
 
     assert obstacle() is None
     note.write_text(json.dumps({"architectures": ["90"], "sources": "of another day"}))

@@ -76,7 +76,7 @@ def test_no_kernel_spills_and_rows_are_loaded_16_bytes_at_a_time(triton_reports)
 GENERAL = "_any_kernel<", "<false,", "<1,"  # of CUDA: kernels that move single elements
 
 
-@pytest.mark.skipif(extension.obstacle() is not None, reason=f"{extension.obstacle()}")
+@pytest.mark.skipif(extension.why_not() is not None, reason=f"{extension.why_not()}")
 def test_no_cuda_kernel_spills_and_the_fast_ones_move_16_bytes_at_a_time(tmp_path):
     run(tmp_path, "--arch", "80", "90", "100", "--dtype", "bfloat16", "float16", "float32")
     rows = kernels(tmp_path / "cuda.json")

@@ -1,45 +1,43 @@
 """TiM's published tree with the layers that the published code takes from timm."""
 
 import functools
+import importlib
+import importlib.util
 import sys
 from types import ModuleType
 
 import eager
 import pytest
-import torch
+from torch import nn
+
+TORCHVISION = ("torchvision", "torchvision.ops", "torchvision.ops.misc")
 
 
 @functools.cache
-def timm_layers() -> ModuleType | str:
-    """`timm.layers`, or in words why this machine cannot import it.
-
-    It imports torchvision, whose compiled operators need the PyTorch that they were built for. A
-    CPU build of PyTorch cannot load those of a CUDA build; torchvision then runs without them,
-    but for two whose schemas it expects. Nothing here calls either.
-    """
-    try:
-        try:
-            import torchvision  # noqa: F401
-        except RuntimeError as error:
-            if "operator torchvision::" not in str(error):
-                raise
-            library = torch.library.Library("torchvision", "DEF")
-            for name in ("nms", "qnms"):
-                library.define(f"{name}(Tensor dets, Tensor scores, float threshold) -> Tensor")
-            timm_layers.library = library  # its definitions last as long as it does
-            for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-                del sys.modules[name]
-        import timm.layers
-    except (ImportError, RuntimeError, OSError) as error:
-        return f"timm's layers cannot be imported beside torch {torch.__version__}: {error}"
-    return timm.layers
-
-
 def require_timm() -> ModuleType:
-    layers = timm_layers()
-    if isinstance(layers, str):
-        pytest.skip(layers)
-    return layers
+    """`timm.layers`, and nothing else of timm.
+
+    The rest of timm needs torchvision, whose file on the package index no CPU build of PyTorch can
+    load; where it lies beside one, transformers and diffusers cannot be imported either. timm is
+    therefore installed without what it depends on, and the one class of torchvision that its
+    layers name, and that none of ours uses, is stood in for while they are imported.
+    """
+    spec = importlib.util.find_spec("timm")
+    if spec is None:
+        pytest.skip("timm is not installed: make test does it, or pip install --no-deps timm")
+    stand_ins = {name: ModuleType(name) for name in ("timm", *TORCHVISION)}
+    stand_ins["timm"].__path__ = spec.submodule_search_locations
+    stand_ins[TORCHVISION[-1]].FrozenBatchNorm2d = nn.BatchNorm2d
+    before = {name: sys.modules.get(name) for name in stand_ins}
+    sys.modules.update(stand_ins)
+    try:
+        return importlib.import_module("timm.layers")
+    finally:
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
 
 
 def with_timm_layers(model: eager.EagerTiM) -> eager.EagerTiM:

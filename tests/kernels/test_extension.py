@@ -76,27 +76,27 @@ NO_NVCC = {"reason": "it was not built: nvcc was not found"}
 def test_why_it_cannot_run(installation, build, capability, cuda, message):
     installation.note(build)
     installation.gpu(capability, cuda)
-    assert message in extension.obstacle("cuda")
+    assert message in extension.why_not("cuda")
     if capability is None:
         return
     line = next(line for line in tim_kernels.explain().splitlines() if line.startswith("swiglu"))
-    assert f"not cuda: {extension.obstacle('cuda')}" in line
+    assert f"not cuda: {extension.why_not('cuda')}" in line
 
 
 def test_a_library_that_is_missing_or_broken_is_reported(installation):
     installation.gpu((9, 0))
     installation.note(BUILT, has_library=False)
-    assert "_cuda.so is missing" in extension.obstacle("cuda")
+    assert "_cuda.so is missing" in extension.why_not("cuda")
     installation.note(BUILT)
     installation.load(OSError("undefined symbol: something"))
-    assert "does not load: undefined symbol: something" in extension.obstacle("cuda")
+    assert "does not load: undefined symbol: something" in extension.why_not("cuda")
 
 
 def test_an_older_driver_is_named(installation, monkeypatch):
     installation.note(BUILT)
     installation.gpu((9, 0))
     monkeypatch.setattr(extension, "_driver", lambda: 12080)
-    assert "built with CUDA 13.0, and the driver supports 12.8" in extension.obstacle("cuda")
+    assert "built with CUDA 13.0, and the driver supports 12.8" in extension.why_not("cuda")
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)])
@@ -104,8 +104,8 @@ def test_present(installation, capability):
     installation.note(BUILT)
     installation.gpu(capability)
     installation.load(None)
-    assert extension.obstacle("cuda") is None
-    assert "needs a CUDA device" in extension.obstacle("cpu")
+    assert extension.why_not("cuda") is None
+    assert "needs a CUDA device" in extension.why_not("cpu")
     assert backend.obstacle("cuda", "ada_layer_norm", "cuda") is None
     line = next(line for line in tim_kernels.explain().splitlines() if line.startswith("swiglu"))
     assert line.split()[1] == "cuda" and "not cuda" not in line
@@ -118,7 +118,9 @@ def test_every_op_of_csrc_has_launchers_for_it():
         assert backend.OPS[name].cuda.forward and backend.OPS[name].cuda.backward
 
 
-@pytest.mark.skipif(build_script.obstacle() is not None, reason=f"{build_script.obstacle()}")
+@pytest.mark.skipif(
+    build_script.why_not_built() is not None, reason=f"{build_script.why_not_built()}"
+)
 def test_it_builds_and_loads_without_a_gpu(tmp_path):
     """One architecture; the operators are there, and give the dispatcher's error on the CPU."""
     for name in ("csrc", "tim", "tim_kernels"):
@@ -164,10 +166,10 @@ def test_the_sources_use_only_what_the_oldest_torch_has():
 
 def test_setup_says_why_it_built_nothing(monkeypatch):
     monkeypatch.setenv("TIM_KERNELS_CUDA_ARCHS", "none")
-    assert "was 'none'" in build_script.obstacle()
+    assert "was 'none'" in build_script.why_not_built()
     monkeypatch.delenv("TIM_KERNELS_CUDA_ARCHS")
     monkeypatch.setattr(build_script, "nvcc", lambda: None)
-    assert "nvcc was not found" in build_script.obstacle()
+    assert "nvcc was not found" in build_script.why_not_built()
 
 
 def test_a_build_may_have_a_namespace_of_its_own(installation, monkeypatch):

@@ -20,6 +20,7 @@ from tim.objective import TransitionObjective
 from tim.transports import make
 
 RANKS = 2
+FSDP2_KNOWS_JVP = torch.__version__ >= (2, 13)  # github.com/pytorch/pytorch/issues/182641
 KINDS = {
     "dde": dict(derivative_type="dde"),
     "jvp": dict(derivative_type="jvp"),
@@ -30,6 +31,10 @@ CASES = [
     for wrapper, condition in (("ddp", "class"), ("fsdp2", "class"), ("fsdp2", "text"))
     for kind, checkpointing in itertools.product(KINDS, (False, True))
 ]
+
+
+def can_run(wrapper: str, kind: str) -> bool:
+    return FSDP2_KNOWS_JVP or wrapper != "fsdp2" or kind == "dde"
 
 
 def problem(rank: int, condition: str):
@@ -78,6 +83,8 @@ def work(rank: int, folder: str):
     found, mesh = {}, init_device_mesh("cpu", (RANKS,))
     for case in CASES:
         wrapper, condition, kind, checkpointing = case
+        if not can_run(wrapper, kind):
+            continue
         model, batch, t, r = problem(rank, condition)
         if checkpointing:
             model.enable_gradient_checkpointing()
@@ -114,6 +121,8 @@ def alone():
 
 @pytest.mark.parametrize("wrapper, condition, kind, checkpointing", CASES)
 def test_gradients_are_equal_and_the_mean(ranks, alone, wrapper, condition, kind, checkpointing):
+    if not can_run(wrapper, kind):
+        pytest.skip(f"FSDP2 has no forward mode in torch {torch.__version__}: 2.13 has it")
     first, second = (found[wrapper, condition, kind, checkpointing] for found in ranks)
     assert torch.equal(first, second)
     one, other = alone[condition, kind]

@@ -158,8 +158,7 @@ def test_blocks_can_be_compiled_one_by_one(text):
     model, args = problem(text)
     expected, own = gradients(model, args)
     torch._dynamo.reset()
-    for block in model.blocks:
-        block.compile(backend="aot_eager", fullgraph=True)
+    model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
     sample, compiled = gradients(model, args)
     assert relative_error(sample, expected) < 1e-5
     for name, gradient in own.items():

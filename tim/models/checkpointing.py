@@ -12,6 +12,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from tim_kernels import use_backend
 from tim_kernels.dispatch.backend import requested
+from tim_kernels.dispatch.torch_private import is_forward_mode
 
 
 def checkpointed(function: Callable, block: nn.Module, *args):
@@ -28,7 +29,7 @@ def checkpointed(function: Callable, block: nn.Module, *args):
         with use_backend(backend):
             return function(*args)
 
-    if forward_ad._current_level >= 0:
+    if is_forward_mode():
         return checkpoint_dual(run, block, *args)
     return block._gradient_checkpointing_func(run, block, *args)
 

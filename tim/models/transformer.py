@@ -35,7 +35,8 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _supports_group_offloading = False  # blocks read their layers' weights, and each other's
+    _supports_group_offloading = False  # the embedders' weights are read, not their modules called
+    _repeated_blocks = ["ClassBlock", "TextBlock"]
 
     @register_to_config
     def __init__(

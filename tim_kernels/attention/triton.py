@@ -17,7 +17,8 @@ products of TF32, which keeps its accuracy; plain multiply-adds spill, or crash 
 A head of D channels is kept as two pieces of A and B lanes: 72 = 64 + 16 half empty costs 80 lanes
 of a product, where one piece would pay for 128. B is 0 where one piece wastes no more. Where q and
 tq do not fit the registers they are read anew for each tile of keys, CHUNK channels at a time. In
-the kernel qa, qb are the two pieces of a tile, t tangents; what is None is compiled away.
+the kernel m_i, l_i and alpha are online softmax's maximum, sum and rescaling, w_i is Σ w; qa, qb
+are the two pieces of a tile, t tangents; what is None is compiled away.
 """
 
 import torch
@@ -58,7 +59,7 @@ def _attention_jvp_kernel(
     HAS_TQ: tl.constexpr = tq_ptr is not None
     HAS_DS: tl.constexpr = tq_ptr is not None or tk_ptr is not None
 
-    n, m = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    n, key = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     is_row, unit = n < span, scale * LOG2_E  # exp(scale·s) = exp2(unit·s)
     if not CHUNK:
         qa = _load(q, n, is_row, 0, A, D, ALIGN)
@@ -66,16 +67,16 @@ def _attention_jvp_kernel(
         if B:
             qb = _load(q, n, is_row, A, B, D, ALIGN)
             tqb = _load(tq, n, is_row, A, B, D, ALIGN)
-    largest = tl.full((ROWS,), float("-inf"), tl.float32)
-    total, w_total = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    m_i = tl.full((ROWS,), float("-inf"), tl.float32)
+    l_i, w_i = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     centre = tl.zeros((ROWS,), tl.float32)
     oa, ta = tl.zeros((ROWS, A), tl.float32), tl.zeros((ROWS, A), tl.float32)
     if B:
         ob, tb = tl.zeros((ROWS, B), tl.float32), tl.zeros((ROWS, B), tl.float32)
 
     for begin in range(0, k_span, COLUMNS):
-        is_key = m < k_span - begin
-        keys = begin + m, is_key
+        is_key = key < k_span - begin
+        keys = begin + key, is_key
         s, ds = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
         if CHUNK:
             for c in range(0, D, CHUNK):
@@ -87,31 +88,31 @@ def _attention_jvp_kernel(
             if B:
                 s, ds = _scores(s, ds, qb, tqb, k, tk, keys, A, B, HAS_TQ, D, WIDEN, ALIGN)
         if mask_ptr is not None:
-            is_key = is_key & (tl.load(mask_ptr + k_row + begin + m, is_key, 0) != 0)
+            is_key = is_key & (tl.load(mask_ptr + k_row + begin + key, is_key, 0) != 0)
         s = tl.where(is_key[None, :], s, float("-inf"))
 
-        before = largest
-        largest = tl.maximum(before, tl.max(s, 1))
-        reference = tl.where(largest == float("-inf"), 0.0, -largest * unit)  # no key yet
-        shrink = tl.exp2(tl.fma(before, unit, reference))
+        before = m_i
+        m_i = tl.maximum(before, tl.max(s, 1))
+        reference = tl.where(m_i == float("-inf"), 0.0, -m_i * unit)  # no key yet
+        alpha = tl.exp2(tl.fma(before, unit, reference))
         exact = tl.exp2(tl.fma(s, unit, reference[:, None]))
         p = exact.to(v_ptr.dtype.element_ty)
         p_sum, w = tl.sum(p.to(tl.float32), 1), p
         if HAS_DS:
             ds = ds * scale
             mean = tl.sum(exact * ds, 1) / tl.where(p_sum == 0.0, 1.0, p_sum)
-            centre = tl.where(total == 0.0, mean, centre)
+            centre = tl.where(l_i == 0.0, mean, centre)
             w = (exact * (ds - centre[:, None])).to(p.dtype)
-            w_total = w_total * shrink + tl.sum(w.to(tl.float32), 1)
-        total = total * shrink + p_sum
+            w_i = w_i * alpha + tl.sum(w.to(tl.float32), 1)
+        l_i = l_i * alpha + p_sum
         if B:  # before A: else each warp of a small tile computes all channels of A, and spills
-            ob, tb = ob * shrink[:, None], tb * shrink[:, None]
+            ob, tb = ob * alpha[:, None], tb * alpha[:, None]
             ob, tb = _values(ob, tb, p, w, v, tv, keys, A, B, HAS_DS, D, WIDEN, ALIGN)
-        oa, ta = oa * shrink[:, None], ta * shrink[:, None]
+        oa, ta = oa * alpha[:, None], ta * alpha[:, None]
         oa, ta = _values(oa, ta, p, w, v, tv, keys, 0, A, HAS_DS, D, WIDEN, ALIGN)
 
-    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)[:, None]
-    w_mean = w_total[:, None] * inverse
+    inverse = 1.0 / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
+    w_mean = w_i[:, None] * inverse
     row = ((first_out + n) * heads + head) * D
     _store(out_ptr, row, is_row, oa * inverse, 0, A, D)
     _store(tout_ptr, row, is_row, (ta - oa * w_mean) * inverse, 0, A, D)

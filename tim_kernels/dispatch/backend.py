@@ -94,7 +94,7 @@ def obstacle(backend: str, op: str, device: str) -> str | None:
     if backend == "reference":
         return None
     if backend == "cuda":
-        return extension.obstacle(device) if OPS[op].cuda else "the extension does not have it"
+        return extension.why_not(device) if OPS[op].cuda else "the extension does not have it"
     if not _has_triton():
         return "triton is not installed"
     if device != "cuda" and not interpreting():

@@ -29,7 +29,7 @@ def emulate(library: Path) -> None:
     forget()
 
 
-def obstacle(device: str) -> str | None:
+def why_not(device: str) -> str | None:
     """Why the extension cannot run on tensors of a device type; None if it can."""
     if _emulated:
         return None if device == "cpu" else f"it is emulated on the CPU, not on {device}"

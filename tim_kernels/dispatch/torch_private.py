@@ -39,3 +39,8 @@ def apply_function(function: type[torch.autograd.Function]) -> Callable:
     """`function.apply` outside functorch, without binding the arguments to `forward`'s signature,
     which costs more on the host than all the rest."""
     return super(torch.autograd.Function, function).apply
+
+
+def storage_id(tensor: Tensor) -> int:
+    """The same for tensors that share memory."""
+    return tensor.untyped_storage()._cdata

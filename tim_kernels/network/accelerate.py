@@ -1,7 +1,8 @@
 """`accelerate`: somebody else's TiM on the fused ops, in one line.
 
 A model is recognised by its tree of names, shapes and layer kinds, never by its class. Its weights
-stay where they are; only `forward` of the instance is replaced, and `restore` puts it back.
+stay where they are; only `forward` of the instance and of its blocks is replaced, and `restore`
+puts them back. Blocks are still called as modules, and one that is called as published is itself.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from ..time_pair_embedding.reference import CONDITIONS
 from .blocks import Rope, class_block, text_block
 from .forward import tim
 from .layers import swiglu_mlp
-from .tree import is_swiglu, obstacles
+from .tree import differences, is_swiglu
 
 # A model's own forwards, by the names of its modules: a reference to the model would keep it alive.
 _ORIGINAL: WeakKeyDictionary[nn.Module, dict[str, object]] = WeakKeyDictionary()
@@ -66,7 +67,7 @@ def accelerate(
     if rope_order not in ORDERS:
         raise ValueError(f"rope_order must be one of {ORDERS}, got {rope_order!r}")
 
-    report = Report(left=dict(obstacles(model, new_condition)))
+    report = Report(left=dict(differences(model, new_condition)))
     if not report.left:
         if why := _fuse(model, _published_forward(new_condition, rope_order)):
             report.left[""] = why

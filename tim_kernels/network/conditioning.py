@@ -51,18 +51,17 @@ def can_group(model: nn.Module) -> bool:
         return False
     if is_sharded(model) or any(map(is_sharded, model.blocks)):
         return False
-    return all(
-        is_plain(layer) and layer.weight.device == device
-        for block in model.blocks
-        for layer in _conditioning_layers(block)
-    )
+    return all(is_plain(layer, device) for layer in _conditioning_layers(model.blocks))
 
 
-def _conditioning_layers(block: nn.Module) -> Iterator[nn.Module]:
-    mlp = block.adaLN_modulation
-    yield from (mlp.fc1_g, mlp.fc1_x, mlp.fc2)
-    if _is_distance_aware(block):
-        yield from (block.attn.qkv_d, block.attn.proj)
+def _conditioning_layers(blocks: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    is_distance_aware = _is_distance_aware(blocks[0])
+    for block in blocks:
+        mlp = block.adaLN_modulation
+        yield from (mlp.fc1_g, mlp.fc1_x, mlp.fc2)
+        if is_distance_aware:
+            attn = block.attn
+            yield from (attn.qkv_d, attn.proj)
 
 
 def _is_distance_aware(block: nn.Module) -> bool:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from ..dispatch.torch_private import is_forward_mode
+
 
 def lean(function: Callable) -> Callable:
     """`function`, in which F.linear, torch.bmm and torch.baddbmm with a tangent in their input
@@ -20,7 +22,7 @@ def lean(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(*args, **kwargs):
-        if forward_ad._current_level < 0:
+        if not is_forward_mode():
             return function(*args, **kwargs)
         with _LeanProducts():
             return function(*args, **kwargs)

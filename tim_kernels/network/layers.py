@@ -4,6 +4,7 @@ Weights are read where calling the module would be nothing but that (`is_plain`)
 a wrapped or hooked layer, is called.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,15 +12,21 @@ from ..swiglu.op import swiglu
 from ..time_pair_embedding.op import TimeMLP
 from .packing import pack
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-
-def is_plain(layer: nn.Module) -> bool:
-    """Whether calling `layer` is F.linear of its own plain weight and bias, and nothing else."""
-    if type(layer) is not nn.Linear or type(layer.weight) not in (nn.Parameter, Tensor):
+def is_plain(layer: nn.Module, device: torch.device | None = None) -> bool:
+    """Whether calling `layer` is F.linear of its own plain weight (on `device`) and bias, and
+    nothing else."""
+    if type(layer) is not nn.Linear:
         return False
-    own = vars(layer)  # an offloading hook replaces the instance's forward
-    return "forward" not in own and not any(own[hooks] for hooks in _HOOKS)
+    own = layer.__dict__  # read as it is: this is asked of many layers at every call
+    weight = own["_parameters"].get("weight")
+    return (
+        (type(weight) is nn.Parameter or type(weight) is Tensor)
+        and (device is None or weight.device == device)
+        and not (own["_forward_pre_hooks"] or own["_forward_hooks"])
+        and not (own["_backward_pre_hooks"] or own["_backward_hooks"])
+        and "forward" not in own  # by which weights are offloaded
+    )
 
 
 def swiglu_mlp(mlp: nn.Module, x: Tensor, packed: bool = False) -> Tensor:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..dispatch.torch_private import is_functorch_active, storage_id
+
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
     """`torch.cat(tensors)`, gradients included, but without the copy if it can be."""
@@ -22,7 +24,7 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
     if any(t.dtype != first.dtype or t.device != first.device for t in tensors):
         return torch.cat(tuple(tensors))
     needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if torch._C._are_functorch_transforms_active():  # no place to move memory
+    if is_functorch_active():  # no place to move memory
         can_view = not needs_gradient and _are_adjacent(tensors)
         return _span(tensors) if can_view else torch.cat(tuple(tensors))
     if not _are_adjacent(tensors):
@@ -47,9 +49,9 @@ def _may_move(tensors: Sequence[Tensor]) -> bool:
 
 
 def _are_adjacent(tensors: Sequence[Tensor]) -> bool:
-    end, storage = tensors[0].storage_offset(), tensors[0].untyped_storage()._cdata
+    end, storage = tensors[0].storage_offset(), storage_id(tensors[0])
     for tensor in tensors:
-        if tensor.untyped_storage()._cdata != storage or tensor.storage_offset() != end:
+        if storage_id(tensor) != storage or tensor.storage_offset() != end:
             return False
         end += tensor.numel()
     return True

@@ -8,9 +8,12 @@ from torch import nn
 SWIGLU = {"fc1_g", "fc1_x", "fc2"}
 CLASS_NORMS = ("norm1", "norm2")
 TEXT_NORMS = ("norm1", "norm2_i", "norm2_t", "norm3")
+DROPOUTS = (
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+)  # fmt: skip
 
 
-def obstacles(model: nn.Module, new_condition: str | None) -> Iterator[tuple[str, str]]:
+def differences(model: nn.Module, new_condition: str | None) -> Iterator[tuple[str, str]]:
     """Each (module, reason) for which the tree is not the published one."""
     try:
         expected = _expected_parameters(model)
@@ -68,8 +71,7 @@ def _wrong_layers(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 def _drop_rate(module: nn.Module) -> float:
     """Of dropout, and of timm's DropPath."""
-    is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
-    rate = module.p if is_dropout else getattr(module, "drop_prob", None)
+    rate = module.p if isinstance(module, DROPOUTS) else getattr(module, "drop_prob", None)
     return rate if isinstance(rate, float | int) else 0
 
 
