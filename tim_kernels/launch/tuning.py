@@ -2,7 +2,7 @@
 
 A section such as "sm_90" has what was chosen for that architecture, each entry with its source:
 timings on a GPU that it names, or the resources of the compiled code under a static model, which
-is a guess until somebody times it. `python -m benchmarks.tune --write` makes both kinds. "default"
+is a guess until somebody times it. `python -m benchmarks tune --write` makes both kinds. "default"
 serves CPUs and GPUs older than every section.
 
 A kernel without an entry for an architecture takes that of the nearest lower one: sm_86 and sm_89
