@@ -13,7 +13,7 @@ def _matrix(copy=None, half: int | None = None):
 
     def change(x: Tensor) -> Tensor:
         x = x if copy is None else copy(x)
-        x = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # −1 is ambiguous without channels
+        x = x.reshape(-1, x.shape[-1])
         return x if half is None else x.chunk(2, dim=1)[half]
 
     return change
