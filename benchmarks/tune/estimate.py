@@ -87,8 +87,8 @@ def touched(launch: Launch) -> int:
 def trips(launch: Launch) -> int:
     """Of the loops of a kernel: over the tiles of a program, or the blocks of heads of a token."""
     a = launch.arguments
-    if "rows_per_program" in a and launch.name.endswith(".backward"):
-        return a["rows_per_program"] // a.get("ROWS", a.get("T"))
+    if "tokens_per_program" in a and launch.name.endswith(".backward"):
+        return a["tokens_per_program"] // a.get("ROWS", a.get("T"))
     return a["H"] // a["HB"] if "HB" in a else a.get("tiles", 1)
 
 

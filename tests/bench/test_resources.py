@@ -13,6 +13,7 @@ import pytest
 from benchmarks.cases.calls import calls
 from benchmarks.static import extension
 from benchmarks.static.cubin import Resources
+from benchmarks.static.launches import without_folder
 from benchmarks.static.resources import occupancy
 from tim_kernels.dispatch import backend
 
@@ -105,6 +106,12 @@ def test_a_row_of_1152_does_not_pay_for_2048(triton_reports):
     for kernel, of in cost.items():
         assert of[1152] <= 0.9 * of[2048], kernel
         assert of[1152] / 1152 <= 1.5 * of[1024] / 1024, kernel
+
+
+@pytest.mark.parametrize("kernel", ["_forward_kernel", "_swiglu_forward_kernel", "swiglu_forward"])
+def test_a_kernel_s_name_may_have_its_op_s(kernel):
+    """As a profiler needs it; in a report it stands behind that of the op."""
+    assert without_folder(kernel, "swiglu") == "forward"
 
 
 def test_every_op_has_a_call():

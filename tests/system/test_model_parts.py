@@ -11,7 +11,7 @@ from torch import nn
 from tim.models import TiMTransformer2DModel
 from tim_kernels.network import conditioning
 from tim_kernels.network.conditioning import BlockConditioning, can_group
-from tim_kernels.network.forward import prepare, read_text, run, tim
+from tim_kernels.network.forward import predict, prepare, read_text, run
 
 TINY = dict(
     patch_size=2, in_channels=3, hidden_size=48, encoder_depth=1, depth=2, num_heads=2,
@@ -68,7 +68,7 @@ def test_a_prepared_network_runs_on_any_tokens(text):
         prepared = prepare(model, t, r, y, new_condition="t-r")
         for tokens in (x, x[..., :4] * 2):
             ours = run(model, tokens, prepared, rope_order="upstream", features_depth=1)
-            expected = tim(model, tokens, t, r, y, **NAMES, features_depth=1)
+            expected = predict(model, tokens, t, r, y, **NAMES, features_depth=1)
             for one, other in zip(ours, expected, strict=True):
                 assert torch.equal(one, other)
 
@@ -79,8 +79,8 @@ def test_text_that_is_read_once_serves_every_time():
         keys = read_text(model, y)
         assert len(keys) == 2 and keys[0].k.shape == keys[0].v.shape == (2, 5, 2, 24)
         for time in (t, t + 0.05):
-            expected, _ = tim(model, x, time, r, y, **NAMES)
-            ours, _ = tim(model, x, time, r, keys, **NAMES)
+            expected, _ = predict(model, x, time, r, y, **NAMES)
+            ours, _ = predict(model, x, time, r, keys, **NAMES)
             assert torch.equal(ours, expected)
 
 
@@ -88,7 +88,7 @@ def test_gradients_pass_through_text_that_was_read_before():
     model, (x, t, r, y) = problem(text=True)
     expected = gradients(model, (x, t, r, y))[1]
     model.zero_grad()
-    sample, features = tim(model, x, t, r, read_text(model, y), **NAMES, features_depth=1)
+    sample, features = predict(model, x, t, r, read_text(model, y), **NAMES, features_depth=1)
     (sample.square().sum() + features.square().sum()).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)

@@ -7,7 +7,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from tim_kernels import CONDITIONS
-from tim_kernels.network.forward import tim
+from tim_kernels.network.forward import predict
 from tim_kernels.qk_norm_rope.reference import ORDERS
 
 from ..checks import check_times
@@ -114,7 +114,7 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
         block `encoder_depth`, (B, N, z_dim). Raises ValueError for inputs that do not fit.
         """
         self._check_inputs(x, t, r, y, return_features)
-        sample, features = tim(
+        sample, features = predict(
             self,
             x,
             t,

@@ -62,15 +62,16 @@ class Call:
         self.finish = finish
 
     def __call__(self, *args):
-        flat, made = self.flat.copy(), [make(args) for make in self.made]
-        for slot, index in self.inputs:
-            flat[slot] = args[index]
-        for slot, index in self.outputs:
-            flat[slot] = made[index]
-        for slot, change in self.changes:
-            if flat[slot] is not None:
-                flat[slot] = change(flat[slot])
+        made = [make(args) for make in self.made]
         if not self.is_empty:
+            flat = self.flat.copy()
+            for slot, index in self.inputs:
+                flat[slot] = args[index]
+            for slot, index in self.outputs:
+                flat[slot] = made[index]
+            for slot, change in self.changes:
+                if flat[slot] is not None:
+                    flat[slot] = change(flat[slot])
             self.start(*flat)
         for i in self.missing:
             made[i] = torch.empty(0, dtype=self.dtype, device=self.device)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..qk_norm_rope.reference import ORDERS
 from ..time_pair_embedding.reference import CONDITIONS
 from .blocks import Rope, class_block, text_block
-from .forward import tim
+from .forward import predict
 from .layers import swiglu_mlp
 from .tree import differences, is_swiglu
 
@@ -117,7 +117,7 @@ def _published_forward(new_condition: str, rope_order: str):
     def forward(
         self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, attn_type=None, return_zs=False, jvp=False
     ):
-        sample, zs = tim(
+        sample, zs = predict(
             self,
             x,
             t,

@@ -1,6 +1,6 @@
 """TiM on the fused ops, as functions over a tree of modules with the published names.
 
-`tim` is the network. It is cut in two, for whoever runs one part more often than the other:
+`predict` is the network. It is cut in two, for whoever runs one part more often than the other:
 `prepare` makes of times, labels and text what the blocks need, and `run` carries tokens through
 the blocks. The functions read weights and call layers; which class the modules are does not
 matter. `tim.models` runs on them, and `accelerate` makes somebody else's model of the same tree
@@ -37,7 +37,7 @@ class Prepared(NamedTuple):
 
 
 @lean
-def tim(
+def predict(
     model: nn.Module,
     x: Tensor,
     t: Tensor,
@@ -115,7 +115,7 @@ def run(
     rope_order: str,
     features_depth: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Carry x (B, channels, H, W) through the blocks: see `tim`."""
+    """Carry x (B, channels, H, W) through the blocks: see `predict`."""
     c, delta, rows, text, (shift, scale) = prepared
     patch = model.x_embedder.proj.kernel_size[0]
     rope = Rope((x.shape[2] // patch, x.shape[3] // patch), rope_order)
