@@ -27,8 +27,8 @@ LEVELS = {
         ["checks"],
         ["segments"],
         ["coefficients"],
-        ["dispatch"],
         ["launch"],
+        ["dispatch"],
         [
             "ada_layer_norm", "attention", "qk_norm_rope", "swiglu", "time_pair_embedding",
             "transition_inputs", "transition_loss", "transition_step",

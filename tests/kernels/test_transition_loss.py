@@ -14,8 +14,8 @@ from parity import (
 from sweep import st
 
 from tim_kernels.coefficients import per_sample
-from tim_kernels.dispatch import plans
 from tim_kernels.dispatch.backend import use_backend
+from tim_kernels.launch import plans
 from tim_kernels.transition_loss import op
 from tim_kernels.transition_loss.op import transition_loss
 

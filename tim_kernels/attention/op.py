@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 from ..checks import check_floating, check_tokens, is_double
 from ..dispatch.backend import Op, choose, requested
 from ..dispatch.operators import NO_TANGENT, Operator
-from ..dispatch.plans import Plans, signature
 from ..dispatch.torch_private import constant_when_compiled, has_tangent, is_forward_mode
+from ..launch.plans import Plans, signature
 from ..segments import Segments, packing
 from . import reference
 

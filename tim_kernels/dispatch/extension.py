@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .plans import forget
+from ..launch.plans import forget
 
 LIBRARY = Path(__file__).parents[1].joinpath("_cuda.so")
 BUILD = Path(__file__).parents[1].joinpath("_cuda.json")

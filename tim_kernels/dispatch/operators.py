@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..launch.plans import Plans, signature
 from .backend import Op, choose, fused, plan, requested, use_backend
-from .plans import Plans, signature
 from .torch_private import (
     apply_function,
     below_autograd,

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from ..dispatch.plans import forgotten_around
+from .plans import forgotten_around
 
 PATH = Path(__file__).with_name("tuning.json")
 TABLE: dict[str, dict[str, dict]] = json.loads(PATH.read_text())

@@ -8,8 +8,8 @@ from torch import Tensor
 from ..checks import check_cond, check_same_device, check_tokens, is_double
 from ..dispatch.backend import Op, requested
 from ..dispatch.operators import Derivative, Operator, Planned
-from ..dispatch.plans import Plans, signature
 from ..dispatch.torch_private import dispatch_modes
+from ..launch.plans import Plans, signature
 from ..segments import Segments, packing
 from . import cpu, cuda, reference
 from .positions import check_positions, period_of, periods_of
