@@ -23,6 +23,8 @@ test-nightly: lint ## the same and longer sweeps over shapes
 #   make test-matrix ENDS=oldest PYTHON=python3.10 TESTS=tests/kernels/test_swiglu.py
 ENDS := oldest newest
 TESTS := tests/kernels tests/test_packaging.py tests/bench/test_resources.py
+# With every architecture and longer sweeps: make test-matrix MARKS="nightly or not nightly"
+MARKS := not nightly
 oldest: VERSIONS := torch==2.11.0 triton==3.6.0
 newest: VERSIONS := torch==2.15.0 triton==3.9.0
 
@@ -31,7 +33,7 @@ test-matrix: $(ENDS) ## test the kernels with the oldest and the newest torch an
 oldest newest:
 	test -d build/matrix/$@ || $(PYTHON) -m venv build/matrix/$@
 	TIM_KERNELS_CUDA_ARCHS=none build/matrix/$@/bin/python -m pip install $(VERSIONS) --editable ".[test]"
-	OMP_NUM_THREADS=1 build/matrix/$@/bin/python -m pytest -n 2 $(TESTS)
+	OMP_NUM_THREADS=1 build/matrix/$@/bin/python -m pytest -n 2 -m "$(MARKS)" $(TESTS)
 
 lint: $(VENV)/.test ## check style and formatting
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ is a lower bound: caches, launch latency and imperfect kernels are not in it.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -130,11 +131,13 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Of the distinct elements of distinct views."""
+    """Of the distinct elements of distinct views, at most once all that they are views of."""
     views = {(_storage(x), x.storage_offset(), x.shape, x.stride()): x for x in tensors}
-    return sum(
-        min(_distinct(x) * x.element_size(), x.untyped_storage().nbytes()) for x in views.values()
-    )
+    of_storage = defaultdict(int)
+    for x in views.values():
+        of_storage[_storage(x)] += _distinct(x) * x.element_size()
+    whole = {_storage(x): x.untyped_storage().nbytes() for x in views.values()}
+    return sum(min(touched, whole[storage]) for storage, touched in of_storage.items())
 
 
 def _distinct(x: Tensor) -> int:

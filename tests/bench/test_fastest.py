@@ -39,7 +39,7 @@ def test_auto_takes_the_faster_one(monkeypatch, measured, chosen):
     monkeypatch.setattr(backend.torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(backend, "FASTEST", {"sm_90": {"swiglu": measured}} if measured else {})
     monkeypatch.setattr(backend, "obstacle", lambda *_: None)
-    assert backend._choose("swiglu", "cuda", True) == chosen
+    assert backend.choose("swiglu", "cuda") == chosen
     monkeypatch.setattr(backend, "obstacle", lambda name, *_: "broken" if name == chosen else None)
     other = "cuda" if chosen == "triton" else "triton"
-    assert backend._choose("swiglu", "cuda", True) == other
+    assert backend.choose("swiglu", "cuda") == other
