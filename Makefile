@@ -22,9 +22,7 @@ test-nightly: lint ## the same and longer sweeps over shapes
 # One end, another Python, some tests:
 #   make test-matrix ENDS=oldest PYTHON=python3.10 TESTS=tests/kernels/test_swiglu.py
 ENDS := oldest newest
-TESTS := tests/kernels tests/test_packaging.py tests/bench/test_resources.py
-# With every architecture and longer sweeps: make test-matrix MARKS="nightly or not nightly"
-MARKS := not nightly
+TESTS := tests/kernels tests/test_packaging.py
 oldest: VERSIONS := torch==2.11.0 triton==3.6.0
 newest: VERSIONS := torch==2.15.0 triton==3.9.0
 
@@ -33,7 +31,8 @@ test-matrix: $(ENDS) ## test the kernels with the oldest and the newest torch an
 oldest newest:
 	test -d build/matrix/$@ || $(PYTHON) -m venv build/matrix/$@
 	TIM_KERNELS_CUDA_ARCHS=none build/matrix/$@/bin/python -m pip install $(VERSIONS) --editable ".[test]"
-	OMP_NUM_THREADS=1 build/matrix/$@/bin/python -m pytest -n 2 -m "$(MARKS)" $(TESTS)
+	OMP_NUM_THREADS=1 build/matrix/$@/bin/python -m pytest -n 2 $(TESTS)
+	build/matrix/$@/bin/python -m pytest -m "nightly or not nightly" tests/bench/test_resources.py
 
 lint: $(VENV)/.test ## check style and formatting
 	$(BIN)/ruff check .

@@ -208,6 +208,7 @@ def test_dry_run_of_the_tests(dry):
     assert result["machine"]["torch"] and result["machine"]["cores"] >= 1
 
 
+@pytest.mark.nightly
 def test_dry_run_of_the_short_part(tmp_path):
     """Some of everything in one file."""
     result = runner.run_part("short", tmp_path, "abc", dry_run=True)

@@ -4,13 +4,13 @@ import pytest
 import torch
 from parity import BACKEND, DEVICE
 
-from tim.transports import make
 from tim_kernels.dispatch.backend import use_backend
 
-pytest.importorskip("diffusers", reason="tim.models and tim.sampling need diffusers")
+pytest.importorskip("diffusers", reason="tim needs diffusers")
 from tim.models import TiMTransformer2DModel  # noqa: E402
 from tim.objective import TransitionObjective  # noqa: E402
 from tim.sampling import sample  # noqa: E402
+from tim.transports import make  # noqa: E402
 
 TOLERANCE = {"jvp": 1e-4, "dde": 1e-3, "sample": 2e-5}  # relative, from the golden README
 

@@ -33,8 +33,17 @@ def inputs(text: bool, batch: int, height: int, width: int):
     return tuple(tensor.to(DEVICE) for tensor in (x, t, t / 2, y))
 
 
-@pytest.mark.parametrize("backend, compiler", [("reference", "inductor"), (BACKEND, "aot_eager")])
-@pytest.mark.parametrize("text", [False, True], ids=["class", "text"])
+@pytest.mark.parametrize(
+    "text, backend, compiler",
+    [
+        pytest.param(False, "reference", "inductor", id="class-reference-inductor"),
+        pytest.param(
+            True, "reference", "inductor", id="text-reference-inductor", marks=pytest.mark.nightly
+        ),
+        pytest.param(False, BACKEND, "aot_eager", id=f"class-{BACKEND}-aot_eager"),
+        pytest.param(True, BACKEND, "aot_eager", id=f"text-{BACKEND}-aot_eager"),
+    ],
+)
 def test_one_graph_for_every_size(text, backend, compiler):
     # inductor takes a minute for each block
     model = problem(text, **(dict(depth=1) if compiler == "inductor" else {}))
