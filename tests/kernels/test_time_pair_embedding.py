@@ -163,7 +163,8 @@ class Kernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if not func.is_view and "empty" not in func.name():
+        is_free = func.is_view or func.name() == "aten::_unsafe_view"  # of F.linear, from 2.15 on
+        if not is_free and "empty" not in func.name():
             self.names.append(func.name())
         return out
 
