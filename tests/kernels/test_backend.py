@@ -75,6 +75,16 @@ def test_the_impossible_is_refused_with_its_reason():
         tim_kernels.ada_layer_norm(*rows())
 
 
+def test_what_no_backend_computes_asks_none():
+    """Attention without tangents is PyTorch's, and float64 the reference's, whatever was chosen."""
+    x, *row = rows()
+    q = torch.randn(2, 3, 1, 8)
+    with tim_kernels.use_backend("cuda"):
+        assert tim_kernels.attention(q, q, q).shape == q.shape
+        norm = tim_kernels.ada_layer_norm(x.double(), *(r.double() for r in row))
+    assert norm.dtype == torch.float64
+
+
 def run_python(code: str, **environment) -> str:
     """Run code in a fresh process: the environment is read at import."""
     import os

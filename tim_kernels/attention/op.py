@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from ..checks import check_floating, check_tokens, is_double
-from ..dispatch.backend import Op, choose, requested
+from ..dispatch.backend import Op, choose
 from ..dispatch.operators import NO_TANGENT, Operator
 from ..dispatch.torch_private import constant_when_compiled, has_tangent, is_forward_mode
 from ..launch.plans import Plans, signature
@@ -84,17 +84,17 @@ def attention(
     k_cu, k_max_length = packing(k_segments or segments)
     args = q, k, v, key_mask, cu, k_cu, max_length, k_max_length
     if torch.compiler.is_compiling():
-        has_kernel = _has_kernel(*args)
+        _check(*args)
     else:
-        has_kernel = _kernels.find((requested(), signature(args)), _has_kernel, *args)
-    if has_kernel and is_forward_mode():
+        _checked.find(signature(args), _check, *args)
+    if is_forward_mode():
         duals = [forward_ad.unpack_dual(x) for x in (q, k, v)]
-        if any(dual.tangent is not None for dual in duals):
+        if any(dual.tangent is not None for dual in duals) and _has_kernel(q):
             return _dual_attention(duals, segments, k_segments, key_mask)
     return _plain_attention(q, k, v, segments, k_segments, key_mask)
 
 
-_kernels = Plans()  # by signature, whether our kernel can make the tangent
+_checked = Plans()  # by signature
 
 
 def _plain_attention(q, k, v, segments, k_segments, key_mask) -> Tensor:
@@ -113,13 +113,13 @@ def _plain_attention(q, k, v, segments, k_segments, key_mask) -> Tensor:
     return out[0] if isinstance(out, tuple) else out  # flash-attn 4 adds the log-sum-exp
 
 
-def _has_kernel(q, *args) -> bool:
-    """Of arguments that are checked on the way."""
-    _check(q, *args)
+def _has_kernel(q: Tensor) -> bool:
+    """Whether our kernel makes the tangent."""
+    if q.shape[-1] not in HEAD_DIMS or is_double(q):
+        return False
     is_plain = type(q) in (Tensor, torch.nn.Parameter) and not q.is_meta
     is_real = is_plain and not torch.compiler.is_compiling()
-    is_chosen = choose(OP.name, q.device.type, is_real) != "reference"
-    return is_chosen and q.shape[-1] in HEAD_DIMS and not is_double(q)
+    return choose(OP.name, q.device.type, is_real) != "reference"
 
 
 def _dual_attention(duals, segments, k_segments, key_mask) -> Tensor:
@@ -193,7 +193,7 @@ def _is_flash_ready(*tensors: Tensor) -> bool:
     )
 
 
-def _check(q, k, v, key_mask, cu, k_cu, max_length, k_max_length) -> None:
+def _check(q, k, v, key_mask, cu, k_cu, max_length, k_max_length) -> bool:
     ndim, layout = (4, "(B, N, heads, head_dim)") if cu is None else (3, "(T, heads, head_dim)")
     check_floating("q", q)
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -225,3 +225,4 @@ def _check(q, k, v, key_mask, cu, k_cu, max_length, k_max_length) -> None:
             )
         if key_mask.device != q.device:
             raise ValueError(f"key_mask must be on {q.device} like q, got {key_mask.device}")
+    return True

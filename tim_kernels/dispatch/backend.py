@@ -94,7 +94,7 @@ def obstacle(backend: str, op: str, device: str) -> str | None:
     if backend == "reference":
         return None
     if backend == "cuda":
-        return extension.why_not(device) if OPS[op].cuda else "the extension does not have it"
+        return extension.why_not(device)  # what csrc/ does not have, Triton computes
     if not _has_triton():
         return "triton is not installed"
     if device != "cuda" and not interpreting():
