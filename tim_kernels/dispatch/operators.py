@@ -205,7 +205,7 @@ class Derivative:
     def __call__(self, planned: Planned, *args):
         if is_functorch_active():
             return self.function.apply(planned, *args)
-        if is_forward_mode() or (torch.is_grad_enabled() and _requires_grad(args)):
+        if can_differentiate(args):
             return self.apply(planned, *args)
         return (planned.torch_op if dispatch_modes() else planned.run)(*args)
 

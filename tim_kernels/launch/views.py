@@ -81,6 +81,10 @@ def _view(args: tuple, index: int, inner: int, pick: Callable, count: int) -> In
     if args[index] is None:
         return In(index, (0,) * count)
     strides, change = dense(args[index], inner)
+    # of a dimension of one, any: contiguous tensors that differ there share a plan, and its ALIGN
+    strides = [
+        0 if n == 1 else stride for n, stride in zip(args[index].shape, strides, strict=True)
+    ]
     return In(index, tuple(pick(strides)), change)
 
 
