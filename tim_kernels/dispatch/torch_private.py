@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 is_functorch_active = torch._C._are_functorch_transforms_active
 dispatch_modes = torch._C._len_torch_dispatch_stack  # how many are active
 is_forward_mode_enabled = torch._C._is_fwd_grad_enabled
+has_global_hooks = torch.nn.modules.module._has_any_global_hook
 
 
 def is_forward_mode() -> bool:
@@ -39,8 +40,3 @@ def apply_function(function: type[torch.autograd.Function]) -> Callable:
     """`function.apply` outside functorch, without binding the arguments to `forward`'s signature,
     which costs more on the host than all the rest."""
     return super(torch.autograd.Function, function).apply
-
-
-def storage_id(tensor: Tensor) -> int:
-    """The same for tensors that share memory."""
-    return tensor.untyped_storage()._cdata

@@ -11,13 +11,13 @@ _tables: dict[tuple[int, torch.device], Tensor] = {}
 
 
 def _made_apart(head_dim: int, device: torch.device) -> Tensor:
-    """In a thread of its own: what outlives a call must not come from the memory pool that a
-    torch.compile with CUDA graphs may have given the calling thread."""
+    """In a thread of its own: what outlives a call must be no tensor of the functorch transform or
+    inference mode that the caller is in, nor come from a memory pool of its CUDA graph."""
     made: list[Tensor] = []
 
     def make() -> None:
-        with torch.cuda.device(device):
-            made.append(reference.frequencies(head_dim, device))
+        made.append(reference.frequencies(head_dim, device))
+        if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # other streams will read it
 
     thread = threading.Thread(target=make)
@@ -32,8 +32,6 @@ def frequencies(head_dim: int, device: torch.device) -> Tensor:
     key = head_dim, device
     if key in _tables:
         return _tables[key]
-    is_cuda = device.type == "cuda"
-    if is_cuda and torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return reference.frequencies(head_dim, device)
-    make = _made_apart if is_cuda else reference.frequencies
-    return _tables.setdefault(key, make(head_dim, device))
+    return _tables.setdefault(key, _made_apart(head_dim, device))

@@ -103,6 +103,11 @@ def time_pair_embedding(
     return rows[0], _sum(rows if "t" in summands else rows[1:])
 
 
+def time_embedding(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sinusoids of times (B,), (B, 256) in `dtype`, as `time_pair_embedding` forms them."""
+    return _sinusoids(t, t, "t", dtype).squeeze(0)
+
+
 def _sum(terms: tuple[Tensor, ...]) -> Tensor:
     """The sum in float32, rounded once."""
     if len(terms) == 1:
