@@ -5,6 +5,7 @@ too. What modulates a block is formed by it from c and delta, or given as `rows`
 it before. Norms are fused with their neighbours where they are plain, and called where not.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -36,6 +37,12 @@ class TextKeys(NamedTuple):
 
     k: Tensor
     v: Tensor
+
+
+class NormedText(NamedTuple):
+    """The text (B, L, C) behind the norm that all blocks share."""
+
+    tokens: Tensor
 
 
 class Shifts(NamedTuple):
@@ -94,7 +101,7 @@ def text_block(
     pending: Pending | None,
     c: Tensor | None,
     delta: Tensor | None,
-    text: Tensor | TextKeys,
+    text: Tensor | NormedText | TextKeys,
     rope: Rope,
     rows: BlockRows | None = None,
 ) -> tuple[Tensor, Pending] | Tensor:
@@ -104,7 +111,7 @@ def text_block(
     x, h = add_and_norm(block.norm1, x, pending, m[0], m[1])
     pending = Pending(block.attn(h, shifts, rope), m[2], shifts.bias)
     x, h = add_and_norm(block.norm2_i, x, pending, m[3], m[4])
-    text = text if isinstance(text, TextKeys) else block.norm2_t(text)
+    text = block.norm2_t(text) if isinstance(text, Tensor) else text
     pending = Pending(block.cross_attn(h, text, rope), m[5])
     x, h = add_and_norm(block.norm3, x, pending, m[6], m[7])
     return leave(block, x, Pending(block.mlp(h), m[8]))
@@ -133,6 +140,18 @@ def add_and_norm(
         return x, ada_layer_norm(x, shift, scale, norm.eps)
     branch, gate, bias = pending
     return gated_residual_ada_layer_norm(x, branch, gate, shift, scale, norm.eps, branch_bias=bias)
+
+
+def _is_bare(norm: nn.Module) -> bool:
+    return is_plain(norm, nn.LayerNorm) and norm.weight is None
+
+
+def norm_text(blocks: Sequence[nn.Module], text: Tensor) -> Tensor | NormedText:
+    """The text normed once, if it is the same norm in all blocks; else as it is."""
+    norms = [block.norm2_t for block in blocks]
+    if all(_is_bare(norm) and norm.eps == norms[0].eps for norm in norms):
+        return NormedText(norms[0](text))
+    return text
 
 
 def final_layer(
@@ -165,8 +184,11 @@ def self_attention(attn: nn.Module, h: Tensor, shifts: Shifts, rope: Rope) -> Te
     return attn.proj(attention(q, k, _shifted(v, shifts.v)).flatten(2))
 
 
-def cross_attention(attn: nn.Module, h: Tensor, text: Tensor | TextKeys, rope: Rope) -> Tensor:
+def cross_attention(
+    attn: nn.Module, h: Tensor, text: Tensor | NormedText | TextKeys, rope: Rope
+) -> Tensor:
     """Tokens (B, N, C) attend to normed text (B, L, C), or to its keys and values."""
+    text = text.tokens if isinstance(text, NormedText) else text
     q = attn.q(h).unflatten(-1, (_heads(attn, h.shape[-1]), -1))
     q = _norm_rope(attn.q_norm, q, rope)
     k, v = text if isinstance(text, TextKeys) else _read(attn, text)

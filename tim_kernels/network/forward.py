@@ -25,6 +25,7 @@ from .blocks import (
     condition_block,
     final_layer,
     final_rows,
+    norm_text,
     take_up,
     text_keys,
 )
@@ -38,7 +39,7 @@ class Prepared(NamedTuple):
 
     c: Tensor  # (B, C), the conditioning
     delta: Tensor  # (B, C), the embedding of the pair of times
-    text: Tensor | Sequence[TextKeys] | None  # (B, L, C) or every block's; None for classes
+    text: Tensor | list[TextKeys] | None  # (B, L, C) or every block's; None for classes
     rows: Sequence[BlockRows] | None = None  # of every block; None: each forms its own
     final: tuple[Tensor, Tensor] | None = None  # shift and scale (B, C) of the last norm
 
@@ -49,7 +50,7 @@ def predict(
     x: Tensor,
     t: Tensor,
     r: Tensor,
-    y: Tensor | Sequence[TextKeys],
+    y: Tensor | list[TextKeys],
     *,
     new_condition: str,
     rope_order: str,
@@ -71,7 +72,7 @@ def predict(
 
 @lean
 def prepare(
-    model: nn.Module, t: Tensor, r: Tensor, y: Tensor | Sequence[TextKeys], *, new_condition: str
+    model: nn.Module, t: Tensor, r: Tensor, y: Tensor | list[TextKeys], *, new_condition: str
 ) -> Prepared:
     """Everything in F(x, t, r, y) that does not depend on x, for one call of `run` or many.
 
@@ -132,10 +133,12 @@ def run(
     patch = model.x_embedder.proj.kernel_size[0]
     rope = Rope((x.shape[2] // patch, x.shape[3] // patch), rope_order)
     x, pending, features = model.x_embedder(x), None, None
+    if isinstance(text, Tensor):
+        text = norm_text(model.blocks, text)
     for i, block in enumerate(model.blocks):
         if not is_quiet(block):  # somebody may look at its input
             x, pending = take_up(x, pending), None
-        keys = text if text is None or isinstance(text, Tensor) else text[i]
+        keys = text[i] if isinstance(text, list) else text
         args = x, pending, c, delta, keys, rope, None if rows is None else rows[i]
         if checkpoint is not None and torch.is_grad_enabled():
             out = checkpointed(checkpoint, nn.Module.__call__, block, *args)

@@ -1,6 +1,7 @@
 """RoPE's frequencies as the kernels take them."""
 
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,17 +11,17 @@ from . import reference
 _tables: dict[tuple[int, torch.device], Tensor] = {}
 
 
-def _made_apart(head_dim: int, device: torch.device) -> Tensor:
-    """In a thread of its own: what outlives a call must be no tensor of the functorch transform or
-    inference mode that the caller is in, nor come from a memory pool of its CUDA graph."""
+def made_apart(make: Callable[[], Tensor]) -> Tensor:
+    """make(), in a thread of its own: what outlives a call must be no tensor of the functorch
+    transform or inference mode that the caller is in, nor come from its CUDA graph's memory."""
     made: list[Tensor] = []
 
-    def make() -> None:
-        made.append(reference.frequencies(head_dim, device))
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # other streams will read it
+    def run() -> None:
+        made.append(make())
+        if made[0].is_cuda:
+            torch.cuda.current_stream(made[0].device).synchronize()  # other streams will read it
 
-    thread = threading.Thread(target=make)
+    thread = threading.Thread(target=run)
     thread.start()
     thread.join()
     return made[0]
@@ -34,4 +35,4 @@ def frequencies(head_dim: int, device: torch.device) -> Tensor:
         return _tables[key]
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return reference.frequencies(head_dim, device)
-    return _tables.setdefault(key, _made_apart(head_dim, device))
+    return _tables.setdefault(key, made_apart(lambda: reference.frequencies(head_dim, device)))
