@@ -13,7 +13,14 @@ from torch.autograd.function import once_differentiable
 from ..checks import check_floating, check_tokens, is_double
 from ..dispatch.backend import Op, choose
 from ..dispatch.operators import NO_TANGENT, Operator
-from ..dispatch.torch_private import constant_when_compiled, has_tangent, is_forward_mode
+from ..dispatch.slices import each_slice
+from ..dispatch.torch_private import (
+    constant_when_compiled,
+    has_tangent,
+    is_forward_mode,
+    is_mapped,
+    is_transformed,
+)
 from ..launch.plans import Plans, signature
 from ..segments import Segments, packing
 from . import reference
@@ -87,7 +94,7 @@ def attention(
         _check(*args)
     else:
         _checked.find(signature(args), _check, *args)
-    if is_forward_mode():
+    if is_forward_mode() and not is_mapped((q, k, v)):
         duals = [forward_ad.unpack_dual(x) for x in (q, k, v)]
         if any(dual.tangent is not None for dual in duals) and _has_kernel(q):
             return _dual_attention(duals, segments, k_segments, key_mask)
@@ -161,6 +168,10 @@ class _Primal(torch.autograd.Function):
             out = _plain_attention(*leaves, segments, k_segments, key_mask)
         return None, *torch.autograd.grad(out, leaves, dout), None, None, None, None, None
 
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return each_slice(_Primal.apply, info, in_dims, *args)
+
 
 @functools.cache
 def flash_attention():
@@ -190,6 +201,7 @@ def _is_flash_ready(*tensors: Tensor) -> bool:
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[-1] in HEAD_DIMS
         and not has_tangent(tensors)
+        and not is_transformed()
     )
 
 

@@ -3,7 +3,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..dispatch.torch_private import has_tangent
+from ..dispatch.torch_private import has_tangent, is_mapped
 from ..segments import Segments
 
 
@@ -39,7 +39,8 @@ def attention(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    if has_tangent((q, k, v)):
+    is_looped = q.device.type == "cpu" and is_mapped((q, k, v))  # PyTorch's kernel there, by vmap
+    if is_looped or has_tangent((q, k, v)):
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, mask)
