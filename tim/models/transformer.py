@@ -131,8 +131,8 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
     def set_attention_backend(self, backend: str) -> None:
         """Refused: attention is chosen by what is installed, see `tim_kernels.attention`."""
         raise ValueError(
-            f"attention backend {backend!r} cannot be set: TiM runs flash-attn where it is installed "
-            "and can, else PyTorch's attention, whose kernels torch.nn.attention.sdpa_kernel chooses"
+            f"attention backend {backend!r} cannot be set: TiM takes flash-attn where it is "
+            "installed, else PyTorch's attention, among whose kernels sdpa_kernel chooses"
         )
 
     def _check_inputs(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, features: bool) -> None:
