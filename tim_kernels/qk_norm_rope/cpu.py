@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..launch.plans import made_apart
 from . import reference
-from .frequencies import made_apart
 
 
 @functools.lru_cache(maxsize=64)

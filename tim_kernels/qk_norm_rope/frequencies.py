@@ -1,30 +1,12 @@
 """RoPE's frequencies as the kernels take them."""
 
-import threading
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from ..launch.plans import made_apart
 from . import reference
 
 _tables: dict[tuple[int, torch.device], Tensor] = {}
-
-
-def made_apart(make: Callable[[], Tensor]) -> Tensor:
-    """make(), in a thread of its own: what outlives a call must be no tensor of the functorch
-    transform or inference mode that the caller is in, nor come from its CUDA graph's memory."""
-    made: list[Tensor] = []
-
-    def run() -> None:
-        made.append(make())
-        if made[0].is_cuda:
-            torch.cuda.current_stream(made[0].device).synchronize()  # other streams will read it
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return made[0]
 
 
 def frequencies(head_dim: int, device: torch.device) -> Tensor:
