@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 is_functorch_active = torch._C._are_functorch_transforms_active
 dispatch_modes = torch._C._len_torch_dispatch_stack  # how many are active
 is_forward_mode_enabled = torch._C._is_fwd_grad_enabled
+math_attention = torch.ops.aten._scaled_dot_product_attention_math.default
 
 
 def is_forward_mode() -> bool:
