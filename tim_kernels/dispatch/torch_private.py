@@ -1,6 +1,7 @@
 """Every private name of torch that this package uses, in one place."""
 
 from collections.abc import Callable, Iterable
+from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -45,3 +46,17 @@ def apply_function(function: type[torch.autograd.Function]) -> Callable:
 def storage_id(tensor: Tensor) -> int:
     """The same for tensors that share memory."""
     return tensor.untyped_storage()._cdata
+
+
+def is_custom_operator(function: Callable) -> bool:
+    """Whether it is an operator of torch.ops that is not PyTorch's own."""
+    is_operator = isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+    return is_operator and str(function).partition(".")[0] not in ("aten", "prim", "prims")
+
+
+def seeing(function: Callable, **names) -> Callable:
+    """A copy of a Python function of torch in which some global names mean something else."""
+    scope = function.__globals__ | names
+    copy = FunctionType(function.__code__, scope, function.__name__, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
