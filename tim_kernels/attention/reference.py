@@ -33,7 +33,9 @@ def attention(
         q, k, v = q[None], k[None], v[None]
     elif is_causal and mask is not None:
         place, k_place = (torch.arange(x.shape[1], device=x.device) for x in (q, k))
-    options = dict(scale=scale, enable_gqa=q.shape[-2] != k.shape[-2])
+    options = dict(scale=scale)
+    if q.shape[-2] != k.shape[-2]:
+        options["enable_gqa"] = True
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
     if mask is None:
         return _attend(*heads_first, is_causal=is_causal, **options).transpose(1, 2)

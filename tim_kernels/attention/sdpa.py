@@ -59,8 +59,10 @@ def _ours(q, k, v, mask, is_grouped: bool) -> tuple | None:
         at = 0 if is_grouped else 1
         q, k, v, mask = (None if x is None else x.unsqueeze(at) for x in (q, k, v, mask))
     outer = -3 if is_grouped else -2
-    if not q.shape[:outer] == k.shape[:outer] == v.shape[:outer] or k.shape[-3] != v.shape[-3]:
-        return None  # broadcast
+    if (q.shape[:outer], q.shape[-1]) != (k.shape[:outer], k.shape[-1]):
+        return None  # to broadcast, or wrong
+    if k.shape[:-1] != v.shape[:-1]:
+        return None
     if mask is not None:
         if mask.shape[-3:-1] != (1, 1):
             return None

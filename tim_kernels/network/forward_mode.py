@@ -70,18 +70,19 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return _product(F.linear, input, parameters, F.linear, weight)
 
 
-def _bmm(input: Tensor, mat2: Tensor, **options) -> Tensor:
-    if options:
-        return torch.bmm(input, mat2, **options)
+def _bmm(input: Tensor, mat2: Tensor, *more, **options) -> Tensor:
+    if more or options:  # out, out_dtype
+        return torch.bmm(input, mat2, *more, **options)
     return _product(torch.bmm, input, (mat2,), torch.bmm, mat2)
 
 
-def _baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, **options) -> Tensor:
+def _baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *more, **options) -> Tensor:
+    if more or options:  # out, beta, …
+        return torch.baddbmm(input, batch1, batch2, *more, **options)
+
     def baddbmm(batch1, batch2, input):
         return torch.baddbmm(input, batch1, batch2)
 
-    if options:
-        return torch.baddbmm(input, batch1, batch2, **options)
     return _product(baddbmm, batch1, (batch2, input), torch.bmm, batch2)
 
 
