@@ -127,7 +127,9 @@ class _ForwardMode(_LeanProducts):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if not (is_forward_mode() and is_forward_mode_enabled()):
+        if not is_forward_mode() or not (
+            torch.compiler.is_compiling() or is_forward_mode_enabled()
+        ):
             return function(*args, **kwargs)
         out = super().__torch_function__(function, types, args, kwargs)
         if is_custom_operator(function) and _is_lost(_tensors((args, kwargs)), _tensors(out)):
