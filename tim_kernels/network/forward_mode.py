@@ -32,9 +32,10 @@ def forward_mode() -> Iterator[None]:
     torch.autograd.forward_ad, where PyTorch raises a NotImplementedError.
 
     It holds for this thread, and for tensors with tangents alone. `attention` makes output and
-    tangent, in memory that grows with N, with any scale, causal or not, with heads in groups and
-    boolean masks (…, 1, 1, M). Other masks and dropout go to PyTorch's composite implementation, in
-    memory that grows with N·M. Layers whose weights have no tangent cost two products, not three.
+    tangent, by its kernel in memory that grows with N: with any positive scale, causal or not,
+    with heads in groups and boolean masks (…, 1, 1, M). Other masks, dropout and what `attention`
+    has no kernel for go to PyTorch's composite implementation, in memory that grows with N·M.
+    Layers whose weights have no tangent cost two products, not three.
 
     Raises:
         NotImplementedError: an operator of somebody's torch.library that lets a tangent fall, such
@@ -146,9 +147,8 @@ def _is_lost(given: list[Tensor], made: list[Tensor]) -> bool:
 
 
 def _tensors(tree) -> list[Tensor]:
-    if isinstance(tree, Tensor):
-        return [tree]
-    branches = tree.values() if isinstance(tree, dict) else tree
-    return (
-        [x for b in branches for x in _tensors(b)] if isinstance(tree, (dict, list, tuple)) else []
-    )
+    if isinstance(tree, dict):
+        tree = [*tree.values()]
+    if isinstance(tree, (list, tuple)):
+        return [x for branch in tree for x in _tensors(branch)]
+    return [tree] if isinstance(tree, Tensor) else []
