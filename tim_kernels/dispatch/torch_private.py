@@ -1,6 +1,7 @@
 """Every private name of torch that this package uses, in one place."""
 
 from collections.abc import Callable, Iterable
+from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ dispatch_modes = torch._C._len_torch_dispatch_stack  # how many are active
 is_forward_mode_enabled = torch._C._is_fwd_grad_enabled
 has_global_hooks = torch.nn.modules.module._has_any_global_hook
 _functorch = torch._C._functorch
+math_attention = torch.ops.aten._scaled_dot_product_attention_math.default
 
 
 def constant_when_compiled(function: Callable) -> Callable:
@@ -69,3 +71,17 @@ def apply_function(function: type[torch.autograd.Function]) -> Callable:
     """`function.apply` outside functorch, without binding the arguments to `forward`'s signature,
     which costs more on the host than all the rest."""
     return super(torch.autograd.Function, function).apply
+
+
+def is_custom_operator(function: Callable) -> bool:
+    """Whether it is an operator of torch.ops that is not PyTorch's own."""
+    is_operator = isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+    return is_operator and str(function).partition(".")[0] not in ("aten", "prim", "prims")
+
+
+def seeing(function: Callable, **names) -> Callable:
+    """A copy of a Python function of torch in which some global names mean something else."""
+    scope = function.__globals__ | names
+    copy = FunctionType(function.__code__, scope, function.__name__, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
