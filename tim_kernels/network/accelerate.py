@@ -15,7 +15,7 @@ from ..qk_norm_rope.reference import ORDERS
 from ..time_pair_embedding.reference import CONDITIONS
 from . import blocks, layers, trial
 from .forward import predict
-from .tree import SWIGLU, composites, differences, is_swiglu
+from .tree import CHILDREN, SWIGLU, composites, differences, is_swiglu
 
 CHECKPOINTS = "use_checkpoint", "gradient_checkpointing"  # a model's own switches
 
@@ -197,22 +197,17 @@ def _with_rope(function):
     return forward
 
 
-def _of_tensors(function, count: int):
-    """Ours where it is called with `count` tensors and nothing else."""
+def _of_tensors(function, count: int, known: set[str]):
+    """Ours where it is called with `count` tensors and nothing else, and nobody looks at a layer
+    that we do not call."""
 
     def forward(self, *args, **kwargs):
-        if kwargs or len(args) != count:
+        others = (layer for name, layer in self._modules.items() if name not in known)
+        if kwargs or len(args) != count or not all(map(layers.is_quiet, filter(None, others))):
             return self.own.forward(self, *args, **kwargs)
         return function(self, *args)
 
     return forward
-
-
-def _swiglu(self, x: Tensor) -> Tensor:
-    extras = (layer for name, layer in self._modules.items() if name not in SWIGLU)
-    if all(layer is None or layers.is_quiet(layer) for layer in extras):
-        return layers.swiglu_mlp(self, x)
-    return self.own.forward(self, x)
 
 
 def _embed_condition(embedder: nn.Module, y: Tensor) -> Tensor:
@@ -222,13 +217,13 @@ def _embed_condition(embedder: nn.Module, y: Tensor) -> Tensor:
 
 FORWARDS = {
     "model": _model,
-    "x_embedder": _of_tensors(layers.embed_patches, 1),
-    "t_embedder": _of_tensors(layers.embed_time, 1),
-    "delta_embedder": _of_tensors(layers.embed_time, 1),
-    "y_embedder": _of_tensors(_embed_condition, 1),
+    "x_embedder": _of_tensors(layers.embed_patches, 1, {"proj"}),
+    "t_embedder": _of_tensors(layers.embed_time, 1, {"mlp"}),
+    "delta_embedder": _of_tensors(layers.embed_time, 1, {"mlp"}),
+    "y_embedder": _of_tensors(_embed_condition, 1, {"embedding_table", "norm", "mlp"}),
     "block": _block,
     "attn": _with_rope(blocks.self_attention),
     "cross_attn": _with_rope(blocks.cross_attention),
-    "swiglu": _swiglu,
-    "final_layer": _of_tensors(blocks.final_layer, 2),
+    "swiglu": _of_tensors(layers.swiglu_mlp, 1, SWIGLU),
+    "final_layer": _of_tensors(blocks.final_layer, 2, CHILDREN["final_layer"]),
 }

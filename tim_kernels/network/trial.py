@@ -86,7 +86,7 @@ def _checkpoints(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
     """Whether the blocks run again in backward, in training."""
     x, *others = inputs
     x, was_training, runs = x.detach().requires_grad_(), model.training, []
-    count = model.blocks[0].register_forward_pre_hook(lambda *_: runs.append(None))
+    count = model.blocks[0].attn.register_forward_pre_hook(lambda *_: runs.append(None))
     devices = [x.device] if x.is_cuda else []
     try:
         with torch.random.fork_rng(devices), torch.enable_grad():
