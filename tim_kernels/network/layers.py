@@ -40,12 +40,14 @@ def is_quiet(module: nn.Module) -> bool:
     """Whether nobody looks on when `module` is called: no hooks but FSDP2's, and its class's
     forward. FSDP2 is told by its names: to import torch.distributed would cost everybody time."""
     own = module.__dict__
-    hooks = [hook for kind in HOOKS for hook in own[kind].values()]
-    return (
-        all(type(getattr(hook, "__self__", None)).__name__ == "FSDPState" for hook in hooks)
-        and "forward" not in own
-        and not has_global_hooks()
-    )
+    if "forward" in own or has_global_hooks():
+        return False
+    hooks = [kind for name in HOOKS if (kind := own[name])]
+    return not hooks or all(_is_fsdp2(hook) for kind in hooks for hook in kind.values())
+
+
+def _is_fsdp2(hook) -> bool:
+    return type(getattr(hook, "__self__", None)).__name__ == "FSDPState"
 
 
 def is_sharded(module: nn.Module) -> bool:
