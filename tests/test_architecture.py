@@ -25,10 +25,10 @@ LEVELS = {
     ],
     "tim_kernels": [
         ["checks"],
-        ["segments"],
         ["coefficients"],
         ["launch"],
         ["dispatch"],
+        ["segments"],
         [
             "ada_layer_norm", "attention", "qk_norm_rope", "swiglu", "time_pair_embedding",
             "transition_inputs", "transition_loss", "transition_step",

@@ -22,7 +22,7 @@ from ..dispatch.torch_private import (
     is_transformed,
 )
 from ..launch.plans import Plans, signature
-from ..segments import Segments, packing
+from ..segments import Segments, packing, unpacked
 from . import reference
 
 
@@ -87,8 +87,8 @@ def attention(
     """
     if segments is None and k_segments is not None:
         raise ValueError("k_segments need segments: queries and keys are packed together")
-    cu, max_length = packing(segments)
-    k_cu, k_max_length = packing(k_segments or segments)
+    cu, max_length = packing(segments, "q", q)
+    k_cu, k_max_length = packing(k_segments or segments, "k", k)
     args = q, k, v, key_mask, cu, k_cu, max_length, k_max_length
     if torch.compiler.is_compiling():
         _check(*args)
@@ -160,9 +160,8 @@ class _Primal(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         *primals, key_mask, cu, k_cu = ctx.saved_tensors
-        segments = k_segments = None
-        if cu is not None:
-            segments, k_segments = map(Segments, (cu, k_cu), ctx.lengths)
+        q, k, _ = primals
+        segments, k_segments = map(unpacked, (cu, k_cu), ctx.lengths, (q, k))
         leaves = [x.detach().requires_grad_() for x in primals]
         with torch.enable_grad():
             out = _plain_attention(*leaves, segments, k_segments, key_mask)
@@ -223,8 +222,8 @@ def _check(q, k, v, key_mask, cu, k_cu, max_length, k_max_length) -> bool:
     if cu is None and k.shape[0] != q.shape[0]:
         raise ValueError(f"k must have q's batch {q.shape[0]}, got {k.shape[0]}")
     if cu is not None:
-        samples = check_tokens("q", q, cu, max_length)
-        k_samples = check_tokens("k", k, k_cu, k_max_length)
+        samples = check_tokens("q", q, cu)
+        k_samples = check_tokens("k", k, k_cu)
         if samples != k_samples:
             raise ValueError(f"k_segments must have q's {samples} sequences, got {k_samples}")
     if key_mask is not None:

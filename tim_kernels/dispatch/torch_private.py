@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 is_functorch_active = torch._C._are_functorch_transforms_active
 dispatch_modes = torch._C._len_torch_dispatch_stack  # how many are active
 is_forward_mode_enabled = torch._C._is_fwd_grad_enabled
 _functorch = torch._C._functorch
+is_functorch_wrapped = _functorch.is_functorch_wrapped_tensor
 
 
 def constant_when_compiled(function: Callable) -> Callable:
@@ -51,7 +53,7 @@ def is_mapped(values: Iterable) -> bool:
 
 
 def _is_mapped(x) -> bool:
-    while isinstance(x, Tensor) and _functorch.is_functorch_wrapped_tensor(x):
+    while isinstance(x, Tensor) and is_functorch_wrapped(x):
         if _functorch.is_batchedtensor(x):
             return True
         x = _functorch.get_unwrapped(x)  # of another transform
@@ -73,3 +75,26 @@ def apply_function(function: type[torch.autograd.Function]) -> Callable:
 def storage_id(tensor: Tensor) -> int:
     """The same for tensors that share memory."""
     return tensor.untyped_storage()._cdata
+
+
+def register_pytree(kind: type, names: tuple[str, ...]) -> None:
+    """Make torch's transforms see the fields of a class, each a leaf. It is put together again
+    without its `__init__`, from whatever the leaves have become."""
+
+    def values(node) -> list:
+        return [getattr(node, name) for name in names]
+
+    def unflatten(leaves, _):
+        node = object.__new__(kind)
+        for name, leaf in zip(names, leaves, strict=True):
+            object.__setattr__(node, name, leaf)
+        return node
+
+    keys = [pytree.GetAttrKey(name) for name in names]
+    pytree.register_pytree_node(
+        kind,
+        lambda node: (values(node), None),
+        unflatten,
+        serialized_type_name=f"{kind.__module__}.{kind.__qualname__}",
+        flatten_with_keys_fn=lambda node: (list(zip(keys, values(node), strict=True)), None),
+    )

@@ -10,7 +10,7 @@ from ..dispatch.backend import Op, requested
 from ..dispatch.operators import Derivative, Operator, Planned
 from ..dispatch.torch_private import dispatch_modes, is_mapped
 from ..launch.plans import Plans, signature
-from ..segments import Segments, packing
+from ..segments import Segments, packing, unpacked
 from . import cpu, cuda, reference
 from .positions import check_positions, period_of, periods_of
 
@@ -117,7 +117,7 @@ def _check(
     q, k, q_weight, q_bias, k_weight, k_bias, q_shift, k_shift,
     positions, grid, sizes, order, eps, cu, max_length,
 ) -> bool:  # fmt: skip
-    samples = check_tokens("q", q, cu, max_length)
+    samples = check_tokens("q", q, cu)
     check_same_device("q", q, q)
     layout = "(B, N, heads, head_dim)" if cu is None else "(T, heads, head_dim)"
     if q.ndim != layout.count(",") + 1:
@@ -150,7 +150,7 @@ def _reference(
     q, k, q_weight, q_bias, k_weight, k_bias, q_shift, k_shift,
     positions, grid, sizes, order, eps, cu, max_length,
 ):  # fmt: skip
-    segments = None if cu is None else Segments(cu, max_length)
+    segments = unpacked(cu, max_length, q)
     if sizes is not None:
         positions = reference.token_positions(q, periods_of(sizes, order), segments)
     elif grid is not None:
@@ -252,7 +252,7 @@ def qk_norm_rope(
     """
     q_out, k_out = _call(
         q, k, q_weight, q_bias, k_weight, k_bias, q_shift, k_shift, positions,
-        grid if grid is None else tuple(grid), sizes, order, float(eps), *packing(segments),
+        grid if grid is None else tuple(grid), sizes, order, float(eps), *packing(segments, "q", q),
     )  # fmt: skip
     return q_out if k is None else (q_out, k_out)
 
@@ -292,7 +292,7 @@ def qkv_norm_rope(
         >>> q, k, v = qkv_norm_rope(qkv, torch.ones(32), None, torch.ones(32), grid=(3, 4))
         >>> out = attention(q, k, v)
     """
-    cu, max_length = (None, 0) if segments is None else segments
+    cu, max_length = packing(segments, "qkv", qkv)
     grid = grid if grid is None or type(grid) is tuple else tuple(grid)
     args = (
         q_weight, q_bias, k_weight, k_bias, q_shift, k_shift, positions, grid, sizes, order,
