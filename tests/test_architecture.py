@@ -24,7 +24,7 @@ LEVELS = {
         ["__init__"],
     ],
     "tim_kernels": [
-        ["checks"],
+        ["checks", "names"],
         ["coefficients"],
         ["launch"],
         ["dispatch"],

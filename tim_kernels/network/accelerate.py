@@ -14,8 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..qk_norm_rope.reference import ORDERS
-from ..time_pair_embedding.reference import CONDITIONS
+from ..names import CONDITIONS, ORDERS, Condition, RopeOrder
 from .blocks import Rope, class_block, text_block
 from .forward import predict
 from .layers import swiglu_mlp
@@ -43,7 +42,7 @@ class Report:
 
 
 def accelerate(
-    model: nn.Module, *, new_condition: str | None = None, rope_order: str = "upstream"
+    model: nn.Module, *, new_condition: Condition | None = None, rope_order: RopeOrder = "upstream"
 ) -> Report:
     """Run a live model of the published TiM tree on the fused ops; the report says what came of it.
 

@@ -1,6 +1,7 @@
 """QK-norm with axial RoPE: operators, derivatives and public functions."""
 
 from functools import partial
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from ..dispatch.backend import Op, requested
 from ..dispatch.operators import Derivative, Operator, Planned
 from ..dispatch.torch_private import dispatch_modes, is_mapped
 from ..launch.plans import Plans, signature
+from ..names import RopeOrder
 from ..segments import Segments, packing, unpacked
 from . import cpu, cuda, reference
 from .positions import check_positions, period_of, periods_of
@@ -196,6 +198,22 @@ _packed = Derivative("qkv_norm_rope", _sliced, _packed_vjp, _packed_jvp)
 _packed_runs = Plans()  # by signature, what computes it; None where the reference does
 
 
+@overload
+def qk_norm_rope(
+    q: Tensor, k: None = None, q_weight: Tensor | None = None, q_bias: Tensor | None = None,
+    k_weight: None = None, k_bias: None = None, *, positions: Tensor | None = None,
+    grid: tuple[int, int] | None = None, sizes: Tensor | None = None,
+    order: RopeOrder = "upstream", q_shift: Tensor | None = None, k_shift: None = None,
+    eps: float = 1e-5, segments: Segments | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def qk_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor | None = None, q_bias: Tensor | None = None,
+    k_weight: Tensor | None = None, k_bias: Tensor | None = None, *,
+    positions: Tensor | None = None, grid: tuple[int, int] | None = None,
+    sizes: Tensor | None = None, order: RopeOrder = "upstream", q_shift: Tensor | None = None,
+    k_shift: Tensor | None = None, eps: float = 1e-5, segments: Segments | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def qk_norm_rope(
     q: Tensor,
     k: Tensor | None = None,
@@ -207,7 +225,7 @@ def qk_norm_rope(
     positions: Tensor | None = None,
     grid: tuple[int, int] | None = None,
     sizes: Tensor | None = None,
-    order: str = "upstream",
+    order: RopeOrder = "upstream",
     q_shift: Tensor | None = None,
     k_shift: Tensor | None = None,
     eps: float = 1e-5,
@@ -267,7 +285,7 @@ def qkv_norm_rope(
     positions: Tensor | None = None,
     grid: tuple[int, int] | None = None,
     sizes: Tensor | None = None,
-    order: str = "upstream",
+    order: RopeOrder = "upstream",
     q_shift: Tensor | None = None,
     k_shift: Tensor | None = None,
     eps: float = 1e-5,
