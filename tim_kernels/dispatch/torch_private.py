@@ -1,6 +1,7 @@
 """Every private name of torch that this package uses, in one place."""
 
 from collections.abc import Callable, Iterable
+from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -10,8 +11,10 @@ from torch.utils import _pytree as pytree
 is_functorch_active = torch._C._are_functorch_transforms_active
 dispatch_modes = torch._C._len_torch_dispatch_stack  # how many are active
 is_forward_mode_enabled = torch._C._is_fwd_grad_enabled
+has_global_hooks = torch.nn.modules.module._has_any_global_hook
 _functorch = torch._C._functorch
 is_functorch_wrapped = _functorch.is_functorch_wrapped_tensor
+math_attention = torch.ops.aten._scaled_dot_product_attention_math.default
 
 
 def constant_when_compiled(function: Callable) -> Callable:
@@ -72,11 +75,6 @@ def apply_function(function: type[torch.autograd.Function]) -> Callable:
     return super(torch.autograd.Function, function).apply
 
 
-def storage_id(tensor: Tensor) -> int:
-    """The same for tensors that share memory."""
-    return tensor.untyped_storage()._cdata
-
-
 def register_pytree(kind: type, names: tuple[str, ...]) -> None:
     """Make torch's transforms see the fields of a class, each a leaf. It is put together again
     without its `__init__`, from whatever the leaves have become."""
@@ -98,3 +96,17 @@ def register_pytree(kind: type, names: tuple[str, ...]) -> None:
         serialized_type_name=f"{kind.__module__}.{kind.__qualname__}",
         flatten_with_keys_fn=lambda node: (list(zip(keys, values(node), strict=True)), None),
     )
+
+
+def is_custom_operator(function: Callable) -> bool:
+    """Whether it is an operator of torch.ops that is not PyTorch's own."""
+    is_operator = isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+    return is_operator and str(function).partition(".")[0] not in ("aten", "prim", "prims")
+
+
+def seeing(function: Callable, **names) -> Callable:
+    """A copy of a Python function of torch in which some global names mean something else."""
+    scope = function.__globals__ | names
+    copy = FunctionType(function.__code__, scope, function.__name__, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
