@@ -23,6 +23,8 @@ def mistakes(model: nn.Module, x: Tensor, name: str) -> None:
     ops.Segments([0, 4, 10], 6)  # wrong
     ops.Segments.from_lengths([1.5])  # wrong
     ops.ada_layer_norm(x, x, x, segments=(x, 6))  # wrong
+    ops.attention(x, x, x, causal=True)  # wrong
+    ops.explain("cuda")  # wrong
     ops.ada_layer_norm(x, x)  # wrong
     ops.transition_step(x, x, (x, x))  # wrong
     number: int = ops.swiglu(x)  # wrong

@@ -23,6 +23,7 @@ def attend(qkv: Tensor, weight: Tensor, order: RopeOrder) -> Tensor:
     q, k = ops.qk_norm_rope(q, k, order="grid", positions=ops.grid_positions(3, 4, "grid"))
     alone: Tensor = ops.qk_norm_rope(q, None, weight)
     cos, sin = ops.rope_tables(ops.grid_positions(3, 4, order), 32)
+    q = ops.attention(q, k, v, scale=0.125, is_causal=True)
     return ops.attention(alone * cos + sin, k, v, key_mask=torch.ones(2, 12, dtype=torch.bool))
 
 
@@ -35,9 +36,10 @@ def embed(t: Tensor, r: Tensor, w: Tensor, condition: Condition) -> Tensor:
 
 def train(model: nn.Module, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
     report: ops.Report = ops.accelerate(model, new_condition="t-r", rope_order="grid")
-    print(report.fused, report.left, ops.explain())
+    print(report.fused, report.left, ops.explain(), ops.explain(model))
     x_t, v_t, _ = ops.transition_inputs(x, z, 1 - t, t, -t, t)
-    F: Tensor = model(x_t)
+    with ops.forward_mode():
+        F: Tensor = model(x_t)
     squared, cosine = ops.transition_loss(F, x, z, (t, t, t, t, t), v_t, epsilon=0.005)
     ops.restore(model)
     try:
