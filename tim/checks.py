@@ -1,13 +1,41 @@
-"""Checks of tensor values that cost no device synchronisation."""
+"""What several packages refuse, each in one line that says what came and what is needed."""
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+import difflib
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _order_required = contextvars.ContextVar("order_required", default=True)
+
+
+def whole(name: str, given: Any, least: int | None = None) -> int:
+    """`given` as an int: an integer of Python, numpy or torch (0-d), but no truth value.
+
+    Raises:
+        ValueError: it is something else, or less than `least`.
+    """
+    try:
+        is_flag = isinstance(given, bool) or getattr(given, "dtype", None) == torch.bool
+        if is_flag or getattr(given, "ndim", 0):
+            raise TypeError
+        number = operator.index(given)
+    except TypeError:
+        number = None
+    if number is None or (least is not None and number < least):
+        needed = "a whole number" if least is None else f"a whole number of at least {least}"
+        raise ValueError(f"{name} must be {needed}, got {given!r}")
+    return number
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """ " (did you mean …?)" where a name is like one that is known, else nothing."""
+    match = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {match[0]}?)" if match else ""
 
 
 def readable(tensor: Tensor) -> bool:
@@ -49,3 +77,16 @@ def check_finite(name: str, tensor: Tensor) -> None:
     if not bool(torch.isfinite(tensor).all()):
         count = int((~torch.isfinite(tensor)).sum())
         raise ValueError(f"{name} must be finite, got {count} NaN or infinite values")
+
+
+def check_computed(name: str, tensor: Tensor, by: str, dtype: torch.dtype) -> None:
+    """Refuse to go on with NaN and infinity that were computed; reads the tensor.
+
+    Raises:
+        FloatingPointError: it has some.
+    """
+    if not bool(torch.isfinite(tensor).all()):
+        reason = f"{by} in {dtype}"
+        if dtype == torch.float16:
+            reason += " exceeds its range (65504): bfloat16 or float32 holds it"
+        raise FloatingPointError(f"{name} are not finite: {reason}")
