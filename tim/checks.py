@@ -25,10 +25,9 @@ def whole(name: str, given: Any, least: int | None = None) -> int:
             raise TypeError
         number = operator.index(given)
     except TypeError:
-        number = None
-    if number is None or (least is not None and number < least):
-        needed = "a whole number" if least is None else f"a whole number of at least {least}"
-        raise ValueError(f"{name} must be {needed}, got {given!r}")
+        raise ValueError(f"{name} must be a whole number, got {given!r}") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be at least {least}, got {given}")
     return number
 
 

@@ -78,7 +78,7 @@ def override(cfg: DictConfig, assignments: Iterable[str]) -> DictConfig:
             raise ValueError(f"{assignment!r} must be key=value (null for none)")
         try:
             cfg = OmegaConf.merge(cfg, OmegaConf.from_dotlist([assignment]))
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
+        except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:
             raise ValueError(f"{assignment!r} cannot be read: {_line(error)}") from error
     return cfg
 
@@ -129,11 +129,13 @@ def construct(cls: type[T], params: Mapping[str, Any], *args: Any, section: str 
     prefix = f"{section}." if section else ""
     for name, value in params.items():
         if not _fits(value, known[name]):
-            kind = inspect.formatannotation(known[name]).replace("typing.", "")
-            raise ValueError(f"{prefix}{name} must be {kind}, got {value!r}")
+            kind = known[name]
+            names = get_args(kind) if get_origin(kind) is Literal else ()
+            needed = f"one of {', '.join(names)}" if names else inspect.formatannotation(kind)
+            raise ValueError(f"{prefix}{name} must be {needed}, got {value!r}")
     try:
         return cls(*args, **params)
-    except (TypeError, ValueError, ArithmeticError) as error:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{section or cls.__name__}: {_line(error)}") from error
 
 
@@ -150,8 +152,13 @@ def build_network(cfg: DictConfig) -> TiMTransformer2DModel:
         needed = "a text width" if target == _TEXT_NETWORK else "none"
         raise ValueError(f"{target} needs {needed} as cap_feat_dim, got {width}")
     is_checkpointed = params.pop("use_checkpoint", False)  # its published name
+    if not isinstance(is_checkpointed, bool):
+        raise ValueError(
+            f"model.network.params.use_checkpoint must be true or false, got {is_checkpointed!r}"
+        )
+    known = _parameters(cls)
     for name, value in params.items():
-        if type(value) is int and value < 1:
+        if known.get(name) in (int, int | None) and type(value) is int and value < 1:
             raise ValueError(f"model.network.params.{name} must be at least 1, got {value}")
     network = construct(cls, params, section="model.network.params")
     if not 0 <= (share := network.config.class_dropout_prob) <= 1:

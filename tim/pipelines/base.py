@@ -96,10 +96,10 @@ class TiMPipeline(SavedWhole, DiffusionPipeline):
     ) -> tuple[int, int]:  # fmt: skip
         network, factor = self.transformer.config, self.vae_scale_factor
         own = network.input_size * factor
-        height = own if height is None else whole("height", height, 1)
-        width = own if width is None else whole("width", width, 1)
+        height = own if height is None else whole("height", height)
+        width = own if width is None else whole("width", width)
         unit = factor * network.patch_size
-        if height % unit or width % unit:
+        if min(height, width) < 1 or height % unit or width % unit:
             raise ValueError(f"height and width must be multiples of {unit}, got {height}×{width}")
         return height, width
 

@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import get_scheduler
 
 from tim import config
 from tim.data import build_dataset
@@ -83,19 +82,7 @@ class Trainer:
         if run.scale_lr:
             for group in optimizer.param_groups:
                 group["lr"] *= self.images_per_step / run.learning_rate_base_batch_size
-        try:
-            self.scheduler = get_scheduler(
-                run.lr_scheduler,
-                optimizer,
-                num_warmup_steps=run.lr_warmup_steps,
-                num_training_steps=run.max_train_steps,
-                scheduler_specific_kwargs=dict(run.lr_scheduler_params or {}),
-            )
-        except (TypeError, ValueError, ArithmeticError) as error:
-            raise ValueError(
-                f"training.lr_scheduler {run.lr_scheduler} with training.lr_scheduler_params "
-                f"{run.lr_scheduler_params}: {error}"
-            ) from error
+        self.scheduler = settings.build_schedule(run, optimizer)
         self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.step = self.images = 0
 

@@ -1,5 +1,6 @@
 """Every setting of `tim train`: what it may be, its default, and which are not used."""
 
+import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -7,8 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import SchedulerType
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from tim import config
 from tim.checks import closest
@@ -113,7 +117,11 @@ def checked(cfg: DictConfig) -> DictConfig:
         ValueError: settings are unknown, missing or wrong; all are named.
     """
     given = OmegaConf.create(OmegaConf.to_container(cfg))  # whatever its flags forbid
-    plain = config.resolved(OmegaConf.merge(given, DEFAULTS, given))
+    for section, defaults in DEFAULTS.items():
+        own = given.get(section, {})
+        if isinstance(own, (dict, DictConfig)):
+            given[section] = OmegaConf.merge(own, defaults, own)
+    plain = config.resolved(given)
     known, problems = {*RULES, *UNUSED}, []
     found = dict(_leaves(plain, known))
     for key, value in found.items():
@@ -164,6 +172,28 @@ def check_fit(
             f"model.proj_coeff must be 0, got {cfg.model.proj_coeff}: tim train has no vision "
             "encoder yet"
         )
+
+
+def build_schedule(run: DictConfig, optimizer: Optimizer) -> LambdaLR:
+    """The learning rate's course over the steps, of the section `training`.
+
+    Raises:
+        ValueError: `lr_scheduler_params` does not fit `lr_scheduler`.
+    """
+    make = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(run.lr_scheduler)]
+    steps = {"num_warmup_steps": run.lr_warmup_steps, "num_training_steps": run.max_train_steps}
+    takes = inspect.signature(make).parameters
+    if run.lr_warmup_steps and "num_warmup_steps" not in takes:
+        _log.warning("not used: training.lr_warmup_steps, of which %s has none", run.lr_scheduler)
+    params = {name: value for name, value in steps.items() if name in takes}
+    params |= run.lr_scheduler_params or {}
+    try:
+        return make(optimizer, **params)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(
+            f"training.lr_scheduler_params {run.lr_scheduler_params} do not fit "
+            f"training.lr_scheduler {run.lr_scheduler}: {error}"
+        ) from error
 
 
 def changes(before: Path, now: DictConfig) -> list[str]:
