@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -117,26 +118,30 @@ class Trainer:
             self.log = LossLog(self.output / "log.jsonl", self.step)
         batches = iter(self._loader())
         self._open_window()
-        bar = tqdm(total=run.max_train_steps, initial=self.step, desc="train", disable=not is_main)
-        while self.step < run.max_train_steps:
-            self._window.append(self._train_step(batches))
-            self.step += 1
-            self.images += self.images_per_step
-            bar.update()
-            is_last = self.step == run.max_train_steps
-            is_checkpoint = is_last or self.step % run.checkpointing_steps == 0
-            is_line = is_checkpoint or self.step % run.log_steps == 0
-            signal = self._signal(is_line)
-            if is_line or signal:
-                bar.set_postfix(self._close_window())
-            if is_main and (is_checkpoint or signal):
-                self._save()
-            if signal and not is_last:
-                bar.close()
-                raise signals.Stopped(signal, self.step)
-            if is_main and (is_last or self.step % run.validation_steps == 0):
-                self._draw_samples()
-        bar.close()
+        options = dict(total=run.max_train_steps, initial=self.step, disable=not is_main)
+        with tqdm(desc="train", **options) as bar:
+            while self.step < run.max_train_steps:
+                try:
+                    self._window.append(self._train_step(batches))
+                except RuntimeError:  # a signal to the whole group ends what loads the data, too
+                    time.sleep(1)
+                    if not self._signals:
+                        raise
+                    self._stop(self._signals[0])
+                self.step += 1
+                self.images += self.images_per_step
+                bar.update()
+                is_last = self.step == run.max_train_steps
+                is_checkpoint = is_last or self.step % run.checkpointing_steps == 0
+                is_line = is_checkpoint or self.step % run.log_steps == 0
+                if is_line:
+                    bar.set_postfix(self._close_window())
+                if is_main and is_checkpoint:
+                    self._save()
+                if not is_last and (signal := self._signal(is_line)):
+                    self._stop(signal)
+                if is_main and (is_last or self.step % run.validation_steps == 0):
+                    self._draw_samples()
         if is_main:
             save_export(self.ema_network, self.cfg, self.output / "model")
         self.accelerator.wait_for_everyone()
@@ -153,6 +158,15 @@ class Trainer:
             self.accelerator.gather(torch.tensor([number]).to(self.accelerator.device)).max()
         )
 
+    def _stop(self, signal: int) -> NoReturn:
+        """End the run for a signal, with a checkpoint of the steps that are done."""
+        if self._window:
+            self._close_window()
+        is_saved = self.step in snapshots.complete(self.output / "checkpoints")
+        if self.accelerator.is_main_process and not is_saved:
+            self._save()
+        raise signals.Stopped(signal, self.step)
+
     def _loader(self) -> DataLoader:
         dataloader = self.cfg.data.dataloader
         stream = draws.ImageStream(
@@ -167,7 +181,7 @@ class Trainer:
             self.dataset,
             batch_sampler=stream,
             num_workers=dataloader.num_workers,
-            worker_init_fn=signals.ignore,
+            worker_init_fn=signals.leave_to_parent,
             pin_memory=self.accelerator.device.type == "cuda",
         )
 

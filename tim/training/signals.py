@@ -24,6 +24,8 @@ def noted() -> Iterator[list[int]]:
 
     def note(number, frame):
         received.append(number)
+        # A group's signal also ends what loads data, on which torch raises wherever the run is.
+        before.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
         if number == signal.SIGINT:
             signal.signal(number, before[number])
 
@@ -37,10 +39,10 @@ def noted() -> Iterator[list[int]]:
         yield received
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
-def ignore(worker: int = 0) -> None:
-    """In a process that loads data: Ctrl-C and Slurm signal the whole group; the run ends it."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def leave_to_parent(worker: int = 0) -> None:
+    """In a process that loads data: Ctrl-C is the run's to answer, which may then terminate it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
