@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import re
@@ -9,7 +10,9 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
@@ -52,15 +55,19 @@ def sync(folder: Path) -> list[Path]:
     return files
 
 
-class SavedWhole:
-    """Gives a class of diffusers a `save_pretrained` that writes no file in place: the weights may
-    be mapped from the very file."""
+def saved_whole(cls: type[T]) -> type[T]:
+    """A class of diffusers whose `save_pretrained` writes no file in place: weights may be mapped
+    from the very file. When all are written, they replace those of the folder."""
+    save = cls.save_pretrained
 
-    def save_pretrained(self, save_directory: str | Path, *args, **options) -> None:
-        """As diffusers does; files of the folder are replaced one by one when all are written."""
+    @functools.wraps(save)  # diffusers reads its signature
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:
         with filling(save_directory) as folder:
-            super().save_pretrained(str(folder), *args, **options)
+            save(self, str(folder), *args, **options)
             _remove_old_shards(Path(save_directory), folder)
+
+    cls.save_pretrained = save_pretrained
+    return cls
 
 
 def _remove_old_shards(old: Path, new: Path) -> None:

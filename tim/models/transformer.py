@@ -11,7 +11,7 @@ from tim_kernels.network.forward import predict
 from tim_kernels.qk_norm_rope.reference import ORDERS
 
 from ..checks import check_times
-from ..files import SavedWhole
+from ..files import saved_whole
 from .embeddings import CaptionEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder
 from .layers import BlockShape, ClassBlock, FinalLayer, TextBlock, projector, zero_
 
@@ -24,7 +24,8 @@ class TiMTransformer2DModelOutput(BaseOutput):
     features: Tensor | None = None
 
 
-class TiMTransformer2DModel(SavedWhole, ModelMixin, ConfigMixin):
+@saved_whole
+class TiMTransformer2DModel(ModelMixin, ConfigMixin):
     """The TiM network F(x_t, t, r, y) (arXiv 2509.04394, section 3 and appendix).
 
     Arguments bear the published names. With `cap_feat_dim` it is conditioned on text features

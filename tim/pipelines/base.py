@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tim import config
 from tim.checks import check_computed, whole
-from tim.files import SavedWhole
+from tim.files import saved_whole
 from tim.sampling import SampleType, sample
 from tim.transports import TRANSPORTS, TransportName, make
 
@@ -26,7 +26,8 @@ Pictures = list[Image.Image] | np.ndarray | Tensor  # of "pil", "np", and "pt" o
 Generators = torch.Generator | list[torch.Generator]
 
 
-class TiMPipeline(SavedWhole, DiffusionPipeline):
+@saved_whole
+class TiMPipeline(DiffusionPipeline):
     """What both pipelines share; components are `transformer`, `vae` and those of the text.
 
     The network reads its layers' weights itself, so it is offloaded as a whole or not at all. As in
