@@ -29,6 +29,7 @@ NOT_INTEGERS = [
     None,
 ]
 NOT_INTEGERS += [np.array([2]), torch.tensor([2]), [2]]
+LATENT = dict(output_type="latent")
 
 
 @pytest.mark.parametrize("kind", INTEGERS)
