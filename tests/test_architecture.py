@@ -33,7 +33,8 @@ LEVELS = {
             "ada_layer_norm", "attention", "qk_norm_rope", "swiglu", "time_pair_embedding",
             "transition_inputs", "transition_loss", "transition_step",
         ],
-        ["explain", "network"],
+        ["network"],
+        ["explain"],
         ["__init__"],
     ],
 }  # fmt: skip

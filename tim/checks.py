@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tim_kernels.dispatch.torch_private import is_mapped
+
 _order_required = contextvars.ContextVar("order_required", default=True)
 
 
@@ -38,11 +40,12 @@ def closest(name: str, known: Iterable[str]) -> str:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether looking at values is free: a real CPU tensor, outside torch.compile."""
+    """Whether looking at values is free: a real CPU tensor, outside torch.compile and vmap."""
     return (
         tensor.device.type == "cpu"
         and type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
+        and not is_mapped((tensor,))
     )
 
 

@@ -5,6 +5,7 @@ from .attention.op import attention
 from .dispatch.backend import BackendUnavailable, set_backend, use_backend
 from .explain import explain
 from .network.accelerate import Report, accelerate, restore
+from .network.forward_mode import forward_mode
 from .qk_norm_rope.op import qk_norm_rope, qkv_norm_rope
 from .qk_norm_rope.reference import grid_positions, rope_tables
 from .segments import Segments
@@ -27,6 +28,7 @@ __all__ = [
     "ada_layer_norm",
     "attention",
     "explain",
+    "forward_mode",
     "gated_residual",
     "gated_residual_ada_layer_norm",
     "grid_positions",

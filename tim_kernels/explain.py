@@ -1,15 +1,31 @@
 """What would run on this machine, and why."""
 
+from collections.abc import Iterator
+
 import torch
+from torch import nn
 
 from .attention.op import flash_attention
 from .dispatch.backend import OPS, BackendUnavailable, choose, obstacle, requested
+from .network.explanation import explain_model
 
 
-def explain() -> str:
-    """Print, and return, what would run for each op on this machine, and why not the others."""
+def explain(model: nn.Module | None = None) -> str:
+    """Print, and return, what would run for each op on this machine, and why not the others; or of
+    a model, ours or accelerated, what is fused as it is now, block by block, and why not the rest.
+
+    Example:
+        >>> model.blocks[1].attn.register_forward_hook(lambda attn, args, out: None)
+        >>> text = explain(model)  # blocks.1 … its output is made whole, since it has hooks
+    """
+    text = "\n".join(_machine() if model is None else explain_model(model))
+    print(text)
+    return text
+
+
+def _machine() -> Iterator[str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lines = [f"device {device}, backend {requested()!r}"]
+    yield f"device {device}, backend {requested()!r}"
     for name in sorted(OPS):
         try:
             chosen = choose(name, device)
@@ -21,11 +37,8 @@ def explain() -> str:
             if (reason := obstacle(backend, name, device))
         )
         label = "attention, its tangent" if name == "attention" else name
-        lines.append(f"{label:<32}{chosen:<12}{others}")
-    lines.append(f"{'attention without tangents':<32}{_attention(device)}")
-    text = "\n".join(lines)
-    print(text)
-    return text
+        yield f"{label:<32}{chosen:<12}{others}"
+    yield f"{'attention without tangents':<32}{_attention(device)}"
 
 
 def _attention(device: str) -> str:

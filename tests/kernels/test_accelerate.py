@@ -4,6 +4,7 @@ With timm's layers it is the published implementation's tree.
 """
 
 import copy
+import functools
 import gc
 import weakref
 
@@ -14,6 +15,7 @@ from golden_files import relative_error
 from parity import BACKEND, DEVICE
 from published import require_timm, with_timm_layers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tim_kernels import accelerate, restore, use_backend
 
@@ -114,6 +116,124 @@ def test_hooks_on_blocks_run():
     assert seen == list(model.blocks)
 
 
+def test_modules_are_called_as_published():
+    model, (x, t, r, y) = problem(text=False)
+    c = torch.randn(2, 1, 48, device=DEVICE)
+    calls = {
+        "x_embedder": (x,), "t_embedder": (t,), "delta_embedder": (t - r,), "y_embedder": (y,),
+        "blocks.0.mlp": (torch.randn(2, 6, 48, device=DEVICE),),
+        "final_layer": (torch.randn(2, 6, 48, device=DEVICE), c),
+    }  # fmt: skip
+    expected = {name: model.get_submodule(name)(*args) for name, args in calls.items()}
+    assert accelerate(model).fused == [""]
+    for name, args in calls.items():
+        torch.testing.assert_close(model.get_submodule(name)(*args), expected[name])
+
+
+class Checkpointed(EagerTiM):
+    """As published: a switch, and checkpoints around blocks."""
+
+    def __init__(self, use_reentrant=False, **config):
+        super().__init__(**config)
+        self.use_checkpoint = True
+        self.blocks = nn.ModuleList(map(self.wrapped, self.blocks))
+        self.use_reentrant = use_reentrant
+
+    def wrapped(self, block):
+        own, model = type(block), self
+
+        class Wrapped(own):
+            def forward(self, *args):
+                if not getattr(model, "use_checkpoint", model.training):
+                    return own.forward(self, *args)
+                run = functools.partial(own.forward, self)
+                return checkpoint(run, *args, use_reentrant=model.use_reentrant)
+
+        block.__class__ = Wrapped
+        return block
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_is_kept(use_reentrant):
+    _, args = problem(text=False)
+    model = randomise(Checkpointed(use_reentrant, **TINY)).to(DEVICE)
+    assert accelerate(model).fused == [""]
+    kept = {}
+    for model.use_checkpoint in (True, False):
+        count = [0]
+
+        def pack(tensor, count=count):
+            count[0] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            kept[model.use_checkpoint] = model(*args), count
+    assert kept[True][1][0] < 0.7 * kept[False][1][0]
+    assert relative_error(kept[True][0], kept[False][0]) < 1e-6
+
+
+def test_checkpointing_without_a_switch_is_named_and_left():
+    model = randomise(Checkpointed(**TINY)).to(DEVICE)
+    del model.use_checkpoint
+    report = accelerate(model)
+    assert "checkpoints its blocks" in report.left[""] and "" not in report.fused
+
+
+def test_a_compiled_model_is_told_apart():
+    model, _ = problem(text=False)
+    for compiled in (torch.compile(model, backend="eager"), model):
+        model.compile(backend="eager")
+        report = accelerate(compiled)
+        assert not report.fused and "then compile it" in report.left[""] and len(report.left) == 1
+
+
+def test_a_forward_of_the_instance_is_named():
+    model, _ = problem(text=False)
+    model.blocks[0].forward = model.blocks[0].forward
+    assert "replaced on the instance" in accelerate(model).left["blocks.0"]
+
+
+def test_a_model_before_training_is_tried_with_weights():
+    """Zero layers would hide what it computes."""
+
+    class Other(SwiGLU):
+        def forward(self, x):
+            return super().forward(x) + self.fc2(x.roll(1, -1)[..., : self.fc2.in_features])
+
+    model, _ = problem(text=False)
+    mlp = model.blocks[0].adaLN_modulation
+    mlp.__class__ = Other
+    for layer in (mlp.fc2, model.final_layer.linear, model.final_layer.adaLN_modulation.fc2):
+        nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+    report = accelerate(model)
+    assert "computes something else" in report.left[""]
+    assert not model.final_layer.linear.weight.any()
+
+
+def test_hooks_on_layers_that_compute_nothing_run():
+    model, args = problem(text=False, timm=True)
+    expected = model(*args)
+    assert accelerate(model).fused == [""]
+    seen = []
+    for name in ("x_embedder.norm", "blocks.0.mlp.act", "blocks.1.mlp.drop1"):
+        layer = model.get_submodule(name)
+        layer.register_forward_hook(lambda *_, name=name: seen.append(name))
+    assert relative_error(model(*args), expected) < 2e-5
+    assert set(seen) == {"x_embedder.norm", "blocks.0.mlp.act", "blocks.1.mlp.drop1"}
+
+
+def test_arguments_it_does_not_know_are_refused():
+    class Masked(EagerTiM):
+        def forward(self, x, t, r, y, attn_type=None, return_zs=False, jvp=False, mask=None):
+            return super().forward(x, t, r, y, return_zs=return_zs)
+
+    model = randomise(Masked(**TINY)).to(DEVICE)
+    assert accelerate(model).fused == [""]
+    _, args = problem(text=False)
+    with pytest.raises(ValueError, match="mask"):
+        model(*args, mask=torch.ones(2))
+
+
 def test_an_accelerated_model_can_be_forgotten():
     model, _ = problem(text=False)
     assert accelerate(model).fused == [""]
@@ -137,8 +257,11 @@ def test_a_float32_model_is_tried_without_tf32():
 
 @pytest.mark.parametrize("precision, is_fused", [("ieee", False), ("tf32", True)])
 def test_gemms_in_tf32_are_no_difference(precision, is_fused):
-    model, _ = problem(text=False)
-    model.register_forward_hook(lambda module, args, out: 1.001 * out)  # as far off as TF32
+    class Rounded(EagerTiM):
+        def forward(self, x, t, r, y, attn_type=None, return_zs=False, jvp=False):
+            return 1.001 * super().forward(x, t, r, y)  # as far off as TF32
+
+    model = randomise(Rounded(**TINY)).to(DEVICE)
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = precision
     try:
@@ -149,10 +272,10 @@ def test_gemms_in_tf32_are_no_difference(precision, is_fused):
 
 def test_a_block_that_is_not_tim_s_is_named_and_left():
     model, args = problem(text=False)
-    model.blocks[1].attn.q_norm = nn.RMSNorm(24)
+    model.blocks[1].attn.temperature = nn.Linear(24, 24)
     expected = model(*args)
     report = accelerate(model)
-    assert "blocks.1.attn.q_norm" in report.left and "" not in report.fused
+    assert "blocks.1.attn.temperature" in report.left and "" not in report.fused
     assert "blocks.0.mlp" in report.fused  # what can be is fused all the same
     assert relative_error(model(*args), expected) < 2e-5
     restore(model)
@@ -182,7 +305,7 @@ def test_layers_that_compute_nothing_are_no_obstacle():
     [
         ("act", nn.GELU(), "GELU"),
         ("drop1", nn.Dropout(0.1), "dropout of 0.1"),
-        ("norm", nn.LayerNorm(128, elementwise_affine=False), "LayerNorm, TiM has no norm there"),
+        ("norm", nn.LayerNorm(128, elementwise_affine=False), "LayerNorm, SwiGLU has none"),
         ("drop2", nn.AlphaDropout(0.2), "dropout of 0.2"),
         ("extra", nn.Tanh(), "Tanh, SwiGLU has none"),
     ],
@@ -196,11 +319,25 @@ def test_layers_that_compute_something_are_named_and_left(name, layer, reason):
     assert "blocks.0.mlp" in report.fused and "blocks.1.mlp" not in report.fused
 
 
-@pytest.mark.parametrize("norm", ["blocks.0.norm1", "final_layer.norm_final"])
-def test_a_norm_that_is_missing_is_named(norm):
-    model, _ = problem(text=False)
-    model.set_submodule(norm, nn.Identity())
-    assert accelerate(model).left[norm] == "it is a Identity, TiM has a LayerNorm"
+@pytest.mark.parametrize(
+    "name, norm",
+    [
+        ("blocks.0.norm1", nn.Identity()),
+        ("blocks.1.norm2", nn.LayerNorm(48)),
+        ("blocks.1.attn.q_norm", nn.RMSNorm(24)),
+        ("blocks.0.attn.k_norm", nn.LayerNorm(24, eps=1e-2)),
+        ("blocks.0.attn.k_norm", nn.LayerNorm(24, elementwise_affine=False)),
+        ("final_layer.norm_final", nn.LayerNorm(48, bias=False)),
+    ],
+)
+def test_norms_of_other_kinds_are_called(name, norm):
+    model, args = problem(text=False)
+    model.set_submodule(name, norm.to(DEVICE))
+    randomise(model)
+    expected = model(*args)
+    report = accelerate(model)
+    assert report.fused == [""], str(report)
+    assert relative_error(model(*args), expected) < 2e-5
 
 
 def test_dropped_paths_are_named():
@@ -230,7 +367,7 @@ def test_timm_s_layers_one_by_one(backend):
     expected = model(*args)
     with use_backend(backend):
         report = accelerate(model)
-        assert "" in report.left and "blocks.1.mlp" not in report.fused
+        assert "blocks.1.mlp" in report.left and "blocks.1.mlp" not in report.fused
         assert {"blocks.0.mlp", "blocks.1.adaLN_modulation"} <= set(report.fused)
         assert relative_error(model(*args), expected) < 2e-5
 

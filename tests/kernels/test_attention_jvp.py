@@ -3,6 +3,7 @@
 The yardstick is the published eager code, which materialises the scores under forward mode.
 """
 
+import functools
 import itertools
 from unittest.mock import patch
 
@@ -36,10 +37,10 @@ def ours():
         yield
 
 
-def inputs(N, M=None, head_dim=8, heads=1, B=1, dtype=torch.float32):
+def inputs(N, M=None, head_dim=8, heads=1, B=1, dtype=torch.float32, k_heads=None):
     """q, k, v and their tangents."""
-    M = N if M is None else M
-    sizes = [(B, n, heads, head_dim) for n in (N, M, M)] * 2
+    M, k_heads = N if M is None else M, k_heads or heads
+    sizes = [(B, n, h, head_dim) for n, h in ((N, heads), (M, k_heads), (M, k_heads))] * 2
     return [noise(*s, seed=i, dtype=dtype, device=DEVICE) for i, s in enumerate(sizes)]
 
 
@@ -61,6 +62,17 @@ def dual(function, inputs):
 
 def eager(q, k, v):
     return attend(*(x.transpose(1, 2) for x in (q, k, v)), materialise=True).transpose(1, 2)
+
+
+def options_in_eager(q, k, v, scale=None, is_causal=False):
+    """`eager` with a mask and with heads repeated; the scale is moved into q."""
+    heads, D = q.shape[-2:]
+    k, v = (x.repeat_interleave(heads // x.shape[-2], -2) for x in (k, v))
+    q = q if scale is None else q * (scale * D**0.5)
+    if not is_causal:
+        return eager(q, k, v)
+    rows = [eager(q[:, i, None], k[:, : i + 1], v[:, : i + 1]) for i in range(q.shape[1])]
+    return torch.cat(rows, 1)
 
 
 def check(function, plain, inputs):
@@ -105,6 +117,70 @@ def test_tiles_of_a_gpu(dtype, head_dim):
     """Elsewhere than on one the interpreter's own tiles are tested, which are larger."""
     with tuning.as_architecture(80):
         check(attention, eager, inputs(50, 40, head_dim, dtype=dtype))
+
+
+OPTIONS = {
+    "scale": (dict(scale=0.3), {}),
+    "causal": (dict(is_causal=True), {}),
+    "grouped": ({}, dict(heads=4, k_heads=2)),
+    "all": (dict(scale=0.3, is_causal=True), dict(heads=3, k_heads=1)),
+}
+
+
+@pytest.mark.parametrize("N, M", [(40, 40), (70, 33), (33, 70)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name, dtype, N, M):
+    options, heads = OPTIONS[name]
+    given = inputs(N, M, head_dim=72, dtype=dtype, B=2, **heads)
+
+    def plain(q, k, v):
+        return options_in_eager(q, k, v, **options)
+
+    check(functools.partial(attention, **options), plain, given)
+    if dtype == torch.float32:
+        with tuning.as_architecture(80):  # smaller tiles: some are all seen, some in part
+            check(functools.partial(attention, **options), plain, given)
+
+
+def test_packed_options():
+    cu, k_cu = ([0, 0, 70, 71, 80], [0, 3, 40, 41, 120])
+    segments, k_segments = (
+        Segments(torch.tensor(c, dtype=torch.int32, device=DEVICE), 79) for c in (cu, k_cu)
+    )
+    given = inputs(80, 120, head_dim=8, heads=4, k_heads=2)
+    options = dict(scale=0.3, is_causal=True)
+
+    def plain(q, k, v):
+        spans = zip(itertools.pairwise(cu[1:]), itertools.pairwise(k_cu[1:]), strict=True)
+        each = [(q[:, a:b], k[:, c:d], v[:, c:d]) for (a, b), (c, d) in spans]
+        return torch.cat([options_in_eager(*x, **options) for x in each], 1)
+
+    def packed(q, k, v):
+        return attention(q[0], k[0], v[0], segments, k_segments, **options)[None]
+
+    check(packed, plain, given)
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["", "packed"])
+def test_the_primal_s_gradient_with_options(is_packed):
+    """Where queries see no key it is zero, as everything."""
+    options = dict(scale=0.3, is_causal=True)
+    given = inputs(9, 9, heads=4, k_heads=2)
+    if is_packed:
+        given = [x[0] for x in given]
+        cu = torch.tensor([0, 4, 9], dtype=torch.int32, device=DEVICE)
+        options |= dict(segments=Segments(cu, 5))
+    else:
+        options |= dict(key_mask=torch.arange(9, device=DEVICE)[None] >= 2)
+    function = functools.partial(attention, **options)
+    leaves = [x.requires_grad_() for x in given[:3]]
+    expected = function(*leaves)
+    out, tangent = dual(function, leaves + given[3:])
+    torch.testing.assert_close(out, expected)
+    assert is_packed or not (out[0, :2].any() or tangent[0, :2].any())
+    gradients = [torch.autograd.grad(x.square().sum(), leaves) for x in (out, expected)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_packed_qkv_is_read_in_place():
@@ -251,8 +327,6 @@ def test_what_it_refuses():
 
     with pytest.raises(NotImplementedError, match="no forward derivative"):
         dual(first, given)
-    with pytest.raises(RuntimeError, match="vmap"):
-        torch.vmap(lambda t: dual(attention, [*given[:3], t, None, None])[1])(given[3][None])
     torch._dynamo.reset()
     with pytest.raises(Exception, match="(?i)forward derivative|forward mode|exception"):
         torch.compile(first, backend="aot_eager", fullgraph=True)(*given[:3])
@@ -263,14 +337,26 @@ def test_what_it_refuses():
 
 
 @pytest.mark.parametrize(
-    "change", [dict(head_dim=12), dict(head_dim=264), dict(dtype=torch.double)]
+    "change",
+    [dict(head_dim=12), dict(head_dim=264), dict(dtype=torch.double), dict(v_head_dim=16)],
 )
 def test_others_go_to_the_composite(change):
+    v_head_dim = change.pop("v_head_dim", None)
     given = inputs(5, 3, **change)
+    if v_head_dim:
+        given[2], given[5] = (torch.cat([x, x.sin()], -1) for x in (given[2], given[5]))
     with patch.object(op, "jvp_op", side_effect=AssertionError("no kernel for these")):
         result = dual(attention, given)
     for ours, truth in zip(result, dual(eager, [x.double() for x in given]), strict=True):
         torch.testing.assert_close(ours.double(), truth, atol=1e-5, rtol=1e-5)
+
+
+def test_a_map_of_tangents():
+    given = inputs(9, head_dim=8)
+    along = torch.stack((given[3], given[4]))
+    ours = torch.vmap(lambda t: dual(attention, [*given[:3], t, None, None])[1])(along)
+    expected = [dual(attention, [*given[:3], t, None, None])[1] for t in along]
+    assert torch.equal(ours, torch.stack(expected))
 
 
 def test_reruns_are_equal():
@@ -284,6 +370,8 @@ def test_opcheck():
     torch.library.opcheck(op.jvp_op.torch_op, (*given, mask, None, None, 0, 0))
     cu, k_cu = (torch.tensor([0, n], dtype=torch.int32, device=DEVICE) for n in (5, 3))
     torch.library.opcheck(op.jvp_op.torch_op, (*(x[0] for x in given), None, cu, k_cu, 5, 3))
+    given = inputs(5, 3, head_dim=24, heads=4, k_heads=2)
+    torch.library.opcheck(op.jvp_op.torch_op, (*given, None, None, None, 0, 0, 0.3, True))
 
 
 class _Largest(TorchDispatchMode):

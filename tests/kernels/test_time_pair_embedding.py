@@ -87,6 +87,7 @@ class TestTimePairEmbedding(Contract):
         *over(form="t-r", B=7, C=65, dtype=[*DTYPES]),
     ]
     empty = over(form=[*CONDITIONS], B=0, C=8)
+    on_cpu = over(form=[*CONDITIONS], embedders=[1, 2], dtype=[*DTYPES])
     repeated = over(form=[*CONDITIONS], B=4)
     small = over(form=[*CONDITIONS], B=2, C=4)
     compiled = [over(embedders=n, B=[2, 5, 3], C=16) for n in (1, 2)]

@@ -64,6 +64,7 @@ class TestTransitionInputs(Contract):
         *over(form=FORMS, shape=(0, 4, 2, 2), trailing=0),
         *over(form=FORMS, shape=(2, 4, 0, 3), trailing=1),
     ]
+    on_cpu = over(form=FORMS, dtype=[*DTYPES], shape=(3, 4, 5, 6), cond_dtype=torch.float32)
     layout = over(form=FORMS, shape=(3, 4, 3, 8))
     partial = over(form=FORMS)
     repeated = over(form=FORMS, shape=(3, 4, 17, 20))

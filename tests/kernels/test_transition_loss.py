@@ -100,6 +100,7 @@ class TestTransitionLoss(Contract):
         *over(form=FORMS, shape=(0, 4, 2, 2), trailing=0),
         *over(form=FORMS, shape=(2, 4, 0, 3), trailing=1),
     ]
+    on_cpu = over(form=FORMS, dtype=[*DTYPES], shape=(3, 4, 5, 6), latents=torch.float32)
     repeated = over(form=FORMS, shape=(3, 4, 17, 32))
     small = over(form=FORMS, shape=(2, 3, 2, 2), trailing=1)
     compiled = [

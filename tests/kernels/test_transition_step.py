@@ -69,6 +69,7 @@ class TestTransitionStep(Contract):
         *over(form="both", shape=[(1, 1), (4, 1), (1, 1, 1, 1), (2, 2, 33, 17)]),
     ]
     empty = over(form=FORMS, shape=[(0, 4, 2, 2), (2, 4, 0, 3)])
+    on_cpu = over(form=FORMS, network=[*DTYPES], shape=(2, 4, 24))
     layout = over(form=FORMS, shape=(2, 4, 3, 8))
     partial = over(form=FORMS, shape=(2, 3, 4))
     repeated = over(form=FORMS, shape=(3, 4, 17, 20))

@@ -4,18 +4,22 @@ import pytest
 import torch
 from golden_files import relative_error
 
-from tim.models import TiMTransformer2DModel
+from tim.models import TiMTransformer2DModel, transformer
 from tim_kernels import grid_positions, rope_tables
-from tim_kernels.network import conditioning
+from tim_kernels.network.forward import prepare, run
 
 FORWARD, DERIVATIVE = 2e-5, 1e-4  # relative, from the golden README
 
 
-@pytest.fixture(params=["per block", "grouped"])
-def conditioned(request, monkeypatch):
-    """As on a CPU, or as on a GPU."""
-    if request.param == "grouped":
-        monkeypatch.setattr(conditioning, "WITHOUT_LAUNCHES", set())
+@pytest.fixture(params=["whole", "cut"])
+def network(request, monkeypatch):
+    """`predict`, or everything that does not depend on x formed before."""
+
+    def predict(model, x, t, r, y, *, new_condition, **options):
+        return run(model, x, prepare(model, t, r, y, new_condition=new_condition), **options)
+
+    if request.param == "cut":
+        monkeypatch.setattr(transformer, "predict", predict)
 
 
 def load(golden) -> TiMTransformer2DModel:
@@ -24,7 +28,7 @@ def load(golden) -> TiMTransformer2DModel:
     return model
 
 
-@pytest.mark.usefixtures("conditioned")
+@pytest.mark.usefixtures("network")
 def test_sample_and_features(golden_model):
     given, expected = golden_model.group("input"), golden_model.group("output")
     model = load(golden_model)
@@ -35,7 +39,7 @@ def test_sample_and_features(golden_model):
     assert torch.equal(model(*args), sample)
 
 
-@pytest.mark.usefixtures("conditioned")
+@pytest.mark.usefixtures("network")
 def test_gradients(golden_model):
     given, expected = golden_model.group("input"), golden_model.group("output")
     model = load(golden_model)
@@ -53,7 +57,7 @@ def test_gradients(golden_model):
         assert (parameters[name].grad - gradient).norm() / scale < DERIVATIVE, name
 
 
-@pytest.mark.usefixtures("conditioned")
+@pytest.mark.usefixtures("network")
 def test_jvp(golden_model):
     given, expected = golden_model.group("input"), golden_model.group("output")
     model = load(golden_model)

@@ -1,16 +1,12 @@
 """The network's cut in two, and blocks as modules: however they are conditioned, one network."""
 
-import copy
-
 import pytest
 import torch
 from eager import EagerTiM, randomise
 from golden_files import relative_error
-from torch import nn
 
 from tim.models import TiMTransformer2DModel
-from tim_kernels.network import conditioning
-from tim_kernels.network.conditioning import BlockConditioning, can_group
+from tim_kernels.network.blocks import BlockRows, TextKeys
 from tim_kernels.network.forward import predict, prepare, read_text, run
 
 TINY = dict(
@@ -23,12 +19,6 @@ NAMES = dict(new_condition="t-r", rope_order="upstream")
 @pytest.fixture(params=[False, True], ids=["class", "text"])
 def text(request):
     return request.param
-
-
-@pytest.fixture
-def grouped(monkeypatch):
-    """Conditioning as a GPU gets it."""
-    monkeypatch.setattr(conditioning, "WITHOUT_LAUNCHES", set())
 
 
 def problem(text: bool, **changes):
@@ -49,17 +39,17 @@ def gradients(model, args):
 
 
 @pytest.mark.parametrize("switches", [{}, dict(distance_aware=False), dict(qk_norm=False)])
-def test_grouped_and_per_block_conditioning_are_one(text, switches, monkeypatch):
-    model, args = problem(text, **switches)
-    assert not can_group(model)  # on a CPU
-    sample, per_block = gradients(model, args)
-    monkeypatch.setattr(conditioning, "WITHOUT_LAUNCHES", set())
-    assert can_group(model)
-    again, grouped = gradients(model, args)
+def test_gradients_pass_through_what_was_prepared(text, switches):
+    model, (x, t, r, y) = problem(text, **switches)
+    sample, expected = gradients(model, (x, t, r, y))
+    model.zero_grad()
+    prepared = prepare(model, t, r, y, new_condition="t-r")
+    again, features = run(model, x, prepared, rope_order="upstream", features_depth=1)
+    (again.square().sum() + features.square().sum()).backward()
     assert relative_error(again, sample) < 1e-5
-    largest = max(gradient.norm() for gradient in per_block.values())
-    for name, gradient in per_block.items():
-        assert (grouped[name] - gradient).norm() < 2e-5 * largest, name
+    largest = max(gradient.norm() for gradient in expected.values())
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad - expected[name]).norm() < 2e-5 * largest, name
 
 
 def test_a_prepared_network_runs_on_any_tokens(text):
@@ -94,56 +84,6 @@ def test_gradients_pass_through_text_that_was_read_before():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
 
 
-class Adapted(nn.Module):
-    """A Linear with a low-rank adapter, as peft wraps them."""
-
-    def __init__(self, base: nn.Linear):
-        super().__init__()
-        self.base = base
-        self.down = nn.Linear(base.in_features, 2, bias=False)
-        self.up = nn.Linear(2, base.out_features, bias=False)
-
-    def forward(self, x):
-        return self.base(x) + self.up(self.down(x))
-
-    def merged(self) -> nn.Linear:
-        linear = copy.deepcopy(self.base)
-        with torch.no_grad():
-            linear.weight += self.up.weight @ self.down.weight
-        return linear
-
-
-def test_adapters_in_blocks_are_run_and_trained(text, grouped):
-    model, args = problem(text)
-    names = [
-        name
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and name.startswith(("blocks.", "final_layer.", "y_embedder."))
-    ]
-    for name in names:
-        model.set_submodule(name, Adapted(model.get_submodule(name)))
-    assert not can_group(model)
-    sample = model(*args)
-    sample.square().sum().backward()
-    for name in names:
-        adapter = model.get_submodule(name)
-        assert adapter.up.weight.grad.any() and adapter.down.weight.grad.any(), name
-    for name in names:
-        model.set_submodule(name, model.get_submodule(name).merged())
-    assert can_group(model)
-    assert relative_error(sample, model(*args)) < 2e-5
-
-
-@pytest.mark.parametrize("layer", ["attn.qkv_d", "attn.proj", "adaLN_modulation.fc2"])
-def test_hooks_on_conditioning_layers_run(layer, grouped):
-    model, args = problem(text=False)
-    expected, seen = model(*args), []
-    for block in model.blocks:
-        block.get_submodule(layer).register_forward_hook(lambda *_: seen.append(layer))
-    assert relative_error(model(*args), expected) < 1e-5
-    assert seen == [layer, layer]
-
-
 def test_blocks_are_modules_with_hooks(text):
     model, args = problem(text)
     expected, seen = model(*args), []
@@ -165,7 +105,7 @@ def test_blocks_can_be_compiled_one_by_one(text):
         torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_on_a_cpu_no_parameter_moves(text):
+def test_no_parameter_moves(text):
     model, args = problem(text)
     before = [parameter.data_ptr() for parameter in model.parameters()]
     gradients(model, args)
@@ -173,17 +113,13 @@ def test_on_a_cpu_no_parameter_moves(text):
 
 
 def test_blocks_take_what_was_formed_for_them(text):
-    """Rows that are given are used, and nothing else is read for them."""
+    """Rows and keys that are given are used, and nothing else is read for them."""
     model, (x, t, r, y) = problem(text)
     with torch.no_grad():
+        expected, _ = predict(model, x, t, r, y, **NAMES)
         prepared = prepare(model, t, r, y, new_condition="t-r")
-        assert prepared.rows is None
-        rows = [
-            conditioning.condition_block(block, prepared.c, prepared.delta)
-            for block in model.blocks
-        ]
-        assert all(isinstance(row, BlockConditioning) for row in rows)
-        expected, _ = run(model, x, prepared, rope_order="upstream")
-        given = prepared._replace(rows=rows, c=None, delta=None)
+        assert all(isinstance(row, BlockRows) for row in prepared.rows)
+        assert prepared.text is None or isinstance(prepared.text[0], TextKeys)
+        given = prepared._replace(c=None, delta=None)
         ours, _ = run(model, x, given, rope_order="upstream")
     assert relative_error(ours, expected) < 1e-5

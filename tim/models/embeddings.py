@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from tim_kernels.network.layers import embed_label, embed_patches, embed_text, embed_time
+
 from ..checks import readable
 from .layers import SwiGLU
 
@@ -13,6 +15,9 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return embed_patches(self, x)
+
 
 class TimestepEmbedder(nn.Module):
     """(B,) → (B, C): sinusoid(256), then a two-layer MLP."""
@@ -23,6 +28,9 @@ class TimestepEmbedder(nn.Module):
             nn.Linear(frequency_dim, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
+    def forward(self, t: Tensor) -> Tensor:
+        return embed_time(self, t)
+
 
 class LabelEmbedder(nn.Module):
     """Class labels (B,) → (B, C). With `null_label` one more row stands for "no class"."""
@@ -30,6 +38,9 @@ class LabelEmbedder(nn.Module):
     def __init__(self, num_classes: int, hidden_size: int, null_label: bool):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + int(null_label), hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return embed_label(self, y)
 
     def check(self, y: Tensor, batch: int) -> None:
         rows = self.embedding_table.num_embeddings
@@ -51,6 +62,9 @@ class CaptionEmbedder(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(cap_feat_dim, eps=1e-5)
         self.mlp = SwiGLU(cap_feat_dim, 4 * hidden_size, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return embed_text(self, y)
 
     def check(self, y: Tensor, batch: int) -> None:
         width = self.norm.normalized_shape[0]

@@ -1,15 +1,26 @@
-"""The modules of TiM: weights under the published names. What is computed with them stands in
-`tim_kernels.network`, which runs the whole network on the fused ops."""
+"""The modules of TiM: weights under the published names, and forwards that are functions of
+`tim_kernels.network`."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tim_kernels.network.blocks import Pending, Rope, class_block, text_block
+from tim_kernels.network.blocks import (
+    BlockRows,
+    Pending,
+    Rope,
+    Shifts,
+    TextKeys,
+    class_block,
+    cross_attention,
+    final_layer,
+    self_attention,
+    text_block,
+)
+from tim_kernels.network.checkpointing import checkpointed
 from tim_kernels.network.layers import swiglu_mlp
-
-from .checkpointing import checkpointed
 
 
 class SwiGLU(nn.Module):
@@ -41,6 +52,9 @@ class Attention(nn.Module):
         self.k_norm = _head_norm(dim // num_heads, qk_norm)
         self.proj = nn.Linear(dim, dim)
 
+    def forward(self, x: Tensor, shifts: Shifts, rope: Rope) -> Tensor:
+        return self_attention(self, x, shifts, rope)
+
 
 class CrossAttention(nn.Module):
     """Image tokens attend to all text tokens; RoPE on the queries only."""
@@ -53,6 +67,9 @@ class CrossAttention(nn.Module):
         self.q_norm = _head_norm(dim // num_heads, qk_norm)
         self.k_norm = _head_norm(dim // num_heads, qk_norm)
         self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, text: Tensor | TextKeys, rope: Rope) -> Tensor:
+        return cross_attention(self, x, text, rope)
 
 
 def _layer_norm(dim: int) -> nn.LayerNorm:
@@ -68,10 +85,33 @@ class BlockShape(NamedTuple):
     distance_aware: bool
 
 
-class ClassBlock(nn.Module):
-    """Self-attention and MLP, modulated by six rows of the conditioning."""
+class Block(nn.Module):
+    """What both kinds of block share: `function` computes them."""
 
     gradient_checkpointing = False  # `enable_gradient_checkpointing` of the model sets it
+    function: Callable
+
+    def forward(
+        self,
+        x: Tensor,
+        pending: Pending | None,
+        c: Tensor | None,
+        delta: Tensor | None,
+        text: Tensor | TextKeys | None,
+        rope: Rope,
+        rows: BlockRows | None = None,
+    ) -> tuple[Tensor, Pending] | Tensor:
+        """See `class_block` and `text_block` of `tim_kernels.network.blocks`."""
+        args = self, x, pending, c, delta, text, rope, rows
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpointed(self._gradient_checkpointing_func, type(self).function, *args)
+        return type(self).function(*args)
+
+
+class ClassBlock(Block):
+    """Self-attention and MLP, modulated by six rows of the conditioning."""
+
+    function = staticmethod(class_block)
 
     def __init__(self, shape: BlockShape):
         super().__init__()
@@ -82,17 +122,11 @@ class ClassBlock(nn.Module):
         self.mlp = SwiGLU(dim, mlp_hidden, dim)
         self.adaLN_modulation = SwiGLU(dim, lora_hidden, 6 * dim)
 
-    def forward(
-        self, x: Tensor, pending: Pending | None, c, delta, text, rope: Rope, rows=None
-    ) -> tuple[Tensor, Pending]:
-        """See `class_block` of `tim_kernels.network.blocks`."""
-        return checkpointed(class_block, self, x, pending, c, delta, text, rope, rows)
 
-
-class TextBlock(nn.Module):
+class TextBlock(Block):
     """Self-attention, cross-attention to the text and MLP, modulated by nine rows."""
 
-    gradient_checkpointing = False  # `enable_gradient_checkpointing` of the model sets it
+    function = staticmethod(text_block)
 
     def __init__(self, shape: BlockShape):
         super().__init__()
@@ -106,12 +140,6 @@ class TextBlock(nn.Module):
         self.mlp = SwiGLU(dim, mlp_hidden, dim)
         self.adaLN_modulation = SwiGLU(dim, lora_hidden, 9 * dim)
 
-    def forward(
-        self, x: Tensor, pending: Pending | None, c, delta, text, rope: Rope, rows=None
-    ) -> tuple[Tensor, Pending]:
-        """See `text_block` of `tim_kernels.network.blocks`."""
-        return checkpointed(text_block, self, x, pending, c, delta, text, rope, rows)
-
 
 class FinalLayer(nn.Module):
     def __init__(self, dim: int, out_features: int):
@@ -119,6 +147,10 @@ class FinalLayer(nn.Module):
         self.norm_final = _layer_norm(dim)
         self.linear = nn.Linear(dim, out_features)
         self.adaLN_modulation = SwiGLU(dim, dim // 2, 2 * dim)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Tokens (B, N, C), modulated by c (B, C) or (B, 1, C), → (B, N, out_features)."""
+        return final_layer(self, x, c)
 
 
 def projector(dim: int, projector_dim: int, z_dim: int) -> nn.Sequential:

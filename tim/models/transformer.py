@@ -37,8 +37,8 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _supports_group_offloading = False  # the embedders' weights are read, not their modules called
     _repeated_blocks = ["ClassBlock", "TextBlock"]
+    runs_on_tim_kernels = True
 
     @register_to_config
     def __init__(
@@ -129,6 +129,13 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
         if return_dict:
             return TiMTransformer2DModelOutput(sample, features)
         return (sample, features) if return_features else sample
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Refused: attention is chosen by what is installed, see `tim_kernels.attention`."""
+        raise ValueError(
+            f"attention backend {backend!r} cannot be set: TiM takes flash-attn where it is "
+            "installed, else PyTorch's attention, among whose kernels sdpa_kernel chooses"
+        )
 
     def _check_inputs(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, features: bool) -> None:
         channels, patch = self.config.in_channels, self.config.patch_size

@@ -13,7 +13,14 @@ from torch.autograd.function import once_differentiable
 from ..checks import check_floating, check_tokens, is_double
 from ..dispatch.backend import Op, choose
 from ..dispatch.operators import NO_TANGENT, Operator
-from ..dispatch.torch_private import constant_when_compiled, has_tangent, is_forward_mode
+from ..dispatch.slices import each_slice
+from ..dispatch.torch_private import (
+    constant_when_compiled,
+    has_tangent,
+    is_forward_mode,
+    is_mapped,
+    is_transformed,
+)
 from ..launch.plans import Plans, signature
 from ..segments import Segments, packing
 from . import reference
@@ -29,7 +36,7 @@ OP = Op("attention", _triton)
 HEAD_DIMS = range(8, 257, 8)  # of our kernel and of flash-attn
 
 
-def _jvp_fake(q, k, v, tq, tk, tv, key_mask, cu, k_cu, max_length, k_max_length):
+def _jvp_fake(q, *_):
     return q.new_empty(q.shape), q.new_empty(q.shape)
 
 
@@ -37,7 +44,7 @@ jvp_op = Operator(
     OP,
     "attention_jvp(Tensor q, Tensor k, Tensor v, Tensor? tq, Tensor? tk, Tensor? tv, "
     "Tensor? key_mask, Tensor? cu_seqlens, Tensor? k_cu_seqlens, SymInt max_length, "
-    "SymInt k_max_length) -> (Tensor, Tensor)",
+    "SymInt k_max_length, float? scale=None, bool is_causal=False) -> (Tensor, Tensor)",
     _jvp_fake,
 )
 
@@ -49,25 +56,33 @@ def attention(
     segments: Segments | None = None,
     k_segments: Segments | None = None,
     key_mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
 ) -> Tensor:
-    """softmax(q·kᵀ/√head_dim)·v, without dropout (arXiv 1706.03762, equation 1).
+    """softmax(scale·q·kᵀ)·v, without dropout (arXiv 1706.03762, equation 1).
 
     Args:
         q: (B, N, heads, head_dim), or (T, heads, head_dim) packed with `segments`.
         k, v: (B, M, heads, head_dim), or (S, heads, head_dim) packed with `k_segments`, which
-            are `segments` unless given.
+            are `segments` unless given. Their heads may be fewer, a divisor of q's: neighbours
+            among q's heads then share one (arXiv 2305.13245). v may have a head_dim of its own.
         key_mask: bool (B, M), True for the keys to attend to; not with `segments`. What is masked
             must be finite. A query without keys gets zeros, in value and derivatives.
+        scale: a positive number, 1/√head_dim unless given.
+        is_causal: query i attends to the keys 0 … i of its sample, also where N ≠ M.
 
-    Runs flash-attn where it is installed and can (CUDA, bfloat16 or float16, no key_mask), else
-    PyTorch's scaled_dot_product_attention. Returns q's shape and dtype.
+    Runs flash-attn where it is installed and can (CUDA, bfloat16 or float16, no key_mask, one
+    head_dim; if causal, the queries' lengths are the keys'), else PyTorch's
+    scaled_dot_product_attention. Returns q's shape with v's head_dim, and q's dtype.
 
     Under forward mode (torch.func.jvp, torch.autograd.forward_ad) our Triton kernel makes the
     output and its tangent in one pass over the keys, in memory that grows with N, for float32,
-    bfloat16 and float16 and a head_dim that is a multiple of 8 up to 256; any other goes to
+    bfloat16 and float16 and one head_dim that is a multiple of 8 up to 256; any other goes to
     PyTorch's composite implementation, in memory that grows with N·M. That output has a gradient
     as ever, by the plain attention made anew in backward; its tangent is a constant, and a request
-    to differentiate through it raises.
+    to differentiate through it raises. `forward_mode` does the same for networks that call
+    PyTorch's scaled_dot_product_attention.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
@@ -80,60 +95,73 @@ def attention(
     """
     if segments is None and k_segments is not None:
         raise ValueError("k_segments need segments: queries and keys are packed together")
+    if k_segments is segments:
+        k_segments = None
     cu, max_length = packing(segments)
     k_cu, k_max_length = packing(k_segments or segments)
-    args = q, k, v, key_mask, cu, k_cu, max_length, k_max_length
+    args = q, k, v, key_mask, cu, k_cu, max_length, k_max_length, scale, is_causal
     if torch.compiler.is_compiling():
         _check(*args)
     else:
         _checked.find(signature(args), _check, *args)
-    if is_forward_mode():
+    if is_forward_mode() and not is_mapped((q, k, v)):
         duals = [forward_ad.unpack_dual(x) for x in (q, k, v)]
-        if any(dual.tangent is not None for dual in duals) and _has_kernel(q):
-            return _dual_attention(duals, segments, k_segments, key_mask)
-    return _plain_attention(q, k, v, segments, k_segments, key_mask)
+        if any(dual.tangent is not None for dual in duals) and _has_kernel(q, v):
+            return _dual_attention(duals, segments, k_segments, key_mask, scale, is_causal)
+    return _plain_attention(q, k, v, segments, k_segments, key_mask, scale, is_causal)
 
 
 _checked = Plans()  # by signature
 
 
-def _plain_attention(q, k, v, segments, k_segments, key_mask) -> Tensor:
-    name = _flash_name() if key_mask is None and _is_flash_ready(q, k, v) else None
+def _plain_attention(q, k, v, segments, k_segments, key_mask, scale, is_causal) -> Tensor:
+    is_flash = key_mask is None and _is_flash_ready(q, k, v)
+    if is_flash and is_causal:  # flash-attn counts from the last key
+        is_flash = q.shape[:-2] == k.shape[:-2] if segments is None else k_segments is None
+    name = _flash_name() if is_flash else None
     flash = sys.modules[name] if name else None
     if flash is None:
-        return reference.attention(q, k, v, segments, k_segments, key_mask)
+        return reference.attention(
+            q, k, v, segments, k_segments, key_mask, scale=scale, is_causal=is_causal
+        )
+    options = {} if scale is None else dict(softmax_scale=scale)
+    if is_causal:
+        options["causal"] = True
     if segments is None:
-        out = flash.flash_attn_func(q, k, v)
+        out = flash.flash_attn_func(q, k, v, **options)
     else:
         keys = k_segments or segments
         out = flash.flash_attn_varlen_func(
             q, k, v, cu_seqlens_q=segments.cu_seqlens, cu_seqlens_k=keys.cu_seqlens,
-            max_seqlen_q=segments.max_length, max_seqlen_k=keys.max_length,
+            max_seqlen_q=segments.max_length, max_seqlen_k=keys.max_length, **options,
         )  # fmt: skip
     return out[0] if isinstance(out, tuple) else out  # flash-attn 4 adds the log-sum-exp
 
 
-def _has_kernel(q: Tensor) -> bool:
+def _has_kernel(q: Tensor, v: Tensor) -> bool:
     """Whether our kernel makes the tangent."""
-    if q.shape[-1] not in HEAD_DIMS or is_double(q):
+    if q.shape[-1] not in HEAD_DIMS or v.shape[-1] != q.shape[-1] or is_double(q):
         return False
     is_plain = type(q) in (Tensor, torch.nn.Parameter) and not q.is_meta
     is_real = is_plain and not torch.compiler.is_compiling()
     return choose(OP.name, q.device.type, is_real) != "reference"
 
 
-def _dual_attention(duals, segments, k_segments, key_mask) -> Tensor:
+def _dual_attention(duals, segments, k_segments, key_mask, scale, is_causal) -> Tensor:
     if torch.compiler.is_compiling():
         raise NotImplementedError(NO_TANGENT.format(OP.name))
     primals = [dual.primal for dual in duals]
-    keys = k_segments or segments
-    packing = (
-        (None, None, 0, 0)
-        if segments is None
-        else (segments.cu_seqlens, keys.cu_seqlens, segments.max_length, keys.max_length)
+    numbers = scale, is_causal
+    cu, max_length = packing(segments)
+    k_cu, k_max_length = packing(k_segments or segments)
+    out, tangent = jvp_op(
+        *primals, *(dual.tangent for dual in duals), key_mask, cu, k_cu, max_length, k_max_length,
+        *numbers,
+    )  # fmt: skip
+    k_cu, k_max_length = packing(k_segments)
+    out = _Primal.apply(
+        out.detach(), *primals, key_mask, cu, k_cu, max_length, k_max_length, *numbers
     )
-    out, tangent = jvp_op(*primals, *(dual.tangent for dual in duals), key_mask, *packing)
-    out = _Primal.apply(out.detach(), *primals, key_mask, *packing)
     return forward_ad.make_dual(out, tangent)
 
 
@@ -141,25 +169,31 @@ class _Primal(torch.autograd.Function):
     """`out` as it is, with the gradients of the plain attention that it is the value of."""
 
     @staticmethod
-    def forward(out, q, k, v, key_mask, cu, k_cu, max_length, k_max_length):
+    def forward(out, q, k, v, key_mask, cu, k_cu, *numbers):
         return out.view_as(out)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, q, k, v, key_mask, cu, k_cu, *ctx.lengths = inputs
+        _, q, k, v, key_mask, cu, k_cu, *ctx.numbers = inputs
         ctx.save_for_backward(q, k, v, key_mask, cu, k_cu)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         *primals, key_mask, cu, k_cu = ctx.saved_tensors
-        segments = k_segments = None
-        if cu is not None:
-            segments, k_segments = map(Segments, (cu, k_cu), ctx.lengths)
+        *lengths, scale, is_causal = ctx.numbers
+        segments, k_segments = (
+            None if each is None else Segments(each, length)
+            for each, length in zip((cu, k_cu), lengths, strict=True)
+        )
         leaves = [x.detach().requires_grad_() for x in primals]
         with torch.enable_grad():
-            out = _plain_attention(*leaves, segments, k_segments, key_mask)
-        return None, *torch.autograd.grad(out, leaves, dout), None, None, None, None, None
+            out = _plain_attention(*leaves, segments, k_segments, key_mask, scale, is_causal)
+        return None, *torch.autograd.grad(out, leaves, dout), *(None,) * 7
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return each_slice(_Primal.apply, info, in_dims, *args)
 
 
 @functools.cache
@@ -189,15 +223,17 @@ def _is_flash_ready(*tensors: Tensor) -> bool:
         q.device.type == "cuda"
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[-1] in HEAD_DIMS
+        and tensors[-1].shape[-1] == q.shape[-1]
         and not has_tangent(tensors)
+        and not is_transformed()
     )
 
 
-def _check(q, k, v, key_mask, cu, k_cu, max_length, k_max_length) -> bool:
+def _check(q, k, v, key_mask, cu, k_cu, max_length, k_max_length, scale, is_causal) -> bool:
     ndim, layout = (4, "(B, N, heads, head_dim)") if cu is None else (3, "(T, heads, head_dim)")
     check_floating("q", q)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != ndim or x.shape[-2:] != q.shape[-2:]:
+        if x.ndim != ndim or (name != "v" and x.shape[-1] != q.shape[-1]):
             raise ValueError(
                 f"{name} must be {layout} with q's heads and head_dim {tuple(q.shape[-2:])}; "
                 f"got {tuple(x.shape)}"
@@ -206,8 +242,17 @@ def _check(q, k, v, key_mask, cu, k_cu, max_length, k_max_length) -> bool:
             raise ValueError(
                 f"{name} must be {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}"
             )
-    if k.shape != v.shape:
-        raise ValueError(f"k and v must have one shape, got {tuple(k.shape)}, {tuple(v.shape)}")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(
+            f"k and v must have one shape but for head_dim, got {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    heads, k_heads = q.shape[-2], k.shape[-2]
+    if heads % k_heads if k_heads else heads:
+        raise ValueError(f"q's heads must be a multiple of k's, got {heads} and {k_heads}")
+    if scale is not None and (isinstance(scale, Tensor) or not 0 < scale < float("inf")):
+        raise ValueError(f"scale must be a positive number, got {scale}")
+    if not isinstance(is_causal, bool):
+        raise ValueError(f"is_causal must be True or False, got {is_causal}")
     if cu is None and k.shape[0] != q.shape[0]:
         raise ValueError(f"k must have q's batch {q.shape[0]}, got {k.shape[0]}")
     if cu is not None:

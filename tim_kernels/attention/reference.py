@@ -1,9 +1,8 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..dispatch.torch_private import has_tangent
+from ..dispatch.torch_private import has_tangent, is_mapped, math_attention
 from ..segments import Segments
 
 
@@ -14,8 +13,11 @@ def attention(
     segments: Segments | None = None,
     k_segments: Segments | None = None,
     key_mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
 ) -> Tensor:
-    """softmax(q·kᵀ/√head_dim)·v by PyTorch's own scaled_dot_product_attention.
+    """softmax(scale·q·kᵀ)·v by PyTorch's own scaled_dot_product_attention.
 
     Packed tokens attend through a block-diagonal mask, whose memory grows with T². Under forward
     mode it takes the composite implementation, the one that has a forward derivative; its memory
@@ -24,22 +26,54 @@ def attention(
     is_packed = segments is not None
     mask = None if key_mask is None else key_mask[:, None, None]  # (B, 1, 1, M)
     if is_packed:
-        owner, k_owner = (
-            torch.searchsorted(s.cu_seqlens, torch.arange(len(x), device=x.device), right=True)
-            for s, x in ((segments, q), (k_segments or segments, k))
+        (owner, place), (k_owner, k_place) = (
+            _places(s.cu_seqlens, x) for s, x in ((segments, q), (k_segments or segments, k))
         )
         mask = owner[:, None] == k_owner  # (T, S)
         q, k, v = q[None], k[None], v[None]
+    elif is_causal and mask is not None:
+        place, k_place = (torch.arange(x.shape[1], device=x.device) for x in (q, k))
+    options = dict(scale=scale)
+    if q.shape[-2] != k.shape[-2]:
+        options["enable_gqa"] = True
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
     if mask is None:
-        return _attend(*heads_first).transpose(1, 2)
+        return _attend(*heads_first, is_causal=is_causal, **options).transpose(1, 2)
+    if is_causal:
+        mask = mask & (place[:, None] >= k_place)
     has_key = mask.any(-1, keepdim=True)  # without one a query attends to all, for a finite
-    out = torch.where(has_key, _attend(*heads_first, mask | ~has_key), 0)  # gradient of zero
+    out = torch.where(has_key, _attend(*heads_first, mask | ~has_key, **options), 0)  # gradient
     return out.transpose(1, 2)[0] if is_packed else out.transpose(1, 2)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    if has_tangent((q, k, v)):
-        with sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(q, k, v, mask)
-    return F.scaled_dot_product_attention(q, k, v, mask)
+def _places(cu_seqlens: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each packed token its sequence, from 1 on, and its place in it."""
+    token = torch.arange(len(x), device=x.device)
+    owner = torch.searchsorted(cu_seqlens, token, right=True)
+    return owner, token - cu_seqlens[owner - 1]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **options) -> Tensor:
+    is_looped = q.device.type == "cpu" and is_mapped((q, k, v))  # PyTorch's kernel there, by vmap
+    is_composite = is_looped or has_tangent((q, k, v))
+    attend = composite if is_composite else F.scaled_dot_product_attention
+    return attend(q, k, v, mask, **options)
+
+
+def composite(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """F.scaled_dot_product_attention from its parts, which all have forward derivatives; what
+    sdpa_kernel(SDPBackend.MATH) chooses, without its settings, which are of all threads."""
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+    return math_attention(
+        q, k, v, mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+    )[0]

@@ -9,6 +9,8 @@ sums over the keys of a query,
 for any `centre` that is one number a query. It is the mean of ds over the first keys, so that what
 all keys share does not drown the rest when w is rounded. One pass over the keys carries the sums,
 rescaled as the maximum grows; no other memory than the outputs. A query without keys gets zeros.
+GROUP heads of queries in a row share one of keys and values; where the mask is CAUSAL a query has
+no keys after its own place, and a tile of queries reads none after its last.
 
 Products take p and w in the values' dtype and accumulate in float32. Σ p and Σ w are sums of the
 rounded p and w, so that what all values share leaves no error. float32 is multiplied as three
@@ -45,17 +47,19 @@ def _attention_jvp_kernel(
     mask_ptr, k_cu_ptr, k_length, heads, scale, out_ptr, tout_ptr,
     D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr, WIDEN: tl.constexpr, ALIGN: tl.constexpr,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
+    k_head = head // GROUP if GROUP > 1 else head
     sample, tile, first, first_out, span = locate(cu_ptr, length, tiles)
     _, _, k_first, k_row, k_span = locate(k_cu_ptr, k_length, tiles)
     first, first_out, span = first + tile * ROWS, first_out + tile * ROWS, span - tile * ROWS
     q = q_ptr, sample * q_b + first * q_n + head * q_h, q_n
-    k = k_ptr, sample * k_b + k_first * k_n + head * k_h, k_n
-    v = v_ptr, sample * v_b + k_first * v_n + head * v_h, v_n
+    k = k_ptr, sample * k_b + k_first * k_n + k_head * k_h, k_n
+    v = v_ptr, sample * v_b + k_first * v_n + k_head * v_h, v_n
     tq = tq_ptr, sample * tq_b + first * tq_n + head * tq_h, tq_n
-    tk = tk_ptr, sample * tk_b + k_first * tk_n + head * tk_h, tk_n
-    tv = tv_ptr, sample * tv_b + k_first * tv_n + head * tv_h, tv_n
+    tk = tk_ptr, sample * tk_b + k_first * tk_n + k_head * tk_h, tk_n
+    tv = tv_ptr, sample * tv_b + k_first * tv_n + k_head * tv_h, tv_n
     HAS_TQ: tl.constexpr = tq_ptr is not None
     HAS_DS: tl.constexpr = tq_ptr is not None or tk_ptr is not None
 
@@ -74,7 +78,8 @@ def _attention_jvp_kernel(
     if B:
         ob, tb = tl.zeros((ROWS, B), tl.float32), tl.zeros((ROWS, B), tl.float32)
 
-    for begin in range(0, k_span, COLUMNS):
+    end = tl.minimum(k_span, (tile + 1) * ROWS) if CAUSAL else k_span
+    for begin in range(0, end, COLUMNS):
         is_key = key < k_span - begin
         keys = begin + key, is_key
         s, ds = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -89,7 +94,10 @@ def _attention_jvp_kernel(
                 s, ds = _scores(s, ds, qb, tqb, k, tk, keys, A, B, HAS_TQ, D, WIDEN, ALIGN)
         if mask_ptr is not None:
             is_key = is_key & (tl.load(mask_ptr + k_row + begin + key, is_key, 0) != 0)
-        s = tl.where(is_key[None, :], s, float("-inf"))
+        is_seen = is_key[None, :]
+        if CAUSAL:
+            is_seen = is_seen & ((begin + key)[None, :] <= (tile * ROWS + n)[:, None])
+        s = tl.where(is_seen, s, float("-inf"))
 
         before = m_i
         m_i = tl.maximum(before, tl.max(s, 1))
@@ -204,9 +212,11 @@ def _tile(q: Tensor, lanes: int) -> dict[str, int]:
     return TABLE[section(name, architecture(q.device))][name]
 
 
-def jvp(*args):
+def jvp(
+    q, k, v, tq, tk, tv, key_mask, cu, k_cu, max_length, k_max_length, scale=None, causal=False
+):
     """(out, tout), shaped as q and contiguous; a tangent that is None is zero."""
-    q, k, *_, cu, _, max_length, k_max_length = args
+    args = q, k, v, tq, tk, tv, key_mask, cu, k_cu
     is_packed, (heads, D) = cu is not None, q.shape[-2:]
     A, B = pieces(D)
     tile = _tile(q, A + B)
@@ -215,8 +225,9 @@ def jvp(*args):
     return launch(
         _attention_jvp_kernel, (programs, heads),
         (In(7), length, tiles, *view_heads(args, *range(6), is_packed=is_packed), mask, In(8),
-         k_max_length if is_packed else k.shape[1], heads, D**-0.5, Out(0), Out(1)),
+         k_max_length if is_packed else k.shape[1], heads, scale or D**-0.5, Out(0), Out(1)),
         (like(q), like(q)), args, D=D, A=A, B=B, ROWS=tile["rows"], COLUMNS=tile["columns"],
         CHUNK=tile["chunk"], WIDEN=interpreting() and q.dtype == torch.bfloat16,
+        GROUP=heads // max(1, k.shape[-2]), CAUSAL=causal,
         num_warps=tile["num_warps"], num_stages=tile["num_stages"],
     )  # fmt: skip

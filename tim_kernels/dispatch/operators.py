@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from ..launch.plans import Plans, signature
 from .backend import Op, choose, fused, plan, requested, use_backend
+from .slices import each_slice
 from .torch_private import (
     apply_function,
     below_autograd,
@@ -26,6 +27,8 @@ from .torch_private import (
     is_forward_mode,
     is_forward_mode_enabled,
     is_functorch_active,
+    is_mapped,
+    is_transformed,
 )
 
 NAMESPACE = __package__.partition(".")[0]  # another copy of this package has another
@@ -65,6 +68,8 @@ class Operator:
         LIBRARY.impl(self.name, self._autograd, "Autograd", with_keyset=True)
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=LIBRARY)
         self.torch_op = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        rule = partial(each_slice, self.torch_op)
+        torch.library.register_vmap(f"{NAMESPACE}::{self.name}", rule, lib=LIBRARY)
         self.check = self.reference = self.on_cpu = self.derivative = None
         self.plans, self.calls = Plans(), Plans()
         OPERATORS[self.name] = self
@@ -91,7 +96,7 @@ class Operator:
             lambda *args: fake(*args[: len(names)]),
         )  # fmt: skip
         tangent = lambda args, *tangents: self.jvp(*args, *tangents[:inputs])  # noqa: E731
-        self.derivative = Derivative(self.name, vjp, tangent)
+        self.derivative = Derivative(self.name, self, vjp, tangent)
         return self
 
     def __call__(self, *args):
@@ -101,10 +106,14 @@ class Operator:
 
     def planned(self, args: tuple) -> Planned:
         """What `__call__` does with arguments like these."""
+        if is_mapped(args):
+            return self._plan(args)  # of slices, which look like the tensors of other calls
         return self.calls.find((requested(), signature(args)), self._plan, args)
 
     def _plan(self, args: tuple) -> Planned:
-        is_real = all(type(x) in (Tensor, torch.nn.Parameter) for x in args if _is_tensor(x))
+        is_real = not is_mapped(args) and all(
+            type(x) in (Tensor, torch.nn.Parameter) for x in args if _is_tensor(x)
+        )
         if self._is_reference(args, is_real):
             is_cpu = requested() == "auto" and _first_tensor(args).device.type == "cpu"
             return Planned(args, self.on_cpu if is_cpu and is_real else self.reference)
@@ -136,6 +145,8 @@ class Operator:
             return self.reference(*args)
         if has_tangent(args):
             raise NotImplementedError(NO_TANGENT.format(self.name))
+        if self.reference is not None and is_transformed():  # torch compiles no Function in there
+            return self.reference(*args)
         return self.torch_op(*args)
 
     def _launch(self, args: tuple) -> Callable:
@@ -170,9 +181,10 @@ class Operator:
 class Derivative:
     """Derivatives of whatever computes an op: `derivative(planned, *args)` is planned.run(*args),
     differentiable where somebody may ask for it, with `vjp(args, needs, *gradients)` and
-    `jvp(args, *tangents)`, a tangent for each argument, None where there is none."""
+    `jvp(args, *tangents)`, a tangent for each argument, None where there is none. torch.func.vmap
+    calls `op(*args)` of every slice."""
 
-    def __init__(self, name: str, vjp: Callable, jvp: Callable):
+    def __init__(self, name: str, op: Callable, vjp: Callable, jvp: Callable):
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(planned, *args):
@@ -198,6 +210,10 @@ class Derivative:
             @staticmethod
             def jvp(ctx, _, *tangents):
                 return jvp(_saved(ctx), *tangents)
+
+            @staticmethod
+            def vmap(info, in_dims, _, *args):
+                return each_slice(op, info, in_dims[1:], *args)
 
         Function.__name__ = Function.__qualname__ = name
         self.function, self.apply = Function, apply_function(Function)

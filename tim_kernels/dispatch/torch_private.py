@@ -1,6 +1,7 @@
 """Every private name of torch that this package uses, in one place."""
 
 from collections.abc import Callable, Iterable
+from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -9,24 +10,9 @@ from torch.autograd import forward_ad
 is_functorch_active = torch._C._are_functorch_transforms_active
 dispatch_modes = torch._C._len_torch_dispatch_stack  # how many are active
 is_forward_mode_enabled = torch._C._is_fwd_grad_enabled
-
-
-def is_forward_mode() -> bool:
-    """Whether tensors may have tangents here."""
-    return forward_ad._current_level >= 0
-
-
-def has_tangent(tensors: Iterable) -> bool:
-    """Whether any of them, of which some may be no tensors, has a tangent."""
-    return is_forward_mode() and any(
-        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors
-    )
-
-
-def below_autograd(op, keyset, *args):
-    """`op(*args)` by the kernel after autograd's, from inside autograd's."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+has_global_hooks = torch.nn.modules.module._has_any_global_hook
+_functorch = torch._C._functorch
+math_attention = torch.ops.aten._scaled_dot_product_attention_math.default
 
 
 def constant_when_compiled(function: Callable) -> Callable:
@@ -35,12 +21,67 @@ def constant_when_compiled(function: Callable) -> Callable:
     return function
 
 
+def is_forward_mode() -> bool:
+    """Whether tensors may have tangents here."""
+    return forward_ad._current_level >= 0
+
+
+def has_tangent(tensors: Iterable) -> bool:
+    """Whether any of them, of which some may be no tensors, has a tangent; of one that vmap maps
+    inside of forward mode it cannot be seen, and counts as one."""
+    return is_forward_mode() and any(map(_has_tangent, tensors))
+
+
+def _has_tangent(x) -> bool:
+    if not isinstance(x, Tensor):
+        return False
+    is_hidden = not torch.compiler.is_compiling() and _functorch.is_batchedtensor(x)
+    return is_hidden or forward_ad.unpack_dual(x).tangent is not None
+
+
+@constant_when_compiled
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is under way, in code that is being compiled too."""
+    return _functorch.peek_interpreter_stack() is not None
+
+
+def is_mapped(values: Iterable) -> bool:
+    """Whether any of them is a tensor with a dimension that torch.func.vmap hides; torch.compile
+    does not see it."""
+    if torch.compiler.is_compiling() or not is_functorch_active():
+        return False
+    return any(map(_is_mapped, values))
+
+
+def _is_mapped(x) -> bool:
+    while isinstance(x, Tensor) and _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_batchedtensor(x):
+            return True
+        x = _functorch.get_unwrapped(x)  # of another transform
+    return False
+
+
+def below_autograd(op, keyset, *args):
+    """`op(*args)` by the kernel after autograd's, from inside autograd's."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
 def apply_function(function: type[torch.autograd.Function]) -> Callable:
     """`function.apply` outside functorch, without binding the arguments to `forward`'s signature,
     which costs more on the host than all the rest."""
     return super(torch.autograd.Function, function).apply
 
 
-def storage_id(tensor: Tensor) -> int:
-    """The same for tensors that share memory."""
-    return tensor.untyped_storage()._cdata
+def is_custom_operator(function: Callable) -> bool:
+    """Whether it is an operator of torch.ops that is not PyTorch's own."""
+    is_operator = isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+    return is_operator and str(function).partition(".")[0] not in ("aten", "prim", "prims")
+
+
+def seeing(function: Callable, **names) -> Callable:
+    """A copy of a Python function of torch in which some global names mean something else."""
+    scope = function.__globals__ | names
+    copy = FunctionType(function.__code__, scope, function.__name__, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy

@@ -7,6 +7,7 @@ accesses. Numbers are never specialised, so nothing recompiles when a length cha
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import triton
@@ -31,6 +32,7 @@ class Elements(int):
     """A number of elements that reaches a kernel in units of ALIGN."""
 
 
+_interpreter = threading.RLock()  # it changes triton.language while it runs
 _is_dry = False
 
 
@@ -77,4 +79,9 @@ def launch(
         if not _is_dry:
             function.run(*flat, grid=programs, warmup=False, **options)
 
-    return Call(start, flat, made, args, finish, 0 in programs)
+    def interpret(*flat) -> None:
+        with _interpreter:
+            start(*flat)
+
+    is_compiled = isinstance(function, triton.JITFunction)
+    return Call(start if is_compiled else interpret, flat, made, args, finish, 0 in programs)

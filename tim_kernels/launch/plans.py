@@ -1,6 +1,7 @@
 """What is the same for every call of the same shapes is worked out once and looked up after."""
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -33,6 +34,22 @@ class Plans(dict):
         if len(self) >= MOST:
             self.clear()
         super().__setitem__(key, plan)
+
+
+def made_apart(make: Callable[[], Tensor]) -> Tensor:
+    """make(), in a thread of its own: what outlives a call must be no tensor of the functorch
+    transform or inference mode that the caller is in, nor come from its CUDA graph's memory."""
+    made: list[Tensor] = []
+
+    def run() -> None:
+        made.append(make())
+        if made[0].is_cuda:
+            torch.cuda.current_stream(made[0].device).synchronize()  # other streams will read it
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return made[0]
 
 
 def forget() -> None:

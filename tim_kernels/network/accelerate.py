@@ -1,29 +1,23 @@
 """`accelerate`: somebody else's TiM on the fused ops, in one line.
 
-A model is recognised by its tree of names, shapes and layer kinds, never by its class. Its weights
-stay where they are; only `forward` of the instance and of its blocks is replaced, and `restore`
-puts them back. Blocks are still called as modules, and one that is called as published is itself.
+A model is recognised by its tree of names and what hangs on it, never by its class. Its modules get
+subclasses of their classes whose `forward` is ours, and `restore` gives them their own back. So
+hooks, copies, pickles, replicas and state dicts are what they are for any module.
 """
 
-import contextlib
-from collections.abc import Iterator
+import functools
 from dataclasses import dataclass, field
-from types import MethodType
-from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..qk_norm_rope.reference import ORDERS
 from ..time_pair_embedding.reference import CONDITIONS
-from .blocks import Rope, class_block, text_block
+from . import blocks, layers, trial
 from .forward import predict
-from .layers import swiglu_mlp
-from .tree import differences, is_swiglu
+from .tree import CHILDREN, SWIGLU, composites, differences, is_swiglu
 
-# A model's own forwards, by the names of its modules: a reference to the model would keep it alive.
-_ORIGINAL: WeakKeyDictionary[nn.Module, dict[str, object]] = WeakKeyDictionary()
-PROBE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2}
+CHECKPOINTS = "use_checkpoint", "gradient_checkpointing"  # a model's own switches
 
 
 @dataclass
@@ -59,8 +53,8 @@ def accelerate(
     Raises:
         ValueError: an unknown new_condition or rope_order.
     """
-    if model in _ORIGINAL:
-        return Report(left={"": "it is accelerated already; restore(model) first"})
+    if why := _why_not(model):
+        return Report(left={"": why})
     new_condition = new_condition or getattr(model, "new_condition", None)
     if new_condition is not None and new_condition not in CONDITIONS:
         raise ValueError(f"new_condition must be one of {CONDITIONS}, got {new_condition!r}")
@@ -69,13 +63,14 @@ def accelerate(
 
     report = Report(left=dict(differences(model, new_condition)))
     if not report.left:
-        if why := _fuse(model, _published_forward(new_condition, rope_order)):
+        names = dict(new_condition=new_condition, rope_order=rope_order)
+        if why := _fuse(model, names):
             report.left[""] = why
         else:
             return Report(fused=[""])
     for name, module in model.named_modules():
-        if is_swiglu(module) and _computes_swiglu(module):
-            _replace(model, name, swiglu_mlp)
+        if is_swiglu(module) and trial.computes_swiglu(module):
+            _accelerate(module, "swiglu")
             report.fused.append(name)
     return report
 
@@ -84,129 +79,151 @@ def restore(model: nn.Module) -> None:
     """Undo `accelerate`: the model's own forward methods again.
 
     Raises:
-        ValueError: the model is not accelerated.
+        ValueError: the model is not accelerated, or its modules have become something else since.
     """
-    if model not in _ORIGINAL:
+    accelerated = [module for module in model.modules() if isinstance(module, Accelerated)]
+    if not accelerated:
         raise ValueError("this model is not accelerated")
-    for name, own in _ORIGINAL.pop(model).items():
-        module = model.get_submodule(name)
-        del module.forward
-        if own is not None:
-            module.forward = own
+    for module in accelerated:
+        if type(module).__bases__ != (Accelerated, module.own):
+            raise ValueError(
+                f"a module was an accelerated {module.own.__name__} and is now a "
+                f"{type(module).__name__}: undo first what was done after accelerate"
+            )
+    for module in accelerated:
+        module.__class__ = module.own
 
 
-def _replace(model: nn.Module, name: str, function) -> None:
-    module = model.get_submodule(name)
-    _ORIGINAL.setdefault(model, {})[name] = vars(module).get("forward")
-    module.forward = MethodType(function, module)
-
-
-def _block_forward(block: nn.Module):
-    """The fused block for the fused network, which calls it with a `Rope`; to others its own."""
-    own, fused = block.forward, text_block if hasattr(block, "cross_attn") else class_block
-
-    def forward(self, *args, **kwargs):
-        if len(args) > 5 and isinstance(args[5], Rope):
-            return fused(self, *args)
-        return own(*args, **kwargs)
-
-    return forward
-
-
-def _published_forward(new_condition: str, rope_order: str):
-    def forward(
-        self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, attn_type=None, return_zs=False, jvp=False
-    ):
-        sample, zs = predict(
-            self,
-            x,
-            t,
-            r,
-            y,
-            new_condition=new_condition,
-            rope_order=rope_order,
-            features_depth=self.encoder_depth if return_zs else None,
-        )
-        return (sample, zs) if return_zs else sample
-
-    return forward
-
-
-@contextlib.contextmanager
-def _exact_convolution() -> Iterator[None]:
-    """cuDNN rounds a float32 convolution to TF32 by default, which our GEMM does not."""
-    convolution = torch.backends.cudnn.conv
-    before, convolution.fp32_precision = convolution.fp32_precision, "ieee"
-    try:
-        yield
-    finally:
-        convolution.fp32_precision = before
-
-
-@torch.no_grad()
-def _fuse(model: nn.Module, forward) -> str | None:
-    """Replace the forwards of model and blocks; if that makes it another function, undo it and
-    say why."""
-    inputs = None if model.x_embedder.proj.weight.is_meta else _trial_inputs(model)
-    was_training = model.training
-    model.eval()
-    try:
-        with _exact_convolution():
-            own = None if inputs is None else model(*inputs)
-            _replace(model, "", forward)
-            for i, block in enumerate(model.blocks):
-                _replace(model, f"blocks.{i}", _block_forward(block))
-            why = None if inputs is None else _difference(own, model.forward(*inputs))
-    except Exception as error:
-        why = f"the trial of both forwards failed: {error!r}"
-    finally:
-        model.train(was_training)
-    if why and model in _ORIGINAL:
-        restore(model)
-    return why
-
-
-def _trial_inputs(model: nn.Module) -> tuple[Tensor, ...]:
-    """A small batch: a 2×3 grid of tokens, or the one size that the model takes."""
-    embedder, proj = model.x_embedder, model.x_embedder.proj
-    size = 2 * proj.kernel_size[0], 3 * proj.kernel_size[0]
-    if getattr(embedder, "strict_img_size", False):  # timm's
-        size = getattr(embedder, "img_size", None) or size
-    x = _noise((2, proj.in_channels, *size), proj.weight)
-    t, r = (torch.tensor(time, device=x.device) for time in ((0.9, 0.5), (0.3, 0.1)))
-    if hasattr(model.y_embedder, "embedding_table"):
-        y = torch.tensor([0, model.y_embedder.embedding_table.num_embeddings - 1]).to(x.device)
-    else:
-        y = _noise((2, 3, model.y_embedder.norm.normalized_shape[0]), proj.weight)
-    return x, t, r, y
-
-
-def _noise(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator).to(like.device, like.dtype)
-
-
-def _difference(own: Tensor, ours: Tensor) -> str | None:
-    """Why the fused result is not the model's own."""
-    if not isinstance(own, Tensor) or own.shape != ours.shape:
-        return f"its forward returns {type(own).__name__}, not a sample shaped like x"
-    error = (own.double() - ours.double()).norm()
-    tolerance = PROBE_TOLERANCE.get(own.dtype, 5e-2)
-    if own.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        tolerance = PROBE_TOLERANCE[torch.float16]  # as many bits, in other places
-    if not error <= tolerance * own.double().norm() + 1e-12:
-        return f"its forward computes something else (‖difference‖ = {error:.2e} on a trial input)"
+def _why_not(model: nn.Module) -> str | None:
+    """Why a model is no candidate at all."""
+    if any(isinstance(module, Accelerated) for module in model.modules()):
+        return "it is accelerated already; restore(model) first"
+    if getattr(model, "runs_on_tim_kernels", False):
+        return "it runs on the fused ops as it is"
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        return "it is compiled: accelerate the model first, then compile it"
     return None
 
 
-@torch.no_grad()
-def _computes_swiglu(mlp: nn.Module) -> bool:
-    """Whether layers named as SwiGLU's are used as SwiGLU's."""
-    weight = mlp.fc1_g.weight
-    if weight.is_meta:
-        return True
-    x = _noise((3, weight.shape[1]), weight)
-    try:
-        return _difference(mlp.forward(x), swiglu_mlp(mlp, x)) is None
-    except Exception:  # whatever a stranger's forward raises
-        return False
+def _fuse(model: nn.Module, names: dict[str, str]) -> str | None:
+    """Give model and modules our forwards; if that makes it another function, undo it and say
+    why."""
+    own, why = trial.of_own(model)
+    has_switch = any(hasattr(model, switch) for switch in CHECKPOINTS)
+    if own is not None and own.is_checkpointed and not has_switch:
+        why = f"it checkpoints its blocks, but has no {' or '.join(CHECKPOINTS)} to tell when"
+    if why is None:
+        _accelerate_tree(model, names)
+        why = own and trial.difference(own, model)
+        if why:
+            restore(model)
+    return why
+
+
+def _accelerate_tree(model: nn.Module, names: dict[str, str]) -> None:
+    extras = []  # layers that compute nothing, and are not called
+    for name, module, children in list(composites(model)):
+        known = {child.rstrip("?") for child in children}
+        role = "swiglu" if children is SWIGLU else name.rpartition(".")[2] or "model"
+        if name.startswith("blocks.") and role.isdecimal():
+            role = "block"
+        if role != "swiglu":
+            extras += (layer for child, layer in module.named_children() if child not in known)
+        _accelerate(module, role)
+    model._tim_kernels = names, tuple(extras)
+
+
+def _accelerate(module: nn.Module, role: str) -> None:
+    module.__class__ = _accelerated_class(type(module), role)
+
+
+class Accelerated:
+    """What an accelerated module is beside its own class, `own`; its `role` tells its forward."""
+
+    own: type[nn.Module]
+    role: str
+
+    def __reduce_ex__(self, protocol):
+        return _made_again, (self.own, self.role), self.__dict__
+
+
+def _made_again(own: type[nn.Module], role: str) -> nn.Module:
+    kind = _accelerated_class(own, role)
+    return kind.__new__(kind)
+
+
+@functools.cache
+def _accelerated_class(own: type[nn.Module], role: str) -> type[nn.Module]:
+    forward = functools.wraps(own.forward)(FORWARDS[role])
+    names = dict(own=own, role=role, forward=forward, __module__=own.__module__)
+    return type(own.__name__, (Accelerated, own), names | dict(__qualname__=own.__qualname__))
+
+
+def _model(
+    self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, attn_type=None, return_zs=False, jvp=False,
+    **others,
+):  # fmt: skip
+    names, extras = self._tim_kernels
+    if not all(map(layers.is_quiet, extras)):
+        args = dict(x=x, t=t, r=r, y=y, attn_type=attn_type, return_zs=return_zs, jvp=jvp)
+        return self.own.forward(self, **args, **others)
+    if others:
+        raise ValueError(f"an accelerated model takes no {', '.join(others)}: restore(model) first")
+    is_checkpointed = any(getattr(self, switch, False) for switch in CHECKPOINTS)
+    sample, zs = predict(
+        self, x, t, r, y, **names, features_depth=self.encoder_depth if return_zs else None,
+        checkpoint=_checkpoint if is_checkpointed else None,
+    )  # fmt: skip
+    return (sample, zs) if return_zs else sample
+
+
+def _checkpoint(function, *args):
+    return checkpoint(function, *args, use_reentrant=False)
+
+
+def _block(self, *args, **kwargs):
+    """Ours for the network, which calls it with a `Rope`; to others their own."""
+    if not (len(args) > 5 and isinstance(args[5], blocks.Rope)):
+        return self.own.forward(self, *args, **kwargs)
+    return (blocks.text_block if hasattr(self, "cross_attn") else blocks.class_block)(self, *args)
+
+
+def _with_rope(function):
+    def forward(self, *args, **kwargs):
+        if not (len(args) == 3 and isinstance(args[2], blocks.Rope)):
+            return self.own.forward(self, *args, **kwargs)
+        return function(self, *args)
+
+    return forward
+
+
+def _of_tensors(function, count: int, known: set[str]):
+    """Ours where it is called with `count` tensors and nothing else, and nobody looks at a layer
+    that we do not call."""
+
+    def forward(self, *args, **kwargs):
+        others = (layer for name, layer in self._modules.items() if name not in known)
+        if kwargs or len(args) != count or not all(map(layers.is_quiet, filter(None, others))):
+            return self.own.forward(self, *args, **kwargs)
+        return function(self, *args)
+
+    return forward
+
+
+def _embed_condition(embedder: nn.Module, y: Tensor) -> Tensor:
+    is_label = hasattr(embedder, "embedding_table")
+    return (layers.embed_label if is_label else layers.embed_text)(embedder, y)
+
+
+FORWARDS = {
+    "model": _model,
+    "x_embedder": _of_tensors(layers.embed_patches, 1, {"proj"}),
+    "t_embedder": _of_tensors(layers.embed_time, 1, {"mlp"}),
+    "delta_embedder": _of_tensors(layers.embed_time, 1, {"mlp"}),
+    "y_embedder": _of_tensors(_embed_condition, 1, {"embedding_table", "norm", "mlp"}),
+    "block": _block,
+    "attn": _with_rope(blocks.self_attention),
+    "cross_attn": _with_rope(blocks.cross_attention),
+    "swiglu": _of_tensors(layers.swiglu_mlp, 1, SWIGLU),
+    "final_layer": _of_tensors(blocks.final_layer, 2, CHILDREN["final_layer"]),
+}

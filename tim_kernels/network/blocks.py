@@ -1,19 +1,20 @@
-"""TiM's blocks as functions of modules with the published names.
+"""TiM's blocks and their parts, as functions of modules with the published names.
 
-The gated residual of a sub-layer waits ("pending") and is taken up by the next norm, across
-blocks too. A block is called with `rows`, its conditioning, where all blocks' was formed at once
-(see `conditioning`); without, it forms its own from c and delta and packs nothing.
+The gated residual of a sub-layer waits ("pending") and is taken up by the next norm, across blocks
+too. What modulates a block is formed by it from c and delta, or given as `rows` by whoever formed
+it before. Norms are fused with their neighbours where they are plain, and called where not.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ada_layer_norm.op import ada_layer_norm, gated_residual_ada_layer_norm
+from ..ada_layer_norm.op import ada_layer_norm, gated_residual, gated_residual_ada_layer_norm
 from ..attention.op import attention
 from ..qk_norm_rope.op import qk_norm_rope, qkv_norm_rope
-from .conditioning import BlockConditioning, condition_block
-from .layers import swiglu_mlp
+from .layers import is_plain, is_quiet
 
 
 class Rope(NamedTuple):
@@ -38,94 +39,205 @@ class TextKeys(NamedTuple):
     v: Tensor
 
 
+class NormedText(NamedTuple):
+    """The text (B, L, C) behind the norm that all blocks share."""
+
+    tokens: Tensor
+
+
+class Shifts(NamedTuple):
+    """What is added to every token's q, k and v, (B, C) each; None without qkv_d.
+
+    v's reaches the output as `v`, added to the values, or, since softmax rows sum to one, as
+    `bias`, its product with the output projection's weight, added to what that puts out.
+    """
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class BlockRows(NamedTuple):
+    """What a block knows of time and class, one row a sample."""
+
+    modulation: Tensor  # (B, 6C) or (B, 9C): shift, scale, gate of each sub-layer
+    shifts: Shifts
+
+
+def condition_block(block: nn.Module, c: Tensor, delta: Tensor) -> BlockRows:
+    """One block's rows from c and delta (B, C)."""
+    modulation, attn = block.adaLN_modulation(c), block.attn
+    if getattr(attn, "qkv_d", None) is None:
+        return BlockRows(modulation, Shifts())
+    q, k, v = attn.qkv_d(delta).chunk(3, dim=-1)
+    if is_plain(attn.proj) and is_quiet(attn):
+        return BlockRows(modulation, Shifts(q, k, bias=F.linear(v, attn.proj.weight)))
+    return BlockRows(modulation, Shifts(q, k, v))
+
+
 def class_block(
     block: nn.Module,
     x: Tensor,
     pending: Pending | None,
-    c: Tensor,
-    delta: Tensor,
+    c: Tensor | None,
+    delta: Tensor | None,
     text: None,  # every block is called alike
     rope: Rope,
-    rows: BlockConditioning | None = None,
-) -> tuple[Tensor, Pending]:
+    rows: BlockRows | None = None,
+) -> tuple[Tensor, Pending] | Tensor:
     """Self-attention and MLP of tokens x (B, N, C); the MLP's output stays pending."""
-    packed = rows is not None
-    rows = rows or condition_block(block, c, delta)
-    shift1, scale1, gate1, shift2, scale2, gate2 = rows.modulation.chunk(6, dim=-1)
-    x, h = add_and_norm(x, pending, shift1, scale1, block.norm1.eps)
-    pending = Pending(self_attention(block.attn, h, rows, rope), gate1, rows.value_bias)
-    x, h = add_and_norm(x, pending, shift2, scale2, block.norm2.eps)
-    return x, Pending(swiglu_mlp(block.mlp, h, packed), gate2)
+    modulation, shifts = rows or condition_block(block, c, delta)
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+    x, h = add_and_norm(block.norm1, x, pending, shift1, scale1)
+    pending = Pending(block.attn(h, shifts, rope), gate1, shifts.bias)
+    x, h = add_and_norm(block.norm2, x, pending, shift2, scale2)
+    return leave(block, x, Pending(block.mlp(h), gate2))
 
 
 def text_block(
     block: nn.Module,
     x: Tensor,
     pending: Pending | None,
-    c: Tensor,
-    delta: Tensor,
-    text: Tensor | TextKeys,
+    c: Tensor | None,
+    delta: Tensor | None,
+    text: Tensor | NormedText | TextKeys,
     rope: Rope,
-    rows: BlockConditioning | None = None,
-) -> tuple[Tensor, Pending]:
+    rows: BlockRows | None = None,
+) -> tuple[Tensor, Pending] | Tensor:
     """Self-attention, cross-attention to text (B, L, C) and MLP; the MLP's output stays pending."""
-    packed = rows is not None
-    rows = rows or condition_block(block, c, delta)
-    m = rows.modulation.chunk(9, dim=-1)
-    x, h = add_and_norm(x, pending, m[0], m[1], block.norm1.eps)
-    pending = Pending(self_attention(block.attn, h, rows, rope), m[2], rows.value_bias)
-    x, h = add_and_norm(x, pending, m[3], m[4], block.norm2_i.eps)
-    keys = text if isinstance(text, TextKeys) else text_keys(block, text)
-    pending = Pending(cross_attention(block.cross_attn, h, keys, rope), m[5])
-    x, h = add_and_norm(x, pending, m[6], m[7], block.norm3.eps)
-    return x, Pending(swiglu_mlp(block.mlp, h, packed), m[8])
+    modulation, shifts = rows or condition_block(block, c, delta)
+    m = modulation.chunk(9, dim=-1)
+    x, h = add_and_norm(block.norm1, x, pending, m[0], m[1])
+    pending = Pending(block.attn(h, shifts, rope), m[2], shifts.bias)
+    x, h = add_and_norm(block.norm2_i, x, pending, m[3], m[4])
+    text = block.norm2_t(text) if isinstance(text, Tensor) else text
+    pending = Pending(block.cross_attn(h, text, rope), m[5])
+    x, h = add_and_norm(block.norm3, x, pending, m[6], m[7])
+    return leave(block, x, Pending(block.mlp(h), m[8]))
+
+
+def leave(block: nn.Module, x: Tensor, pending: Pending) -> tuple[Tensor, Pending] | Tensor:
+    """What a block gives to the next, or, where somebody looks on, its whole output (B, N, C)."""
+    return (x, pending) if is_quiet(block) else take_up(x, pending)
+
+
+def take_up(x: Tensor, pending: Pending | None) -> Tensor:
+    """x with what is pending added."""
+    return x if pending is None else gated_residual(x, pending.branch, pending.gate, pending.bias)
+
+
+def add_and_norm(
+    norm: nn.Module, x: Tensor, pending: Pending | None, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x with what is pending added, and its modulated norm: one read, where the norm is plain."""
+    if not (
+        is_plain(norm, nn.LayerNorm) and norm.weight is None and len(norm.normalized_shape) == 1
+    ):
+        x = take_up(x, pending)
+        return x, norm(x) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    if pending is None:
+        return x, ada_layer_norm(x, shift, scale, norm.eps)
+    branch, gate, bias = pending
+    return gated_residual_ada_layer_norm(x, branch, gate, shift, scale, norm.eps, branch_bias=bias)
+
+
+def _is_bare(norm: nn.Module) -> bool:
+    return is_plain(norm, nn.LayerNorm) and norm.weight is None
+
+
+def norm_text(blocks: Sequence[nn.Module], text: Tensor) -> Tensor | NormedText:
+    """The text normed once, if it is the same norm in all blocks; else as it is."""
+    norms = [block.norm2_t for block in blocks]
+    if all(_is_bare(norm) and norm.eps == norms[0].eps for norm in norms):
+        return NormedText(norms[0](text))
+    return text
+
+
+def final_layer(
+    layer: nn.Module, x: Tensor, c: Tensor, pending: Pending | None = None, rows=None
+) -> Tensor:
+    """Tokens (B, N, C), modulated by c (B, C) or (B, 1, C), or `rows` made of it, → (B, N, out)."""
+    shift, scale = rows or final_rows(layer, c)
+    return layer.linear(add_and_norm(layer.norm_final, x, pending, shift, scale)[1])
+
+
+def final_rows(layer: nn.Module, c: Tensor) -> tuple[Tensor, Tensor]:
+    """shift and scale of the last norm, (B, C) both."""
+    return layer.adaLN_modulation(c.flatten(1)).chunk(2, dim=-1)
+
+
+def self_attention(attn: nn.Module, h: Tensor, shifts: Shifts, rope: Rope) -> Tensor:
+    """Self-attention of tokens (B, N, C), without `shifts.bias`."""
+    qkv = attn.qkv(h).unflatten(-1, (3, _heads(attn, h.shape[-1]), -1))
+    is_fused = _is_fused(attn.q_norm) and _is_fused(attn.k_norm)
+    if is_fused and attn.q_norm.__dict__.get("eps") == attn.k_norm.__dict__.get("eps"):
+        q, k, v = qkv_norm_rope(
+            qkv, *_affine(attn.q_norm), *_affine(attn.k_norm), grid=rope.grid, order=rope.order,
+            q_shift=shifts.q, k_shift=shifts.k, eps=_eps(attn.q_norm),
+        )  # fmt: skip
+    else:
+        q, k, v = qkv.unbind(2)
+        q = _call_norm(attn.q_norm, _shifted(q, shifts.q))
+        k = _call_norm(attn.k_norm, _shifted(k, shifts.k))
+        q, k = qk_norm_rope(q, k, grid=rope.grid, order=rope.order)
+    return attn.proj(attention(q, k, _shifted(v, shifts.v)).flatten(2))
+
+
+def cross_attention(
+    attn: nn.Module, h: Tensor, text: Tensor | NormedText | TextKeys, rope: Rope
+) -> Tensor:
+    """Tokens (B, N, C) attend to normed text (B, L, C), or to its keys and values."""
+    text = text.tokens if isinstance(text, NormedText) else text
+    q = attn.q(h).unflatten(-1, (_heads(attn, h.shape[-1]), -1))
+    q = _norm_rope(attn.q_norm, q, rope)
+    k, v = text if isinstance(text, TextKeys) else _read(attn, text)
+    return attn.proj(attention(q, k, v).flatten(2))
 
 
 def text_keys(block: nn.Module, text: Tensor) -> TextKeys:
     """Keys and values of text (B, L, C) for one block; they depend on nothing else."""
-    attn = block.cross_attn
-    heads = _heads(attn, text.shape[-1])
-    k, v = attn.kv(block.norm2_t(text)).unflatten(-1, (2, heads, -1)).unbind(2)
-    if _affine(attn.k_norm)[0] is not None:
-        k = qk_norm_rope(k, None, *_affine(attn.k_norm), eps=_eps(attn.k_norm))  # no positions
-    return TextKeys(k, v)
+    return _read(block.cross_attn, block.norm2_t(text))
 
 
-def add_and_norm(x, pending: Pending | None, shift, scale, eps) -> tuple[Tensor, Tensor]:
-    """Take up what is pending: x' and its modulated norm, in one read."""
-    if pending is None:
-        return x, ada_layer_norm(x, shift, scale, eps)
-    branch, gate, bias = pending
-    return gated_residual_ada_layer_norm(x, branch, gate, shift, scale, eps, branch_bias=bias)
+def _read(attn: nn.Module, text: Tensor) -> TextKeys:
+    k, v = attn.kv(text).unflatten(-1, (2, _heads(attn, text.shape[-1]), -1)).unbind(2)
+    return TextKeys(_norm_rope(attn.k_norm, k), v)
 
 
-def self_attention(attn: nn.Module, h: Tensor, rows: BlockConditioning, rope: Rope) -> Tensor:
-    qkv = attn.qkv(h).unflatten(-1, (3, _heads(attn, h.shape[-1]), -1))
-    q, k, v = qkv_norm_rope(
-        qkv, *_affine(attn.q_norm), *_affine(attn.k_norm),
-        grid=rope.grid, order=rope.order, q_shift=rows.q_shift, k_shift=rows.k_shift,
-        eps=_eps(attn.q_norm),
-    )  # fmt: skip
-    if rows.v_shift is not None:
-        v = v + rows.v_shift.view(-1, 1, *v.shape[2:])
-    return attn.proj(attention(q, k, v).flatten(2))
+def _norm_rope(norm: nn.Module, x: Tensor, rope: Rope | None = None) -> Tensor:
+    """A head norm of x (B, N, heads, head_dim), turned by its positions if there are any."""
+    if not _is_fused(norm):
+        x, norm = _call_norm(norm, x), None
+    if rope is None and (norm is None or _affine(norm)[0] is None):
+        return x
+    grid, order = rope or (None, "grid")
+    return qk_norm_rope(x, None, *_affine(norm), grid=grid, order=order, eps=_eps(norm))
 
 
-def cross_attention(attn: nn.Module, h: Tensor, text: TextKeys, rope: Rope) -> Tensor:
-    q = attn.q(h).unflatten(-1, (_heads(attn, h.shape[-1]), -1))
-    norm = attn.q_norm
-    q = qk_norm_rope(q, None, *_affine(norm), grid=rope.grid, order=rope.order, eps=_eps(norm))
-    return attn.proj(attention(q, text.k, text.v).flatten(2))
+def _is_fused(norm: nn.Module) -> bool:
+    """Whether a head norm is one that `qk_norm_rope` computes."""
+    if is_plain(norm, nn.LayerNorm):
+        return norm.weight is not None and norm.weight.ndim == 1
+    return is_plain(norm, nn.Identity)
+
+
+def _call_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """As published: (B, heads, N, head_dim)."""
+    return norm(x.transpose(1, 2)).transpose(1, 2).contiguous()
+
+
+def _shifted(x: Tensor, shift: Tensor | None) -> Tensor:
+    return x if shift is None else x + shift.view(-1, 1, *x.shape[2:])
 
 
 def _heads(attn: nn.Module, width: int) -> int:
-    weight = _affine(attn.q_norm)[0]
-    return attn.num_heads if weight is None else width // weight.shape[0]
+    return getattr(attn, "num_heads", None) or width // attn.q_norm.weight.shape[0]
 
 
-def _affine(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+def _affine(norm: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
     return getattr(norm, "weight", None), getattr(norm, "bias", None)
 
 
-def _eps(norm: nn.Module) -> float:
+def _eps(norm: nn.Module | None) -> float:
     return getattr(norm, "eps", 1e-5)

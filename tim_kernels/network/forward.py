@@ -2,28 +2,36 @@
 
 `predict` is the network. It is cut in two, for whoever runs one part more often than the other:
 `prepare` makes of times, labels and text what the blocks need, and `run` carries tokens through
-the blocks. The functions read weights and call layers; which class the modules are does not
-matter. `tim.models` runs on them, and `accelerate` makes somebody else's model of the same tree
-do so.
+the blocks. Which class the modules are does not matter; all of them are called as modules, and
+weights stay where they are. `tim.models` runs on these functions, and `accelerate` makes somebody
+else's model of the same tree do so.
 
 What is fused beyond single ops: the gated residual of a sub-layer is taken up by the next norm;
-the conditioning of all blocks is a few grouped GEMMs before the first block; the per-sample bias
-of the values passes through attention as a constant, since softmax rows sum to one; projections
-that read the same input are one GEMM. Conditioning stays one row a sample.
+the per-sample bias of the values passes through attention as a constant, since softmax rows sum to
+one. Conditioning stays one row a sample.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
-from ..ada_layer_norm.op import gated_residual
 from ..time_pair_embedding.op import time_pair_embedding
-from .blocks import Rope, TextKeys, add_and_norm, text_keys
-from .conditioning import BlockConditioning, can_group, condition_blocks
+from .blocks import (
+    BlockRows,
+    Rope,
+    TextKeys,
+    condition_block,
+    final_layer,
+    final_rows,
+    norm_text,
+    take_up,
+    text_keys,
+)
+from .checkpointing import checkpointed
 from .forward_mode import lean
-from .layers import embed_patches, swiglu_mlp, time_mlp, unpatchify
+from .layers import is_quiet, is_sharded, plain_time_mlp, unpatchify
 
 
 class Prepared(NamedTuple):
@@ -31,9 +39,9 @@ class Prepared(NamedTuple):
 
     c: Tensor  # (B, C), the conditioning
     delta: Tensor  # (B, C), the embedding of the pair of times
-    rows: Sequence[BlockConditioning] | None  # of every block; None: each forms its own
-    text: Tensor | Sequence[TextKeys] | None  # (B, L, C) or every block's; None for classes
-    final: tuple[Tensor, Tensor]  # shift and scale (B, C) of the last norm
+    text: Tensor | list[TextKeys] | None  # (B, L, C) or every block's; None for classes
+    rows: Sequence[BlockRows] | None = None  # of every block; None: each forms its own
+    final: tuple[Tensor, Tensor] | None = None  # shift and scale (B, C) of the last norm
 
 
 @lean
@@ -42,68 +50,72 @@ def predict(
     x: Tensor,
     t: Tensor,
     r: Tensor,
-    y: Tensor,
+    y: Tensor | list[TextKeys],
     *,
     new_condition: str,
     rope_order: str,
     features_depth: int | None = None,
+    checkpoint: Callable | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """F(x, t, r, y) and, projected, the output of block `features_depth` (1-based).
 
-    x is (B, channels, H, W), t and r are (B,) network times, y labels (B,) or text features
-    (B, L, D). Nothing is checked here.
+    x is (B, channels, H, W), t and r are (B,) network times, y labels (B,), text features
+    (B, L, D) or what `read_text` made of them. Each block forms its own rows, keys and values
+    while it runs: those of one block are held at a time, and checkpointing, by the function
+    `checkpoint` around each block or inside the blocks, forms them again.
+    Nothing is checked here.
     """
-    prepared = prepare(model, t, r, y, new_condition=new_condition)
-    return run(model, x, prepared, rope_order=rope_order, features_depth=features_depth)
+    prepared = _embed(model, t, r, y, new_condition)
+    options = dict(rope_order=rope_order, features_depth=features_depth, checkpoint=checkpoint)
+    return run(model, x, prepared, **options)
 
 
 @lean
 def prepare(
-    model: nn.Module,
-    t: Tensor,
-    r: Tensor,
-    y: Tensor | Sequence[TextKeys],
-    *,
-    new_condition: str,
+    model: nn.Module, t: Tensor, r: Tensor, y: Tensor | list[TextKeys], *, new_condition: str
 ) -> Prepared:
-    """Everything in F(x, t, r, y) that does not depend on x.
+    """Everything in F(x, t, r, y) that does not depend on x, for one call of `run` or many.
 
-    t and r are (B,) network times, y labels (B,), text features (B, L, D), or what `read_text`
-    made of them. From features each block forms its keys and values while it runs: then those of
-    one block are held at a time, forward and backward, and checkpointing forms them again.
+    With FSDP2 blocks form their own rows, keys and values: their weights are whole there alone.
     """
-    delta_embedder = getattr(model, "delta_embedder", None)
-    c, delta = time_pair_embedding(
-        t,
-        r,
-        time_mlp(model.t_embedder),
-        None if delta_embedder is None else time_mlp(delta_embedder),
-        new_condition,
-    )
-    c = c + delta
-    is_grouped, text = can_group(model), None
-    if hasattr(model.y_embedder, "embedding_table"):
-        c = c + F.embedding(y, model.y_embedder.embedding_table.weight)
-    elif isinstance(y, Tensor):
-        text = embed_text(model.y_embedder, y, is_grouped)
-    else:
-        text = y
-    rows = condition_blocks(model.blocks, c, delta) if is_grouped else None
-    final = swiglu_mlp(model.final_layer.adaLN_modulation, c, is_grouped).chunk(2, dim=-1)
-    return Prepared(c, delta, rows, text, final)
+    prepared = _embed(model, t, r, y, new_condition)
+    c, delta, text, *_ = prepared
+    if any(map(is_sharded, model.blocks)):
+        return prepared
+    if isinstance(text, Tensor):
+        text = [text_keys(block, text) for block in model.blocks]
+    rows = [condition_block(block, c, delta) for block in model.blocks]
+    final = final_rows(model.final_layer, c) if is_quiet(model.final_layer) else None
+    return Prepared(c, delta, text, rows, final)
 
 
 def read_text(model: nn.Module, y: Tensor) -> list[TextKeys]:
-    """Every block's keys and values of text features y (B, L, D), for many calls of `prepare`
+    """Every block's keys and values of text features y (B, L, D), for many calls of `predict`
     with the same text: they depend on no time. They are (B, L, 2C) a block to keep."""
-    text = embed_text(model.y_embedder, y, can_group(model))
+    text = model.y_embedder(y)
     return [text_keys(block, text) for block in model.blocks]
 
 
-def embed_text(y_embedder: nn.Module, y: Tensor, packed: bool) -> Tensor:
-    """Text features (B, L, D) → (B, L, C)."""
-    norm = y_embedder.norm
-    return swiglu_mlp(y_embedder.mlp, norm(y.to(norm.weight.dtype)), packed)
+def _embed(model, t: Tensor, r: Tensor, y, condition: str) -> Prepared:
+    t_embedding, delta = _embed_times(model, t, r, condition)
+    c = t_embedding + delta
+    if not hasattr(model.y_embedder, "embedding_table"):
+        return Prepared(c, delta, model.y_embedder(y) if isinstance(y, Tensor) else y)
+    return Prepared(c + model.y_embedder(y), delta, None)
+
+
+def _embed_times(model, t: Tensor, r: Tensor, condition: str) -> tuple[Tensor, Tensor]:
+    """T(t) and the embedding of the pair: one op if nobody looks on, else by calling embedders."""
+    embedders = model.t_embedder, getattr(model, "delta_embedder", None) or model.t_embedder
+    t_mlp, delta_mlp = map(plain_time_mlp, embedders)
+    if t_mlp is not None and delta_mlp is not None:
+        return time_pair_embedding(t, r, t_mlp, delta_mlp, condition)
+    T, D = embedders
+    *summands, last = condition.split(",")
+    t_embedding, delta = T(t), D(t - r if last == "t-r" else r)
+    for time in summands:
+        delta = delta + (t_embedding if time == "t" else T(r))
+    return t_embedding, delta
 
 
 @lean
@@ -114,19 +126,30 @@ def run(
     *,
     rope_order: str,
     features_depth: int | None = None,
+    checkpoint: Callable | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Carry x (B, channels, H, W) through the blocks: see `predict`."""
-    c, delta, rows, text, (shift, scale) = prepared
+    c, delta, text, rows, final = prepared
     patch = model.x_embedder.proj.kernel_size[0]
     rope = Rope((x.shape[2] // patch, x.shape[3] // patch), rope_order)
-    x = embed_patches(model.x_embedder.proj, x)
-    pending, features = None, None
+    x, pending, features = model.x_embedder(x), None, None
+    if isinstance(text, Tensor):
+        text = norm_text(model.blocks, text)
     for i, block in enumerate(model.blocks):
-        keys = text if text is None or isinstance(text, Tensor) else text[i]
-        own = None if rows is None else rows[i]
-        x, pending = block(x, pending, c, delta, keys, rope, own)
+        if not is_quiet(block):  # somebody may look at its input
+            x, pending = take_up(x, pending), None
+        keys = text[i] if isinstance(text, list) else text
+        args = x, pending, c, delta, keys, rope, None if rows is None else rows[i]
+        if checkpoint is not None and torch.is_grad_enabled():
+            out = checkpointed(checkpoint, nn.Module.__call__, block, *args)
+        else:
+            out = block(*args)
+        x, pending = out if isinstance(out, tuple) else (out, None)
         if i + 1 == features_depth:
-            x, pending = gated_residual(x, pending.branch, pending.gate, pending.bias), None
+            x, pending = take_up(x, pending), None
             features = model.projector(x)
-    _, out = add_and_norm(x, pending, shift, scale, model.final_layer.norm_final.eps)
-    return unpatchify(model.final_layer.linear(out), rope.grid, patch), features
+    if is_quiet(model.final_layer):
+        out = final_layer(model.final_layer, x, c, pending, final)
+    else:
+        out = model.final_layer(take_up(x, pending), c)
+    return unpatchify(out, rope.grid, patch), features

@@ -1,52 +1,110 @@
 """The layers that network and blocks are made of, as functions of the modules that own the weights.
 
-Weights are read where calling the module would be nothing but that (`is_plain`); everything else,
-a wrapped or hooked layer, is called.
+Nothing that hangs on a module is passed by. A layer's weights are read only where calling it would
+do nothing but that (`is_plain`); any other layer, adapted, hooked, quantised, offloaded, is called.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import FLOATS
+from ..dispatch.torch_private import has_global_hooks
 from ..swiglu.op import swiglu
-from ..time_pair_embedding.op import TimeMLP
-from .packing import pack
+from ..time_pair_embedding.op import TimeMLP, time_embedding
+
+PLAIN = {nn.Parameter, Tensor, type(None)}
+WEIGHTLESS = {nn.Identity, nn.SiLU, nn.Dropout}
+HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
 
 
-def is_plain(layer: nn.Module, device: torch.device | None = None) -> bool:
-    """Whether calling `layer` is F.linear of its own plain weight (on `device`) and bias, and
-    nothing else."""
-    if type(layer) is not nn.Linear:
+def is_plain(layer: nn.Module, kind: type = nn.Linear) -> bool:
+    """Whether calling `layer` is what `kind` does with its own plain parameters, and nothing else.
+
+    Asked at every call, of what the module is at that time: nothing is remembered."""
+    if type(layer) is not kind or has_global_hooks():
         return False
-    own = layer.__dict__  # read as it is: this is asked of many layers at every call
-    weight = own["_parameters"].get("weight")
+    own = layer.__dict__  # read as it is: this is asked of several layers a block
+    parameters = own["_parameters"]
+    if "weight" not in parameters and kind not in WEIGHTLESS:
+        return False  # the weight is computed: the older weight_norm, a replica of DataParallel
     return (
-        (type(weight) is nn.Parameter or type(weight) is Tensor)
-        and (device is None or weight.device == device)
-        and not (own["_forward_pre_hooks"] or own["_forward_hooks"])
-        and not (own["_backward_pre_hooks"] or own["_backward_hooks"])
+        all(type(parameter) in PLAIN for parameter in parameters.values())
+        and not any(own[hooks] for hooks in HOOKS)
         and "forward" not in own  # by which weights are offloaded
+        and own.get("_compiled_call_impl") is None
     )
 
 
-def swiglu_mlp(mlp: nn.Module, x: Tensor, packed: bool = False) -> Tensor:
-    """fc2(silu(fc1_g(x))·fc1_x(x)); `packed` makes the two projections one GEMM where it can."""
-    gate, value = mlp.fc1_g, mlp.fc1_x
-    if not packed or not (is_plain(gate) and is_plain(value)):
-        return mlp.fc2(swiglu(gate(x), value(x)))
-    bias = None if gate.bias is None else pack((gate.bias, value.bias))
-    return mlp.fc2(swiglu(F.linear(x, pack((gate.weight, value.weight)), bias)))
+def is_quiet(module: nn.Module) -> bool:
+    """Whether nobody looks on when `module` is called: no hooks but FSDP2's, and its class's
+    forward. FSDP2 is told by its names: to import torch.distributed would cost everybody time."""
+    own = module.__dict__
+    if "forward" in own or has_global_hooks():
+        return False
+    hooks = [kind for name in HOOKS if (kind := own[name])]
+    return not hooks or all(_is_fsdp2(hook) for kind in hooks for hook in kind.values())
 
 
-def time_mlp(embedder: nn.Module) -> TimeMLP:
-    first, last = embedder.mlp[0], embedder.mlp[2]
+def _is_fsdp2(hook) -> bool:
+    return type(getattr(hook, "__self__", None)).__name__ == "FSDPState"
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers the module's parameters when it is called, and only then."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
+def compute_dtype(layer: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype that a layer takes; `default` if its weights do not tell."""
+    registry = getattr(layer, "_diffusers_hook", None)  # by which weights are kept in float8
+    if registry is not None and (casting := registry.get_hook("layerwise_casting")):
+        return casting.compute_dtype
+    for parameter in (getattr(layer, "weight", None), getattr(layer, "bias", None)):
+        if parameter is not None and parameter.dtype in FLOATS:
+            return parameter.dtype
+    return default
+
+
+def swiglu_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    """fc2(silu(fc1_g(x))·fc1_x(x))."""
+    return mlp.fc2(swiglu(mlp.fc1_g(x), mlp.fc1_x(x)))
+
+
+def embed_time(embedder: nn.Module, t: Tensor) -> Tensor:
+    """Times (B,) → (B, C)."""
+    return embedder.mlp(time_embedding(t, compute_dtype(embedder.mlp[0], torch.float32)))
+
+
+def plain_time_mlp(embedder: nn.Module) -> TimeMLP | None:
+    """The embedder's weights, if calling it were nothing but their use."""
+    mlp = embedder.mlp
+    if not (is_quiet(embedder) and type(mlp) is nn.Sequential and is_quiet(mlp) and len(mlp) == 3):
+        return None
+    first, act, last = mlp
+    if not (is_plain(first) and is_plain(act, nn.SiLU) and is_plain(last)):
+        return None
     return TimeMLP(first.weight, first.bias, last.weight, last.bias)
 
 
-def embed_patches(proj: nn.Conv2d, x: Tensor) -> Tensor:
+def embed_label(embedder: nn.Module, y: Tensor) -> Tensor:
+    """Class labels (B,) → (B, C)."""
+    return embedder.embedding_table(y)
+
+
+def embed_text(embedder: nn.Module, y: Tensor) -> Tensor:
+    """Text features (B, L, D) → (B, L, C)."""
+    return embedder.mlp(embedder.norm(y.to(compute_dtype(embedder.norm, y.dtype))))
+
+
+def embed_patches(embedder: nn.Module, x: Tensor) -> Tensor:
     """(B, channels, H, W) → tokens (B, N, C), row-major: the patch convolution as one GEMM."""
+    proj = embedder.proj
+    x = x.to(compute_dtype(proj, x.dtype))
+    if not (is_plain(proj, nn.Conv2d) and proj.kernel_size == proj.stride):
+        return proj(x).flatten(2).transpose(1, 2)
     p = proj.kernel_size[0]
-    x = x.to(proj.weight.dtype).unflatten(3, (-1, p)).unflatten(2, (-1, p))
+    x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))
     patches = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, h·w, channels·p·p)
     return F.linear(patches, proj.weight.flatten(1), proj.bias)
 

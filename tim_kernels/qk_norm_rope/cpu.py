@@ -6,15 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..launch.plans import made_apart
 from . import reference
 
 
 @functools.lru_cache(maxsize=64)
 def _turns(grid: tuple[int, int], order: str, head_dim: int) -> Tensor:
     """exp(i·angle) of a grid's tokens, complex64 (N, 1, head_dim/2)."""
-    with torch.inference_mode(False):
+
+    def make() -> Tensor:
         angles = reference.rope_angles(reference.grid_positions(*grid, order), head_dim)
         return torch.polar(torch.ones_like(angles), angles).flatten(-2).unsqueeze(-2)
+
+    return made_apart(make)
 
 
 def run(x, weight, bias, shift, grid, order: str, eps: float) -> Tensor:

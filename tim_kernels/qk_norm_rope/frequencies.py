@@ -1,29 +1,12 @@
 """RoPE's frequencies as the kernels take them."""
 
-import threading
-
 import torch
 from torch import Tensor
 
+from ..launch.plans import made_apart
 from . import reference
 
 _tables: dict[tuple[int, torch.device], Tensor] = {}
-
-
-def _made_apart(head_dim: int, device: torch.device) -> Tensor:
-    """In a thread of its own: what outlives a call must not come from the memory pool that a
-    torch.compile with CUDA graphs may have given the calling thread."""
-    made: list[Tensor] = []
-
-    def make() -> None:
-        with torch.cuda.device(device):
-            made.append(reference.frequencies(head_dim, device))
-            torch.cuda.current_stream(device).synchronize()  # other streams will read it
-
-    thread = threading.Thread(target=make)
-    thread.start()
-    thread.join()
-    return made[0]
 
 
 def frequencies(head_dim: int, device: torch.device) -> Tensor:
@@ -32,8 +15,6 @@ def frequencies(head_dim: int, device: torch.device) -> Tensor:
     key = head_dim, device
     if key in _tables:
         return _tables[key]
-    is_cuda = device.type == "cuda"
-    if is_cuda and torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return reference.frequencies(head_dim, device)
-    make = _made_apart if is_cuda else reference.frequencies
-    return _tables.setdefault(key, make(head_dim, device))
+    return _tables.setdefault(key, made_apart(lambda: reference.frequencies(head_dim, device)))

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..checks import check_cond, check_same_device, check_tokens, is_double
 from ..dispatch.backend import Op, requested
 from ..dispatch.operators import Derivative, Operator, Planned
-from ..dispatch.torch_private import dispatch_modes
+from ..dispatch.torch_private import dispatch_modes, is_mapped
 from ..launch.plans import Plans, signature
 from ..segments import Segments, packing
 from . import cpu, cuda, reference
@@ -176,9 +176,23 @@ def _on_cpu(
 
 
 _call = forward_op.differentiable(8, _check, _reference, _vjp, _on_cpu)
+
+
+def _slices(qkv, args) -> tuple[Tensor, Tensor, Tensor]:
+    layout = "(B, N, 3, heads, head_dim)" if args[-2] is None else "(T, 3, heads, head_dim)"
+    if qkv.ndim != layout.count(",") + 1 or qkv.shape[-3] != 3:
+        raise ValueError(f"qkv must be {layout}, got {tuple(qkv.shape)}")
+    return qkv.unbind(-3)
+
+
+def _sliced(qkv, *args):
+    q, k, v = _slices(qkv, args)
+    return *_call(q, k, *args), v
+
+
 # The same of a packed qkv in eager code: v is a view, and backward fills one dqkv. An operator may
-# not return a view, so torch.compile gets `_call` on views instead.
-_packed = Derivative("qkv_norm_rope", _packed_vjp, _packed_jvp)
+# not return a view, so torch.compile and vmap get `_call` on views.
+_packed = Derivative("qkv_norm_rope", _sliced, _packed_vjp, _packed_jvp)
 _packed_runs = Plans()  # by signature, what computes it; None where the reference does
 
 
@@ -284,22 +298,10 @@ def qkv_norm_rope(
         q_weight, q_bias, k_weight, k_bias, q_shift, k_shift, positions, grid, sizes, order,
         float(eps), cu, max_length,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_mapped((qkv, *args)):
         return _sliced(qkv, *args)
     key = requested(), signature((qkv, *args))
     return _packed_runs.find(key, _packed_run, qkv, args)(qkv, *args)
-
-
-def _slices(qkv, args) -> tuple[Tensor, Tensor, Tensor]:
-    layout = "(B, N, 3, heads, head_dim)" if args[-2] is None else "(T, 3, heads, head_dim)"
-    if qkv.ndim != layout.count(",") + 1 or qkv.shape[-3] != 3:
-        raise ValueError(f"qkv must be {layout}, got {tuple(qkv.shape)}")
-    return qkv.unbind(-3)
-
-
-def _sliced(qkv, *args):
-    q, k, v = _slices(qkv, args)
-    return *_call(q, k, *args), v
 
 
 def _packed_run(qkv, args):

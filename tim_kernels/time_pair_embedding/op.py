@@ -8,12 +8,15 @@ or for the sum of three would save one launch of a whole forward each, at rows t
 bytes worth saving, so they have none.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 from ..checks import check_floating, is_double
 from ..dispatch.backend import Op
 from ..dispatch.operators import Operator
+from ..launch.plans import made_apart
 from . import cuda, reference
 from .reference import CONDITIONS, DIM, TimeMLP
 
@@ -56,7 +59,21 @@ def _is_double(t, r, times, dtype) -> bool:
     return is_double(t, r) or dtype == torch.float64
 
 
-_sinusoids = forward_op.differentiable(2, _is_double, reference.sinusoids, _vjp)
+@functools.cache
+def _frequencies() -> Tensor:
+    return made_apart(reference.frequencies)
+
+
+def _on_cpu(t, r, times, dtype):
+    """All angles at once, from frequencies that are kept."""
+    if t.dtype != torch.float32 or r.dtype != torch.float32:
+        return reference.sinusoids(t, r, times, dtype)
+    known = dict(zip(("t", "r", "t-r"), (t, r, t - r), strict=True))
+    angles = torch.stack([known[time] for time in times.split(",")]).unsqueeze(-1) * _frequencies()
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype)
+
+
+_sinusoids = forward_op.differentiable(2, _is_double, reference.sinusoids, _vjp, _on_cpu)
 
 
 def time_pair_embedding(
@@ -95,12 +112,18 @@ def time_pair_embedding(
     *summands, last = condition.split(",")
     times = ["t", "r", last] if "r" in summands else ["t", last]
     x = _sinusoids(t, r, ",".join(times), t_mlp.w1.dtype)  # (times, B, 256), the last for D
-    if delta_mlp is None:
-        rows = t_mlp(x).unbind(0)
-    else:
-        x_t, x_delta = x.split((len(times) - 1, 1))
-        rows = (*t_mlp(x_t).unbind(0), delta_mlp(x_delta).squeeze(0))
+    rows = _rows(t_mlp, x) if delta_mlp is None else (*_rows(t_mlp, x[:-1]), delta_mlp(x[-1]))
     return rows[0], _sum(rows if "t" in summands else rows[1:])
+
+
+def time_embedding(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sinusoids of times (B,), (B, 256) in `dtype`, as `time_pair_embedding` forms them."""
+    return _sinusoids(t, t, "t", dtype).squeeze(0)
+
+
+def _rows(mlp: TimeMLP, x: Tensor) -> tuple[Tensor, ...]:
+    """Of each time, (B, C), by one GEMM for all."""
+    return mlp(x[0] if len(x) == 1 else x.flatten(0, 1)).chunk(len(x))
 
 
 def _sum(terms: tuple[Tensor, ...]) -> Tensor:

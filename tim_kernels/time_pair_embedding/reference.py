@@ -23,12 +23,15 @@ class TimeMLP(NamedTuple):
         return F.linear(F.silu(F.linear(x, self.w1, self.b1)), self.w2, self.b2)
 
 
+def frequencies(dim: int = DIM, max_period: float = 10000.0, device=None) -> Tensor:
+    """f_i = max_period^(−i/(dim/2)), float32 (dim/2,)."""
+    index = torch.arange(dim // 2, dtype=torch.float32, device=device)
+    return torch.exp(-math.log(max_period) * index / (dim // 2))
+
+
 def sinusoid(t: Tensor, dim: int = DIM, max_period: float = 10000.0) -> Tensor:
-    """[cos(t·f), sin(t·f)] with f_i = max_period^(−i/(dim/2)); (B,) → (B, dim), float32."""
-    half = dim // 2
-    index = torch.arange(half, dtype=torch.float32, device=t.device)
-    freqs = torch.exp(-math.log(max_period) * index / half)
-    angles = t.to(accumulation_dtype(t)).unsqueeze(-1) * freqs
+    """[cos(t·f), sin(t·f)] of `frequencies`; (B,) → (B, dim), float32."""
+    angles = t.to(accumulation_dtype(t)).unsqueeze(-1) * frequencies(dim, max_period, t.device)
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_latents, check_like, check_vector, is_double
+from ..coefficients import scaled_sum
 from ..dispatch.backend import Op
 from ..dispatch.operators import Operator
 from . import cuda, reference
@@ -124,7 +125,23 @@ def _check(x, z, alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm) -> bool:
     return is_double(x, z)
 
 
-_call = forward_op.differentiable(8, _check, reference.transition_inputs, _vjp)
+def _on_cpu(x, z, *coefficients):
+    """In fewer operations, where no dtype has to change."""
+    if any(a is not None and a.dtype != torch.float32 for a in (x, z, *coefficients)):
+        return reference.transition_inputs(x, z, *coefficients)
+    alpha, sigma, d_alpha, d_sigma, alpha_pm, sigma_pm = coefficients
+    x_t, v_t, x_pm = scaled_sum(alpha, x, sigma, z), None, None
+    if d_alpha is not None:
+        last = x.shape[0] - d_alpha.shape[0]
+        v_t = scaled_sum(d_alpha, x[last:], d_sigma, z[last:])
+    if alpha_pm is not None:
+        last, rows = x.shape[0] - alpha_pm.shape[0] // 2, (2, -1, *[1] * (x.ndim - 1))
+        x_pm = torch.addcmul(alpha_pm.view(rows) * x[last:], sigma_pm.view(rows), z[last:])
+        x_pm = x_pm.flatten(0, 1)
+    return x_t, v_t, x_pm
+
+
+_call = forward_op.differentiable(8, _check, reference.transition_inputs, _vjp, _on_cpu)
 
 
 def transition_inputs(

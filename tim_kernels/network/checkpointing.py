@@ -10,19 +10,17 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from tim_kernels import use_backend
-from tim_kernels.dispatch.backend import requested
-from tim_kernels.dispatch.torch_private import is_forward_mode
+from ..dispatch.backend import requested, use_backend
+from ..dispatch.torch_private import is_forward_mode
 
 
-def checkpointed(function: Callable, block: nn.Module, *args):
-    """function(block, *args), whose activations are made again in backward if `block` asks for it.
+def checkpointed(checkpoint: Callable, function: Callable, block: nn.Module, *args):
+    """function(block, *args), whose activations `checkpoint`, such as PyTorch's, makes again in
+    backward.
 
     Called inside the block's forward: what hangs on the module, such as the hooks by which FSDP2
     gathers its parameters, then works around both runs.
     """
-    if not (block.gradient_checkpointing and torch.is_grad_enabled()):
-        return function(block, *args)
     backend = requested()  # on a GPU the second run is in autograd's thread
 
     def run(*args):
@@ -31,7 +29,15 @@ def checkpointed(function: Callable, block: nn.Module, *args):
 
     if is_forward_mode():
         return checkpoint_dual(run, block, *args)
-    return block._gradient_checkpointing_func(run, block, *args)
+    tensors, rebuild = _tensors(args)  # PyTorch's reentrant form finds no others than arguments
+    structure = []
+
+    def run_flat(block, *tensors):
+        outputs, *structure[:] = _tensors(run(block, *rebuild(tensors)))
+        return tuple(outputs)
+
+    outputs = checkpoint(run_flat, block, *tensors)
+    return structure[0](outputs)
 
 
 def checkpoint_dual(function, *args):
