@@ -3,15 +3,18 @@
 import contextlib
 import contextvars
 import difflib
+import functools
+import inspect
 import operator
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 
 from tim_kernels.dispatch.torch_private import is_mapped
 
+P = ParamSpec("P")
 _order_required = contextvars.ContextVar("order_required", default=True)
 
 
@@ -31,6 +34,22 @@ def whole(name: str, given: Any, least: int | None = None) -> int:
     if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}, got {given}")
     return number
+
+
+def whole_sizes(init: Callable[P, None]) -> Callable[P, None]:
+    """A constructor whose arguments annotated as int are any kind of integer, 1 or more."""
+    parameters = list(inspect.signature(init).parameters.values())
+    sizes = {p.name for p in parameters if p.annotation in (int, int | None)}
+
+    def as_size(name: str, given: Any) -> Any:
+        return given if name not in sizes or given is None else whole(name, given, 1)
+
+    @functools.wraps(init)
+    def with_sizes(*args: P.args, **options: P.kwargs) -> None:
+        args = (as_size(p.name, given) for p, given in zip(parameters, args, strict=False))
+        init(*args, **{name: as_size(name, given) for name, given in options.items()})
+
+    return with_sizes
 
 
 def closest(name: str, known: Iterable[str]) -> str:

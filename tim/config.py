@@ -156,14 +156,7 @@ def build_network(cfg: DictConfig) -> TiMTransformer2DModel:
         raise ValueError(
             f"model.network.params.use_checkpoint must be true or false, got {is_checkpointed!r}"
         )
-    known = _parameters(cls)
-    for name, value in params.items():
-        is_size = known.get(name) in (int, int | None) and type(value) is int
-        if (is_size and value < 1) or (name == "mlp_ratio" and _fits(value, float) and value <= 0):
-            raise ValueError(f"model.network.params.{name} must be positive, got {value}")
     network = construct(cls, params, section="model.network.params")
-    if not 0 <= (share := network.config.class_dropout_prob) <= 1:
-        raise ValueError(f"model.network.params.class_dropout_prob must be in [0, 1], got {share}")
     if is_checkpointed:
         network.enable_gradient_checkpointing()
     return network

@@ -13,6 +13,7 @@ from tim.config import build_network, build_objective
 from tim.data import mnist
 from tim.evaluation import mnist as evaluation
 from tim.images import labelled_grid
+from tim.models import TiMTransformer2DModel
 from tim.sampling import sample
 from tim.training import draws
 from tim.transports import make
@@ -115,3 +116,16 @@ def test_a_network_s_arguments_for_a_checkpoint(tmp_path):
     assert loaded.config.depth == 2 and type(loaded.config.depth) is int
     with pytest.raises(ValueError, match="model.network.params.depth must be int, got True"):
         checkpoints.load(tmp_path / "a.bin", CLASS | {"depth": np.True_})
+
+
+@pytest.mark.parametrize("kind", INTEGERS)
+def test_a_network_s_sizes(tmp_path, kind):
+    sizes = {n: kind(v) if type(v) is int else v for n, v in CLASS.items()}
+    network(sizes).save_pretrained(tmp_path)
+    loaded = TiMTransformer2DModel.from_pretrained(tmp_path)
+    assert dict(loaded.config) | CLASS == dict(loaded.config)
+    for given in (True, 2.0, np.True_):
+        with pytest.raises(ValueError, match="depth must be a whole number, got "):
+            TiMTransformer2DModel(**sizes | {"depth": given})
+    with pytest.raises(ValueError, match="num_heads must be at least 1, got 0"):
+        TiMTransformer2DModel(**sizes | {"num_heads": 0})

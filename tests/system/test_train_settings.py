@@ -60,8 +60,8 @@ NETWORK, LOSS, RUN = "model.network.params", "model.transition_loss", "training"
         (f"{RUN}.optimizer.params.betas=0.9", f"{RUN}.optimizer.params.betas must be tuple"),
         (f"{RUN}.optimizer.params.betas=[0.9]", f"{RUN}.optimizer.params.betas must be tuple"),
         # out of range
-        (f"{NETWORK}.depth=-1", "depth must be positive, got -1"),
-        (f"{NETWORK}.patch_size=0", "patch_size must be positive, got 0"),
+        (f"{NETWORK}.depth=-1", "depth must be at least 1, got -1"),
+        (f"{NETWORK}.patch_size=0", "patch_size must be at least 1, got 0"),
         (f"{NETWORK}.mlp_ratio=-1", "mlp_ratio must be positive, got -1"),
         (f"{NETWORK}.class_dropout_prob=2", "class_dropout_prob must be in [0, 1], got 2"),
         ("data.dataloader.batch_size=0", "batch_size must be a whole number of at least 1, got 0"),
