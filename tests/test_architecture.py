@@ -12,7 +12,7 @@ MOST_LINES = 400
 # own __init__ is above all of them. `tim` may import `tim_kernels`, never the other way.
 LEVELS = {
     "tim": [
-        ["checks", "requirements"],
+        ["checks", "files", "requirements"],
         ["data", "models", "transports"],
         ["objective", "sampling"],
         ["config", "images"],
@@ -20,7 +20,7 @@ LEVELS = {
         ["pipelines", "training"],
         ["evaluation", "generate"],
         ["app"],
-        ["__main__"],
+        ["__main__", "cli"],
         ["__init__"],
     ],
     "tim_kernels": [

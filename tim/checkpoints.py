@@ -28,6 +28,8 @@ def load(
 
     Args:
         path: safetensors, or a torch pickle of a plain state dict (read with `weights_only=True`).
+            What torch.compile, DDP and FSDP put before names is taken off. The file is free
+            afterwards: nothing is mapped from it.
         preset_or_config: a preset's name, a YAML file, a configuration, or the network's
             constructor arguments alone. The projector serves only the feature-alignment loss: a
             file without any `projector.*` gives a network without one.
@@ -46,8 +48,12 @@ def load(
     with torch.device("meta"):
         network = config.build_network(cfg)
     _check_fit(state, network.state_dict(), path)
+    device = torch.device("cpu" if device is None else device)
+    for name in list(state):
+        tensor = state.pop(name)
+        state[name] = tensor.to(device, dtype or tensor.dtype, copy=True)
     network.load_state_dict(state, assign=True)
-    return network.to(device=device, dtype=dtype).eval()
+    return network.eval()
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -70,7 +76,20 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} must hold floating-point tensors by name, got also {', '.join(foreign)}"
         )
-    return state
+    plain = {_without_wrappers(name): tensor for name, tensor in state.items()}
+    if len(plain) < len(state):
+        raise ValueError(
+            f"{path} holds tensors with and without {', '.join(_WRAPPERS)} before their names"
+        )
+    return plain
+
+
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def _without_wrappers(name: str) -> str:
+    """The name of a weight in the network itself, which has no modules of these names."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _read_bin(path: Path) -> Any:
@@ -85,11 +104,20 @@ _READERS = {".safetensors": safetensors.torch.load_file, ".bin": _read_bin}
 def _as_config(preset_or_config: str | Path | Mapping[str, Any]) -> DictConfig:
     if isinstance(preset_or_config, (str, Path)):
         return config.load(preset_or_config)
-    cfg = OmegaConf.create(OmegaConf.to_container(OmegaConf.create(preset_or_config)))
+    cfg = OmegaConf.create(_plain(preset_or_config))
     if "model" in cfg:
         return cfg
     network = {"target": "tim.models.TiMTransformer2DModel", "params": cfg}
     return OmegaConf.create({"model": {"network": network}})
+
+
+def _plain(value: Any) -> Any:
+    """Of plain containers and scalars; numpy's and torch's scalars are no YAML."""
+    if isinstance(value, DictConfig):
+        return OmegaConf.to_container(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def _check_fit(found: Mapping[str, Tensor], needed: Mapping[str, Tensor], path: Path) -> None:

@@ -1,15 +1,61 @@
-"""Checks of tensor values that cost no device synchronisation."""
+"""What several packages refuse, each in one line that says what came and what is needed."""
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+import difflib
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 
 from tim_kernels.dispatch.torch_private import is_mapped
 
+P = ParamSpec("P")
 _order_required = contextvars.ContextVar("order_required", default=True)
+
+
+def whole(name: str, given: Any, least: int | None = None) -> int:
+    """`given` as an int: an integer of Python, numpy or torch (0-d), but no truth value.
+
+    Raises:
+        ValueError: it is something else, or less than `least`.
+    """
+    try:
+        is_flag = isinstance(given, bool) or getattr(given, "dtype", None) == torch.bool
+        if is_flag or getattr(given, "ndim", 0):
+            raise TypeError
+        number = operator.index(given)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {given!r}") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be at least {least}, got {given}")
+    return number
+
+
+def whole_sizes(init: Callable[P, None]) -> Callable[P, None]:
+    """A constructor whose arguments annotated as int are any kind of integer, 1 or more."""
+    parameters = list(inspect.signature(init).parameters.values())
+    sizes = {p.name for p in parameters if p.annotation in (int, int | None)}
+
+    def as_size(name: str, given: Any) -> Any:
+        return given if name not in sizes or given is None else whole(name, given, 1)
+
+    @functools.wraps(init)
+    def with_sizes(*args: P.args, **options: P.kwargs) -> None:
+        args = (as_size(p.name, given) for p, given in zip(parameters, args, strict=False))
+        init(*args, **{name: as_size(name, given) for name, given in options.items()})
+
+    return with_sizes
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """ " (did you mean …?)" where a name is like one that is known, else nothing."""
+    match = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {match[0]}?)" if match else ""
 
 
 def readable(tensor: Tensor) -> bool:
@@ -52,3 +98,16 @@ def check_finite(name: str, tensor: Tensor) -> None:
     if not bool(torch.isfinite(tensor).all()):
         count = int((~torch.isfinite(tensor)).sum())
         raise ValueError(f"{name} must be finite, got {count} NaN or infinite values")
+
+
+def check_computed(name: str, tensor: Tensor, by: str, dtype: torch.dtype) -> None:
+    """Refuse to go on with NaN and infinity that were computed; reads the tensor.
+
+    Raises:
+        FloatingPointError: it has some.
+    """
+    if not bool(torch.isfinite(tensor).all()):
+        reason = f"{by} in {dtype}"
+        if dtype == torch.float16:
+            reason += " exceeds its range (65504): bfloat16 or float32 holds it"
+        raise FloatingPointError(f"{name} are not finite: {reason}")

@@ -4,15 +4,19 @@ A `target:` is looked up in `TARGETS`; nothing is imported because a file names 
 """
 
 import inspect
+import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tim.checks import closest
 from tim.models import TiMTransformer2DModel
 from tim.objective import TransitionObjective
 from tim.transports import TRANSPORTS, Transport
@@ -49,16 +53,50 @@ def load(name_or_path: str | Path) -> DictConfig:
     if not path.is_file():
         raise ValueError(
             f"{str(name_or_path)!r} is neither a preset ({', '.join(presets())}) nor a YAML file"
+            + closest(str(name_or_path), _PRESETS)
         )
     try:
         cfg = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{path} is not a YAML mapping: {error}") from error
+        raise ValueError(f"{path} is not a YAML mapping: {_line(error)}") from error
     if not isinstance(cfg, DictConfig):
         raise ValueError(f"{path} is not a YAML mapping but a list")
     if OmegaConf.select(cfg, "model.unified_dcm_loss") is not None:  # its name in early files
         cfg.model.transition_loss = cfg.model.pop("unified_dcm_loss")
     return cfg
+
+
+def override(cfg: DictConfig, assignments: Iterable[str]) -> DictConfig:
+    """`cfg` changed by each "key=value", such as "training.seed=1".
+
+    Raises:
+        ValueError: one has no such form, or its value is no YAML.
+    """
+    for assignment in assignments:
+        key, _, value = assignment.partition("=")
+        if not re.fullmatch(r"\w+(\.\w+)*", key) or value.strip() in ("", "???"):
+            raise ValueError(f"{assignment!r} must be key=value (null for none)")
+        try:
+            cfg = OmegaConf.merge(cfg, OmegaConf.from_dotlist([assignment]))
+        except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:
+            raise ValueError(f"{assignment!r} cannot be read: {_line(error)}") from error
+    return cfg
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """`cfg` as plain values, its ${…} filled in.
+
+    Raises:
+        ValueError: one refers to nothing, or a value is missing.
+    """
+    try:
+        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"the configuration cannot be resolved: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def resolve(target: str) -> type:
@@ -68,22 +106,37 @@ def resolve(target: str) -> type:
         ValueError: a name that is not in `TARGETS`.
     """
     if target not in TARGETS:
-        raise ValueError(f"unknown target {target!r}; known are {', '.join(TARGETS)}")
+        raise ValueError(
+            f"unknown target {target!r}{closest(str(target), TARGETS)}; "
+            f"known are {', '.join(TARGETS)}"
+        )
     return TARGETS[target]
 
 
-def construct(cls: type[T], params: Mapping[str, Any], *args: Any) -> T:
+def construct(cls: type[T], params: Mapping[str, Any], *args: Any, section: str = "") -> T:
     """`cls(*args, **params)`.
 
     Raises:
-        ValueError: `params` names something that the constructor does not take.
+        ValueError: `params`, of that section of a configuration, names something that the
+            constructor does not take, or has a value that is not of the annotated kind.
     """
     known = _parameters(cls)
-    if unknown := [name for name in params if name not in known]:
+    if unknown := [name + closest(name, known) for name in params if name not in known]:
         raise ValueError(
-            f"{cls.__name__} has no parameter {', '.join(unknown)}; it takes {', '.join(known)}"
+            f"{section or cls.__name__} has no parameter {', '.join(unknown)}; "
+            f"it takes {', '.join(known)}"
         )
-    return cls(*args, **params)
+    prefix = f"{section}." if section else ""
+    for name, value in params.items():
+        if not _fits(value, known[name]):
+            kind = known[name]
+            names = get_args(kind) if get_origin(kind) is Literal else ()
+            needed = f"one of {', '.join(names)}" if names else inspect.formatannotation(kind)
+            raise ValueError(f"{prefix}{name} must be {needed}, got {value!r}")
+    try:
+        return cls(*args, **params)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{section or cls.__name__}: {_line(error)}") from error
 
 
 def build_network(cfg: DictConfig) -> TiMTransformer2DModel:
@@ -98,7 +151,15 @@ def build_network(cfg: DictConfig) -> TiMTransformer2DModel:
     if target == (_TEXT_NETWORK if width is None else _CLASS_NETWORK):
         needed = "a text width" if target == _TEXT_NETWORK else "none"
         raise ValueError(f"{target} needs {needed} as cap_feat_dim, got {width}")
-    return construct(cls, params)
+    is_checkpointed = params.pop("use_checkpoint", False)  # its published name
+    if not isinstance(is_checkpointed, bool):
+        raise ValueError(
+            f"model.network.params.use_checkpoint must be true or false, got {is_checkpointed!r}"
+        )
+    network = construct(cls, params, section="model.network.params")
+    if is_checkpointed:
+        network.enable_gradient_checkpointing()
+    return network
 
 
 def build_transport(cfg: DictConfig) -> Transport:
@@ -107,7 +168,8 @@ def build_transport(cfg: DictConfig) -> Transport:
     Raises:
         ValueError: the section is missing, its target is no transport, or a parameter is unknown.
     """
-    return construct(*_target(cfg, "model.transport", Transport))
+    cls, params = _target(cfg, "model.transport", Transport)
+    return construct(cls, params, section="model.transport.params")
 
 
 def build_objective(cfg: DictConfig) -> TransitionObjective:
@@ -116,8 +178,9 @@ def build_objective(cfg: DictConfig) -> TransitionObjective:
     Raises:
         ValueError: a section is missing, or a parameter is unknown.
     """
-    schedule = _section(cfg, "model.transition_loss")
-    return construct(TransitionObjective, schedule, build_transport(cfg))
+    section = "model.transition_loss"
+    transport = build_transport(cfg)
+    return construct(TransitionObjective, _section(cfg, section), transport, section=section)
 
 
 def build_optimizer(cfg: DictConfig, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -127,14 +190,31 @@ def build_optimizer(cfg: DictConfig, params: Iterable[torch.nn.Parameter]) -> to
         ValueError: the section is missing, its target is no optimizer, or a parameter is unknown.
     """
     cls, settings = _target(cfg, "training.optimizer", torch.optim.Optimizer)
-    return construct(cls, {"lr": cfg.training.learning_rate, **settings}, params)
+    settings = {"lr": cfg.training.learning_rate, **settings}
+    return construct(cls, settings, params, section="training.optimizer.params")
 
 
-def _parameters(cls: type) -> list[str]:
-    """The constructor's names; those of its `**rest` are the next base's."""
-    own = inspect.signature(cls).parameters.values()
-    names = [p.name for p in own if p.kind is not p.VAR_KEYWORD]
-    return names if len(names) == len(own) else names + _parameters(cls.__base__)
+def _parameters(cls: type) -> dict[str, Any]:
+    """The constructor's names and annotations; those of its `**rest` are the next base's."""
+    own, hints = inspect.signature(cls).parameters.values(), get_type_hints(cls.__init__)
+    found = {p.name: hints.get(p.name, Any) for p in own if p.kind is not p.VAR_KEYWORD}
+    return found if len(found) == len(own) else found | _parameters(cls.__base__)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value read from YAML is what an annotation says."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is Literal:
+        return value in args
+    if origin is tuple:
+        is_list = isinstance(value, (list, tuple)) and len(value) == len(args)
+        return is_list and all(map(_fits, value, args))
+    if kind in (int, float):
+        is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        return is_number and math.isfinite(value)
+    return not isinstance(kind, type) or isinstance(value, kind)
 
 
 def _target(cfg: DictConfig, key: str, base: type[T]) -> tuple[type[T], dict[str, Any]]:
@@ -142,11 +222,14 @@ def _target(cfg: DictConfig, key: str, base: type[T]) -> tuple[type[T], dict[str
     cls = resolve(section.get("target"))
     if not issubclass(cls, base):
         raise ValueError(f"{key}.target must be a {base.__name__}, got {section['target']}")
-    return cls, section.get("params") or {}
+    params = section.get("params") or {}
+    if section.keys() - {"target", "params"} or not isinstance(params, dict):
+        raise ValueError(f"{key} must have a target and its params, got {section}")
+    return cls, params
 
 
 def _section(cfg: DictConfig, key: str) -> dict[str, Any]:
     section = OmegaConf.select(cfg, key)
     if not isinstance(section, DictConfig):
         raise ValueError(f"the configuration has no section {key}, got {section!r}")
-    return OmegaConf.to_container(section, resolve=True)
+    return resolved(section)

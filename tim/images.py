@@ -6,6 +6,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from tim.checks import whole
 from tim.sampling import sample
 from tim.transports import Transport
 
@@ -20,6 +21,7 @@ def labelled_grid(
     rows: Mapping[str, Tensor], columns: Sequence[str], *, scale: int = 2, gap: int = 4
 ) -> Image.Image:
     """One picture of labelled rows of images (len(columns), C, H, W) in [-1, 1]."""
+    scale, gap = whole("scale", scale, 1), whole("gap", gap, 0)
     height, width = next(iter(rows.values())).shape[-2:]
     tile_h, tile_w = height * scale, width * scale
     font = ImageFont.load_default(size=14)

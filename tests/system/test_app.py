@@ -1,6 +1,8 @@
 """The commands, end to end on a network of a few weights."""
 
+import os
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -15,6 +17,7 @@ from tim.app import demo
 from tim.app.cli import app
 from tim.images import labelled_grid
 from tim.training import save_export
+from tim_kernels import use_backend
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +90,8 @@ def test_sample_draws_a_grid(exported, tmp_path):
         (["--labels", "a", "--output", "x.png"], "labels must be"),
         (["--labels", "1", "--output", "x.gif"], "must end in .png or .safetensors"),
         (["--labels", "11", "--output", "x.png"], "11"),
+        (["--labels", "1", "--output", "x.png", "--device", "nope"], "device 'nope'"),
+        (["--labels", "1", "--output", "x.png", "--cfg-scale", "nan"], "cfg_scale must be finite"),
         (["--labels", "1", "--output", "x.png", "--steps", 0], "num_steps must be at least 1"),
     ],
 )
@@ -95,6 +100,33 @@ def test_sample_refuses(exported, arguments, said):
     assert result.exit_code in (1, 2)
     assert said in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "command", [["demo"], ["sample", "exported", "--labels", "1", "--output", "x.png"]]
+)
+def test_a_backend_that_cannot_run_here(exported, tmp_path, monkeypatch, command):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.chdir(tmp_path)
+    command = [exported if word == "exported" else word for word in command]
+    with use_backend("triton"):
+        result = tim(*command, *(["--device", "cpu"] if command[0] == "sample" else []))
+    assert result.exit_code == 2
+    line = result.output.strip().splitlines()[-1]
+    assert line.startswith("error: backend 'triton' cannot run ") and "it needs a CUDA" in line
+    assert line.endswith("TIM_KERNELS_BACKEND=auto takes what this machine has")
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_backend_that_there_is_not():
+    run = subprocess.run(
+        [sys.executable, "-m", "tim", "demo"], capture_output=True, text=True,
+        env=os.environ | {"TIM_KERNELS_BACKEND": "trition"},
+    )  # fmt: skip
+    assert run.returncode == 2
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: TIM_KERNELS_BACKEND must be one of auto, reference, triton")
+    assert "Traceback" not in run.stderr
 
 
 def test_demo_draws_every_step_count(exported, tmp_path):

@@ -115,6 +115,30 @@ def test_file_without_projector(path):
         checkpoints.load(path, CLASS)
 
 
+WRAPPERS = ["_orig_mod", "module", "module._orig_mod", "_fsdp_wrapped_module"]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_names_under_wrappers(path, wrapper):
+    """As torch.compile, DDP and FSDP leave them, around the network or its blocks."""
+    model = network(**CLASS)
+    state = model.state_dict()
+    save({f"{wrapper}.{name}": tensor for name, tensor in state.items()}, path)
+    assert torch.equal(output(checkpoints.load(path, CLASS)), output(model))
+    blocks = {re.sub(r"^(blocks\.\d+)", rf"\1.{wrapper}", name): t for name, t in state.items()}
+    save(blocks, path)
+    assert torch.equal(output(checkpoints.load(path, CLASS)), output(model))
+    save(blocks | {name: tensor.clone() for name, tensor in state.items()}, path)
+    with pytest.raises(ValueError, match="with and without module, _orig_mod, "):
+        checkpoints.load(path, CLASS)
+
+
+def test_a_compiled_network_s_weights(path):
+    model = network(**CLASS)
+    save(torch.compile(model, backend="eager").state_dict(), path)
+    assert torch.equal(output(checkpoints.load(path, CLASS)), output(model))
+
+
 def test_everything_that_does_not_fit_is_listed_at_once(path):
     state = network(**CLASS).state_dict()
     del state["blocks.0.attn.qkv.bias"], state["final_layer.linear.weight"]

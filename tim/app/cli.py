@@ -3,24 +3,50 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import torch
 import typer
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import save_file
+
+_EXPECTED = (
+    ValueError, OSError, ImportError, ArithmeticError, OmegaConfBaseException,
+    torch.OutOfMemoryError,
+)  # fmt: skip
 
 app = typer.Typer(help="Transition Models: train, sample, demo.", no_args_is_help=True)
 
 
 @contextmanager
 def _errors_without_traceback() -> Iterator[None]:
+    from tim.training import Stopped
+    from tim_kernels import BackendUnavailable
+
     try:
         yield
-    except (ValueError, OSError, ImportError, ArithmeticError, OmegaConfBaseException) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+    except BackendUnavailable as error:
+        _fail(f"{error}; TIM_KERNELS_BACKEND=auto takes what this machine has", 2)
+    except KeyboardInterrupt as stop:
+        said = stop if isinstance(stop, Stopped) else "stopped"
+        typer.echo(f"{said}; the same command goes on from the latest checkpoint", err=True)
+        raise typer.Exit(getattr(stop, "exit_code", 130)) from None
+    except _EXPECTED as error:
+        _fail(error, 1)
+
+
+def _fail(error: Exception | str, code: int) -> NoReturn:
+    """End with one line."""
+    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+    raise typer.Exit(code) from None
+
+
+@app.callback()
+def _check_environment() -> None:
+    try:
+        import tim_kernels  # noqa: F401
+    except ValueError as error:  # a wrong TIM_KERNELS_BACKEND
+        _fail(error, 2)
 
 
 @app.command()
@@ -38,14 +64,8 @@ def train(
     from tim.training import train as run
 
     with _errors_without_traceback():
-        cfg = configs.load(config)
-        OmegaConf.set_struct(cfg, True)  # refuses misspelt overrides
-        cfg.merge_with_dotlist(overrides or [])
-        try:
-            folder = run(cfg, output or Path("runs") / Path(config).stem)
-        except KeyboardInterrupt:
-            typer.echo("stopped; the same command goes on from the latest checkpoint", err=True)
-            raise typer.Exit(130) from None
+        cfg = configs.override(configs.load(config), overrides or [])
+        folder = run(cfg, output or Path("runs") / Path(config).stem)
     typer.echo(f"network: {folder}")
 
 
@@ -62,6 +82,7 @@ def sample(
     ] = None,
 ) -> None:
     """Draw samples of the given classes from a trained network."""
+    from tim.files import replacing
     from tim.images import labelled_grid, step_label
     from tim.sampling import sample as run
     from tim.training import load_export
@@ -73,6 +94,10 @@ def sample(
     except ValueError:
         raise typer.BadParameter(f"labels must be like 3,1,4, got {labels!r}") from None
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
+        raise typer.BadParameter(f"device {device!r}: {str(error).splitlines()[0]}") from None
     with _errors_without_traceback():
         network, transport, _ = load_export(model)
         network.to(device)
@@ -82,11 +107,11 @@ def sample(
         y_null = torch.full_like(y, network.config.num_classes)
         inputs = (tensor.to(device) for tensor in (transport.initial_state(noise), y, y_null))
         x = run(network, transport, *inputs, num_steps=steps, cfg_scale=cfg_scale).cpu()
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if output.suffix == ".png":
-            labelled_grid({step_label(steps): x}, labels.split(",")).save(output)
-        else:
-            save_file({"samples": x, "labels": y}, output)
+        with replacing(output) as path:
+            if output.suffix == ".png":
+                labelled_grid({step_label(steps): x}, labels.split(",")).save(path)
+            else:
+                save_file({"samples": x, "labels": y}, path)
     typer.echo(output)
 
 

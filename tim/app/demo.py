@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 
+from tim.checks import whole
+from tim.files import replacing
 from tim.images import step_grid
 from tim.training import load_export
 
@@ -18,8 +20,8 @@ def draw(output: Path, *, seed: int = 0, weights: Path = WEIGHTS) -> Path:
         FileNotFoundError: `weights` does not hold an exported network.
     """
     network, transport, _ = load_export(weights)
-    noise = torch.randn(10, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(10, 1, 28, 28, generator=torch.Generator().manual_seed(whole("seed", seed)))
     grid = step_grid(network, transport, noise, torch.arange(10), STEPS)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(output)
+    with replacing(output) as path:
+        grid.save(path)
     return output

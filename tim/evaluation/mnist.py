@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
+from tim.checks import whole
 from tim.data import mnist
+from tim.files import replacing
 from tim.sampling import sample
 from tim.training import load_export
 from tim.transports import Transport
@@ -77,6 +79,7 @@ def _warp(images: Tensor) -> Tensor:
 
 def train_classifier(*, seed: int = 0, epochs: int = 25) -> tuple[DigitClassifier, float]:
     """Train on the training split; the classifier in eval mode and its held-out accuracy."""
+    seed, epochs = whole("seed", seed), whole("epochs", epochs, 1)
     images, labels = mnist.load("train")
     batch = 100
     with torch.random.fork_rng(devices=[]):
@@ -129,6 +132,7 @@ def draw(
     Returns:
         Images (N, 1, 28, 28) float32, clipped to [-1, 1], and the requested digits (N,).
     """
+    seed, per_class = whole("seed", seed), whole("per_class", per_class, 1)
     labels = torch.arange(mnist.NUM_CLASSES).repeat_interleave(per_class)
     noise = torch.randn(len(labels), 1, 28, 28, generator=torch.Generator().manual_seed(seed))
     state = transport.initial_state(noise)
@@ -142,6 +146,7 @@ def draw(
 
 def evaluate(folders: dict[str, Path], *, per_class: int = 100, seed: int = 0) -> dict[str, Any]:
     """All measurements of the networks in `folders` (name → the folder `tim train` exported)."""
+    seed, per_class = whole("seed", seed), whole("per_class", per_class, 1)
     classifier, accuracy = train_classifier(seed=seed)
     train_images, train_labels = mnist.load("train")
     real, _ = mnist.load("held_out")
@@ -225,7 +230,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set(xlabel="sampling steps", xticks=STEPS, xticklabels=STEPS)
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as new:
+        figure.savefig(new, dpi=120)
 
 
 def main(
@@ -237,8 +243,8 @@ def main(
 ) -> None:
     """Measure two trained networks and print a Markdown table."""
     results = evaluate({"TiM": tim, "flow matching": flow}, per_class=per_class, seed=seed)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=2) + "\n")
+    with replacing(output) as path:
+        path.write_text(json.dumps(results, indent=2) + "\n")
     plot(results, output.with_suffix(".png"))
     for guidance in GUIDANCE:
         typer.echo(f"\nguidance {guidance}\n{table(results, guidance)}")

@@ -1,3 +1,6 @@
+from pkgutil import extend_path
+
 from .transformer import TiMTransformer2DModel, TiMTransformer2DModelOutput
 
+__path__ = extend_path(__path__, __name__)  # the published modules, where they are installed too
 __all__ = ["TiMTransformer2DModel", "TiMTransformer2DModelOutput"]

@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -10,9 +11,13 @@ from tim_kernels import CONDITIONS
 from tim_kernels.network.forward import predict
 from tim_kernels.qk_norm_rope.reference import ORDERS
 
-from ..checks import check_times
+from ..checks import check_times, whole_sizes
+from ..files import saved_whole
 from .embeddings import CaptionEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder
 from .layers import BlockShape, ClassBlock, FinalLayer, TextBlock, projector, zero_
+
+Condition = Literal["t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r"]
+RopeOrder = Literal["upstream", "grid"]
 
 
 @dataclass
@@ -23,6 +28,7 @@ class TiMTransformer2DModelOutput(BaseOutput):
     features: Tensor | None = None
 
 
+@saved_whole
 class TiMTransformer2DModel(ModelMixin, ConfigMixin):
     """The TiM network F(x_t, t, r, y) (arXiv 2509.04394, section 3 and appendix).
 
@@ -38,6 +44,7 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
     _repeated_blocks = ["ClassBlock", "TextBlock"]
     runs_on_tim_kernels = True
 
+    @whole_sizes
     @register_to_config
     def __init__(
         self,
@@ -54,12 +61,12 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
         cap_feat_dim: int | None = None,
         z_dim: int | None = 768,
         projector_dim: int | None = 2048,
-        new_condition: str = "t-r",
+        new_condition: Condition = "t-r",
         use_new_embed: bool = True,
         qk_norm: bool = True,
         distance_aware: bool = True,
         lora_hidden_size: int | None = None,
-        rope_order: str = "upstream",
+        rope_order: RopeOrder = "upstream",
     ):
         super().__init__()
         _check_config(self.config)
@@ -162,6 +169,10 @@ def _check_config(config) -> None:
         raise ValueError(f"new_condition must be one of {CONDITIONS}, got {config.new_condition!r}")
     if config.rope_order not in ORDERS:
         raise ValueError(f"rope_order must be one of {ORDERS}, got {config.rope_order!r}")
+    if not config.mlp_ratio > 0:
+        raise ValueError(f"mlp_ratio must be positive, got {config.mlp_ratio}")
+    if not 0 <= config.class_dropout_prob <= 1:
+        raise ValueError(f"class_dropout_prob must be in [0, 1], got {config.class_dropout_prob}")
     if not 1 <= config.encoder_depth <= config.depth:
         raise ValueError(
             f"encoder_depth must lie in 1 … depth, got {config.encoder_depth} of {config.depth}"

@@ -1,17 +1,17 @@
 """The loss of a batch."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, SupportsIndex
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tim.checks import check_times
+from tim.checks import check_times, whole
 from tim.transports import Transport
 from tim_kernels import transition_loss
 
 from .derivative import DERIVATIVES, Derivative, Difference, ForwardMode, predict
-from .weights import TIME_WEIGHTS, time_weight
+from .weights import TIME_WEIGHTS, TimeWeight, time_weight
 
 
 class TransitionLoss(NamedTuple):
@@ -44,10 +44,10 @@ class TransitionObjective:
         transport: Transport,
         diffusion_ratio: float = 0.5,
         consistency_ratio: float = 0.1,
-        derivative_type: str = "dde",
+        derivative_type: Literal["dde", "jvp"] = "dde",
         differential_epsilon: float = 0.005,
         weight_t_and_r: bool = True,
-        weight_time_type: str = "constant",
+        weight_time_type: TimeWeight = "constant",
         weight_time_tangent: bool = False,
         weight_time_sigmoid: bool = False,
         share_primal: bool = False,
@@ -91,11 +91,12 @@ class TransitionObjective:
 
     def sample_times(
         self,
-        batch: int,
+        batch: SupportsIndex,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> tuple[Tensor, Tensor, int]:
         """Draw t and r ≤ t, float32 (batch,), and the number of leading samples with r = t."""
+        batch = whole("batch", batch, 0)
         first, second = (
             self.transport.sample_t(batch, generator, device, torch.float32) for _ in range(2)
         )

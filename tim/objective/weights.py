@@ -1,11 +1,13 @@
 """w(t, r), what a transition weighs in the loss (arXiv 2509.04394, section 3.3)."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-TIME_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
+TimeWeight = Literal["constant", "reciprocal", "sqrt", "square", "Soft-Min-SNR"]
+TIME_WEIGHTS: dict[TimeWeight, Callable[[Tensor, float], Tensor]] = {
     "constant": lambda delta, sigma_d: torch.ones_like(delta),
     "reciprocal": lambda delta, sigma_d: 1 / (delta + sigma_d),
     "sqrt": lambda delta, sigma_d: (delta + sigma_d).rsqrt(),
@@ -19,7 +21,7 @@ def time_weight(
     r: Tensor,
     sigma_d: float,
     *,
-    weight_time_type: str = "constant",
+    weight_time_type: TimeWeight = "constant",
     weight_t_and_r: bool = True,
     weight_time_tangent: bool = False,
     weight_time_sigmoid: bool = False,

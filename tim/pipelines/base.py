@@ -1,27 +1,41 @@
 """What a pipeline does but for its conditioning: noise, sampling, decoding."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, SupportsIndex
 
+import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 from torch import Tensor
 
 from tim import config
-from tim.sampling import sample
-from tim.transports import TRANSPORTS, make
+from tim.checks import check_computed, whole
+from tim.files import saved_whole
+from tim.sampling import SampleType, sample
+from tim.transports import TRANSPORTS, TransportName, make
 
-StepCallback = Callable[[DiffusionPipeline, int, float, dict[str, Tensor]], dict[str, Tensor]]
+StepCallback = Callable[
+    [DiffusionPipeline, int, float, dict[str, Tensor]], dict[str, Tensor] | None
+]
+OutputType = Literal["pil", "np", "pt", "latent"]
+Pictures = list[Image.Image] | np.ndarray | Tensor  # of "pil", "np", and "pt" or "latent"
+Generators = torch.Generator | list[torch.Generator]
 
 
+@saved_whole
 class TiMPipeline(DiffusionPipeline):
     """What both pipelines share; components are `transformer`, `vae` and those of the text.
 
-    The network reads its layers' weights itself, so it is offloaded as a whole or not at all.
+    The network reads its layers' weights itself, so it is offloaded as a whole or not at all. As in
+    diffusers' pipelines, `_interrupt = True`, set in a callback or by another thread, ends a call
+    with the state that it has reached.
     """
+
+    _interrupt = False
 
     _exclude_from_cpu_offload = ["transformer"]  # of the sequential kind, layer by layer
 
@@ -40,15 +54,16 @@ class TiMPipeline(DiffusionPipeline):
             )
 
     def _generate(
-        self, y: Tensor, y_null: Tensor | None, height: int | None, width: int | None,
-        num_inference_steps: int, guidance_scale: float, guidance_interval: tuple[float, float],
-        stochasticity_ratio: float, sample_type: str,
-        generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None,
-        output_type: str, return_dict: bool, callback_on_step_end: StepCallback | None,
-    ) -> ImagePipelineOutput | tuple:  # fmt: skip
+        self, y: Tensor, y_null: Tensor | None, height: SupportsIndex | None,
+        width: SupportsIndex | None, num_inference_steps: SupportsIndex, guidance_scale: float,
+        guidance_interval: tuple[float, float], stochasticity_ratio: float,
+        sample_type: SampleType, generator: Generators | None, latents: Tensor | None,
+        output_type: OutputType, return_dict: bool, callback_on_step_end: StepCallback | None,
+    ) -> ImagePipelineOutput | tuple[Pictures]:  # fmt: skip
+        self._interrupt = False
         z = self._initial_state(len(y), *self._size(height, width), generator, latents)
         low, high = guidance_interval
-        with self.progress_bar(total=num_inference_steps) as bar:
+        with self.progress_bar(total=whole("num_inference_steps", num_inference_steps)) as bar:
 
             def on_step(step: int, time: float, state: Tensor) -> Tensor:
                 bar.update()
@@ -62,7 +77,7 @@ class TiMPipeline(DiffusionPipeline):
                 self.transformer, self._transport, z, y, y_null, num_steps=num_inference_steps,
                 cfg_scale=guidance_scale, cfg_low=low, cfg_high=high,
                 stochasticity_ratio=stochasticity_ratio, sample_type=sample_type,
-                generator=generator, on_step=on_step,
+                generator=generator, on_step=on_step, should_stop=lambda: self._interrupt,
             )  # fmt: skip
         images = x if output_type == "latent" else self._decode(x, output_type)
         self.maybe_free_model_hooks()
@@ -71,22 +86,23 @@ class TiMPipeline(DiffusionPipeline):
     def _check_options(self, height, width, num_inference_steps, guidance_interval, output_type):
         """What can be refused before anything is computed; the sampler refuses the rest."""
         self._size(height, width)
-        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be 1 or more, got {num_inference_steps!r}")
+        whole("num_inference_steps", num_inference_steps, 1)
         if len(guidance_interval) != 2 or not guidance_interval[0] <= guidance_interval[1]:
             raise ValueError(f"guidance_interval must be (low, high), got {guidance_interval}")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be pil, np, pt or latent, got {output_type!r}")
 
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+    def _size(
+        self, height: SupportsIndex | None, width: SupportsIndex | None
+    ) -> tuple[int, int]:  # fmt: skip
         network, factor = self.transformer.config, self.vae_scale_factor
-        size = tuple(network.input_size * factor if n is None else n for n in (height, width))
+        own = network.input_size * factor
+        height = own if height is None else whole("height", height)
+        width = own if width is None else whole("width", width)
         unit = factor * network.patch_size
-        if any(not isinstance(n, int) or n < 1 or n % unit for n in size):
-            raise ValueError(
-                f"height and width must be multiples of {unit}, got {size[0]}×{size[1]}"
-            )
-        return size
+        if min(height, width) < 1 or height % unit or width % unit:
+            raise ValueError(f"height and width must be multiples of {unit}, got {height}×{width}")
+        return height, width
 
     def _initial_state(self, batch: int, height: int, width: int, generator, latents) -> Tensor:
         """The state at T_max of the noise that is drawn or given, (B, in_channels, H/f, W/f)."""
@@ -105,6 +121,7 @@ class TiMPipeline(DiffusionPipeline):
 
     def _decode(self, x: Tensor, output_type: str):
         images = self.vae.decode(x.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+        check_computed("the pictures", images, "the autoencoder", self.vae.dtype)
         return self.image_processor.postprocess(images.float(), output_type)
 
 
@@ -121,7 +138,7 @@ def _latents_of(returned: Mapping[str, Tensor] | None, state: Tensor) -> Tensor:
     return latents
 
 
-def transport_of(cfg: DictConfig) -> tuple[str, dict[str, Any]]:
+def transport_of(cfg: DictConfig) -> tuple[TransportName, dict[str, Any]]:
     """The published name of a configuration's transport, and its parameters."""
     cls = type(config.build_transport(cfg))
     name = next(name for name, known in TRANSPORTS.items() if known is cls)

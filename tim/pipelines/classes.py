@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, SupportsIndex, overload
 
 import diffusers
 import torch
@@ -10,9 +10,21 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
 from tim import checkpoints, config
+from tim.checks import whole
 from tim.models import TiMTransformer2DModel
+from tim.sampling import SampleType
 
-from .base import StepCallback, TiMPipeline, folder_of, transport_of
+from .base import (
+    Generators,
+    OutputType,
+    Pictures,
+    StepCallback,
+    TiMPipeline,
+    folder_of,
+    transport_of,
+)
+
+Labels = SupportsIndex | Sequence[SupportsIndex]
 
 
 class TiMClassPipeline(TiMPipeline):
@@ -31,7 +43,7 @@ class TiMClassPipeline(TiMPipeline):
         self,
         transformer: TiMTransformer2DModel,
         vae: diffusers.AutoencoderKL | diffusers.AutoencoderDC,
-        transport: str = "OT_FM",
+        transport: str = "OT_FM",  # not Literal: diffusers reads the annotation
         transport_params: dict[str, Any] | None = None,
     ):
         super().__init__()
@@ -65,23 +77,45 @@ class TiMClassPipeline(TiMPipeline):
             transformer, vae or diffusers.AutoModel.from_pretrained(vae_dir), *transport_of(cfg)
         )
 
+    @overload
+    def __call__(
+        self, class_labels: Labels, height: SupportsIndex | None = ...,
+        width: SupportsIndex | None = ..., num_inference_steps: SupportsIndex = ...,
+        guidance_scale: float = ..., guidance_interval: tuple[float, float] = ...,
+        stochasticity_ratio: float = ..., sample_type: SampleType = ...,
+        generator: Generators | None = ..., latents: Tensor | None = ...,
+        output_type: OutputType = ..., return_dict: Literal[True] = ...,
+        callback_on_step_end: StepCallback | None = ...,
+    ) -> ImagePipelineOutput: ...  # fmt: skip
+
+    @overload
+    def __call__(
+        self, class_labels: Labels, height: SupportsIndex | None = ...,
+        width: SupportsIndex | None = ..., num_inference_steps: SupportsIndex = ...,
+        guidance_scale: float = ..., guidance_interval: tuple[float, float] = ...,
+        stochasticity_ratio: float = ..., sample_type: SampleType = ...,
+        generator: Generators | None = ..., latents: Tensor | None = ...,
+        output_type: OutputType = ..., *, return_dict: Literal[False],
+        callback_on_step_end: StepCallback | None = ...,
+    ) -> tuple[Pictures]: ...  # fmt: skip
+
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | Sequence[int] | Tensor,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 8,
+        class_labels: Labels,
+        height: SupportsIndex | None = None,
+        width: SupportsIndex | None = None,
+        num_inference_steps: SupportsIndex = 8,
         guidance_scale: float = 1.5,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         stochasticity_ratio: float = 0.0,
-        sample_type: str = "transition",
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        sample_type: SampleType = "transition",
+        generator: Generators | None = None,
         latents: Tensor | None = None,
-        output_type: str = "pil",
+        output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ImagePipelineOutput | tuple[Pictures]:
         """Draw a picture of each class.
 
         Args:
@@ -98,10 +132,12 @@ class TiMClassPipeline(TiMPipeline):
             output_type: "pil", "np", "pt", or "latent" for what the autoencoder would decode.
             return_dict: an `ImagePipelineOutput`, else a tuple of the pictures.
             callback_on_step_end: called as (pipeline, step, time reached, {"latents": state}) after
-                each step; the latents that it returns, if any, go on.
+                each step; the latents that it returns, if any, go on. With `_interrupt = True` of
+                the pipeline the state reached is decoded.
 
         Raises:
             ValueError: labels, sizes or options that do not fit.
+            FloatingPointError: what the network or the autoencoder computes is not finite.
         """
         self._check_options(height, width, num_inference_steps, guidance_interval, output_type)
         y, y_null = _labels(class_labels), None
@@ -121,13 +157,15 @@ class TiMClassPipeline(TiMPipeline):
         )  # fmt: skip
 
 
-def _labels(class_labels: int | Sequence[int] | Tensor) -> Tensor:
+def _labels(class_labels: Labels) -> Tensor:
     """As int64 (B,) on the CPU."""
+    refusal = f"class_labels must be one or more integers, got {class_labels!r}"
     try:
+        if isinstance(class_labels, (list, tuple)):
+            class_labels = [whole("a label", label) for label in class_labels]
         y = torch.as_tensor(class_labels, device="cpu").reshape(-1)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"class_labels must be integers, got {class_labels!r}") from error
-    is_integer = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
-    if not y.numel() or not is_integer:
-        raise ValueError(f"class_labels must be one or more integers, got {class_labels!r}")
+        raise ValueError(refusal) from error
+    if not y.numel() or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise ValueError(refusal)
     return y.long()

@@ -1,8 +1,10 @@
 """From prompts to pictures."""
 
+import logging
+import os.path
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, SupportsIndex, overload
 
 import diffusers
 import torch
@@ -11,10 +13,22 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
 from tim import checkpoints, config
-from tim.checks import check_finite
+from tim.checks import check_finite, whole
 from tim.models import TiMTransformer2DModel
+from tim.sampling import SampleType
 
-from .base import StepCallback, TiMPipeline, folder_of, transport_of
+from .base import (
+    Generators,
+    OutputType,
+    Pictures,
+    StepCallback,
+    TiMPipeline,
+    folder_of,
+    transport_of,
+)
+
+Prompts = str | Sequence[str]
+_log = logging.getLogger(__name__)
 
 
 class TiMTextPipeline(TiMPipeline):
@@ -24,20 +38,22 @@ class TiMTextPipeline(TiMPipeline):
     `AutoencoderDC` or `AutoencoderKL`; `text_encoder` and its `tokenizer`, whose hidden size is
     `cap_feat_dim`, such as Gemma with or without its language head. `max_seq_length` tokens of a
     prompt are read; of the encoder, the last layer with its norm, or the second last without it
-    where `use_last_hidden_state` is false.
+    where `use_last_hidden_state` is false. Without `text_encoder` and `tokenizer`, calls take
+    features in place of prompts.
 
     Raises:
         ValueError: components that do not fit each other.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["text_encoder", "tokenizer"]
 
     def __init__(
         self,
         transformer: TiMTransformer2DModel,
         vae: diffusers.AutoencoderDC | diffusers.AutoencoderKL,
-        text_encoder: transformers.PreTrainedModel,
-        tokenizer: transformers.PreTrainedTokenizerBase,
+        text_encoder: transformers.PreTrainedModel | None = None,
+        tokenizer: transformers.PreTrainedTokenizerBase | None = None,
         transport: str = "OT_FM",
         transport_params: dict[str, Any] | None = None,
         max_seq_length: int = 256,
@@ -45,15 +61,15 @@ class TiMTextPipeline(TiMPipeline):
     ):
         super().__init__()
         needed = transformer.config.cap_feat_dim
-        width = text_encoder.config.get_text_config().hidden_size
         if needed is None:
             raise ValueError("this network is conditioned on classes: use TiMClassPipeline")
-        if needed != width:
-            raise ValueError(
-                f"the network reads text features of {needed}, the encoder has {width}"
-            )
-        if max_seq_length < 1:
-            raise ValueError(f"max_seq_length must be at least 1, got {max_seq_length}")
+        if text_encoder is not None:
+            width = text_encoder.config.get_text_config().hidden_size
+            if needed != width:
+                raise ValueError(
+                    f"the network reads text features of {needed}, the encoder has {width}"
+                )
+        max_seq_length = whole("max_seq_length", max_seq_length, 1)
         self.register_modules(
             transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )
@@ -99,50 +115,93 @@ class TiMTextPipeline(TiMPipeline):
             use_last_hidden_state=model.get("use_last_hidden_state", True),
         )
 
+    @overload
+    def encode_prompt(
+        self, prompt: Prompts | None = ..., num_images_per_prompt: SupportsIndex = ...,
+        negative_prompt: Prompts | None = ..., do_classifier_free_guidance: Literal[True] = ...,
+        prompt_embeds: Tensor | None = ..., negative_prompt_embeds: Tensor | None = ...,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def encode_prompt(
+        self, prompt: Prompts | None = ..., num_images_per_prompt: SupportsIndex = ...,
+        negative_prompt: Prompts | None = ..., *, do_classifier_free_guidance: bool,
+        prompt_embeds: Tensor | None = ..., negative_prompt_embeds: Tensor | None = ...,
+    ) -> tuple[Tensor, Tensor | None]: ...  # fmt: skip
+
     @torch.no_grad()
     def encode_prompt(
         self,
-        prompt: str | Sequence[str],
-        num_images_per_prompt: int = 1,
-        negative_prompt: str | Sequence[str] | None = None,
+        prompt: Prompts | None = None,
+        num_images_per_prompt: SupportsIndex = 1,
+        negative_prompt: Prompts | None = None,
         do_classifier_free_guidance: bool = True,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Features of the prompts and of the negative ones, both (B, L, cap_feat_dim).
 
         As the released network was trained: L is the length of the longest prompt, padding on the
         right is encoded and attended to, and "nothing", where there is no negative prompt, is the
-        empty one. A negative prompt is one for all or one each; without guidance it is None.
+        empty one. A negative prompt is one for all or one each; without guidance it is None. What
+        this returned for one picture a prompt can be given as `prompt_embeds` and
+        `negative_prompt_embeds`. A warning says what of a prompt is beyond `max_seq_length`.
 
         Raises:
             ValueError: prompts that are none, of another number or no text; features that are not
-                finite.
+                finite, or of another shape than (B, L, cap_feat_dim) or each other.
         """
-        prompts = _texts("prompt", prompt)
-        if num_images_per_prompt < 1:
+        count = whole("num_images_per_prompt", num_images_per_prompt, 1)
+        y, longest = self._features("prompt", prompt, prompt_embeds)
+        if not do_classifier_free_guidance:
+            return y[:, :longest].repeat_interleave(count, dim=0), None
+        if negative_prompt is None and negative_prompt_embeds is None:
+            negative_prompt = ""
+        y_null, length = self._features("negative_prompt", negative_prompt, negative_prompt_embeds)
+        if len(y_null) not in (1, len(y)):
             raise ValueError(
-                f"num_images_per_prompt must be 1 or more, got {num_images_per_prompt}"
+                f"negative_prompt must be one or {len(y)}, as prompts are; got {len(y_null)}"
             )
-        y, longest = self._text_features(prompts)
-        y_null = None
-        if do_classifier_free_guidance:
-            negative = _texts("negative_prompt", negative_prompt or "")
-            if len(negative) not in (1, len(prompts)):
-                raise ValueError(
-                    f"negative_prompt must be one or {len(prompts)}, as prompts are; "
-                    f"got {len(negative)}"
-                )
-            y_null, longest_null = self._text_features(negative)
-            longest = max(longest, longest_null)
-            y_null = y_null[:, :longest].expand(len(prompts), -1, -1)
-            y_null = y_null.repeat_interleave(num_images_per_prompt, dim=0)
-        return y[:, :longest].repeat_interleave(num_images_per_prompt, dim=0), y_null
+        longest = max(longest, length)
+        y, y_null = y[:, :longest], y_null[:, :longest].expand(len(y), -1, -1)
+        if y.shape[1] != y_null.shape[1]:
+            raise ValueError(
+                "features of prompts and negative prompts must be of one length, got "
+                f"{y.shape[1]} and {y_null.shape[1]}: encode both in one encode_prompt"
+            )
+        return y.repeat_interleave(count, dim=0), y_null.repeat_interleave(count, dim=0)
+
+    def _features(
+        self, name: str, prompt: Prompts | None, embeds: Tensor | None
+    ) -> tuple[Tensor, int]:  # fmt: skip
+        """(B, L, cap_feat_dim) and how many of the L tokens count."""
+        if embeds is None:
+            return self._text_features(_texts(name, prompt))
+        if prompt is not None:
+            raise ValueError(f"{name} and {name}_embeds were given: one of them is needed")
+        width = self.transformer.config.cap_feat_dim
+        is_tensor = isinstance(embeds, Tensor) and embeds.is_floating_point() and embeds.ndim == 3
+        if not is_tensor or embeds.shape[2] != width or not embeds.numel():
+            got = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
+            raise ValueError(
+                f"{name}_embeds must be floating-point (B, tokens, {width}), got {got}"
+            )
+        check_finite(f"{name}_embeds", embeds)
+        return embeds.to(self._execution_device), embeds.shape[1]
 
     def _text_features(self, prompts: list[str]) -> tuple[Tensor, int]:
         """(B, max_seq_length, hidden) and how many tokens the longest prompt has."""
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError(
+                "this pipeline has no text encoder and tokenizer: give prompt_embeds, and for "
+                "guidance negative_prompt_embeds"
+            )
         tokens = self.tokenizer(
             prompts, padding="max_length", max_length=self.config.max_seq_length, truncation=True,
             padding_side="right", return_tensors="pt",
         )  # fmt: skip
+        for prompt, row in zip(prompts, tokens.input_ids.tolist(), strict=True):
+            self._warn_of_truncation(prompt, row)
         device = self._execution_device
         encoded = self.text_encoder(
             input_ids=tokens.input_ids.to(device),
@@ -153,25 +212,62 @@ class TiMTextPipeline(TiMPipeline):
         check_finite(f"the text features in {features.dtype}", features)
         return features, max(1, int(tokens.attention_mask.sum(dim=1).max()))
 
+    def _warn_of_truncation(self, prompt: str, row: list[int]) -> None:
+        ids = self.tokenizer(prompt, verbose=False).input_ids
+        if len(ids) > len(row):
+            cut = ids[len(os.path.commonprefix([ids, row])) :]
+            _log.warning(
+                "truncated to max_seq_length = %d tokens, the prompt loses %r",
+                len(row), self.tokenizer.decode(cut, skip_special_tokens=True),
+            )  # fmt: skip
+
+    @overload
+    def __call__(
+        self, prompt: Prompts | None = ..., height: SupportsIndex | None = ...,
+        width: SupportsIndex | None = ..., num_inference_steps: SupportsIndex = ...,
+        guidance_scale: float = ..., guidance_interval: tuple[float, float] = ...,
+        negative_prompt: Prompts | None = ..., num_images_per_prompt: SupportsIndex = ...,
+        stochasticity_ratio: float = ..., sample_type: SampleType = ...,
+        generator: Generators | None = ..., latents: Tensor | None = ...,
+        output_type: OutputType = ..., return_dict: Literal[True] = ...,
+        callback_on_step_end: StepCallback | None = ..., prompt_embeds: Tensor | None = ...,
+        negative_prompt_embeds: Tensor | None = ...,
+    ) -> ImagePipelineOutput: ...  # fmt: skip
+
+    @overload
+    def __call__(
+        self, prompt: Prompts | None = ..., height: SupportsIndex | None = ...,
+        width: SupportsIndex | None = ..., num_inference_steps: SupportsIndex = ...,
+        guidance_scale: float = ..., guidance_interval: tuple[float, float] = ...,
+        negative_prompt: Prompts | None = ..., num_images_per_prompt: SupportsIndex = ...,
+        stochasticity_ratio: float = ..., sample_type: SampleType = ...,
+        generator: Generators | None = ..., latents: Tensor | None = ...,
+        output_type: OutputType = ..., *, return_dict: Literal[False],
+        callback_on_step_end: StepCallback | None = ..., prompt_embeds: Tensor | None = ...,
+        negative_prompt_embeds: Tensor | None = ...,
+    ) -> tuple[Pictures]: ...  # fmt: skip
+
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 8,
+        prompt: Prompts | None = None,
+        height: SupportsIndex | None = None,
+        width: SupportsIndex | None = None,
+        num_inference_steps: SupportsIndex = 8,
         guidance_scale: float = 1.5,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
-        negative_prompt: str | Sequence[str] | None = None,
-        num_images_per_prompt: int = 1,
+        negative_prompt: Prompts | None = None,
+        num_images_per_prompt: SupportsIndex = 1,
         stochasticity_ratio: float = 0.0,
-        sample_type: str = "transition",
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        sample_type: SampleType = "transition",
+        generator: Generators | None = None,
         latents: Tensor | None = None,
-        output_type: str = "pil",
+        output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
-    ) -> ImagePipelineOutput | tuple:
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+    ) -> ImagePipelineOutput | tuple[Pictures]:
         """Draw pictures of each prompt, those of one prompt next to each other.
 
         Args, beside those of `TiMClassPipeline`:
@@ -179,14 +275,19 @@ class TiMTextPipeline(TiMPipeline):
             negative_prompt: what guidance leads away from, one for all or one each; nothing, as
                 in training, by default.
             num_images_per_prompt: pictures of each prompt.
+            prompt_embeds, negative_prompt_embeds: in place of the prompts, what `encode_prompt`
+                made of them.
 
         Raises:
             ValueError: prompts, sizes or options that do not fit.
+            FloatingPointError: what the network or the autoencoder computes is not finite.
         """
         self._check_options(height, width, num_inference_steps, guidance_interval, output_type)
         y, y_null = self.encode_prompt(
-            prompt, num_images_per_prompt, negative_prompt, guidance_scale > 1
-        )
+            prompt, num_images_per_prompt, negative_prompt,
+            do_classifier_free_guidance=guidance_scale > 1, prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+        )  # fmt: skip
         return self._generate(
             y, y_null, height, width, num_inference_steps, guidance_scale, guidance_interval,
             stochasticity_ratio, sample_type, generator, latents, output_type, return_dict,
@@ -194,7 +295,7 @@ class TiMTextPipeline(TiMPipeline):
         )  # fmt: skip
 
 
-def _texts(name: str, given: str | Sequence[str]) -> list[str]:
+def _texts(name: str, given: Prompts | None) -> list[str]:
     texts = [given] if isinstance(given, str) or not isinstance(given, Sequence) else list(given)
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{name} must be a text or several, got {given!r}")

@@ -1,5 +1,5 @@
 """Any-step sampling (arXiv 2509.04394, section 3.4)."""
 
-from .loop import SAMPLE_TYPES, sample
+from .loop import SAMPLE_TYPES, SampleType, sample
 
-__all__ = ["SAMPLE_TYPES", "sample"]
+__all__ = ["SAMPLE_TYPES", "SampleType", "sample"]

@@ -1,17 +1,20 @@
 """The sampler's loop: one network evaluation and one step at a time."""
 
+import math
 from collections.abc import Callable
+from typing import Literal, SupportsIndex, get_args
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tim.checks import check_finite
+from tim.checks import check_computed, check_finite, whole
 from tim.transports import Transport
 from tim_kernels import transition_step
 
-SAMPLE_TYPES = ("transition", "ddiffusion")
+SampleType = Literal["transition", "ddiffusion"]
+SAMPLE_TYPES: tuple[SampleType, ...] = get_args(SampleType)
 
 
 @torch.no_grad()
@@ -22,18 +25,19 @@ def sample(
     y: Tensor,
     y_null: Tensor | None = None,
     *,
-    num_steps: int,
+    num_steps: SupportsIndex,
     T_max: float | None = None,
     T_min: float | None = None,
     cfg_scale: float = 1.0,
     cfg_low: float = 0.0,
     cfg_high: float = 1.0,
     stochasticity_ratio: float = 0.0,
-    sample_type: str = "transition",
+    sample_type: SampleType = "transition",
     generator: torch.Generator | list[torch.Generator] | None = None,
     return_trajectory: bool = False,
     progress: bool = False,
     on_step: Callable[[int, float, Tensor], Tensor] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> Tensor:
     """Carry the state z at T_max to data at T_min in `num_steps` network evaluations.
 
@@ -50,17 +54,20 @@ def sample(
         return_trajectory: return all num_steps + 1 states.
         progress: show a bar.
         on_step: given each step's index, the time reached and the state; what it returns goes on.
+        should_stop: asked before each step; where it says so, the state reached is returned.
 
     Returns the data (B, C, H, W) or the trajectory (num_steps + 1, B, C, H, W), in z's dtype. In
     between the state is float64; the network runs in its own dtype.
 
     Raises:
         ValueError: options out of range, y_null missing or not shaped as y, z not finite.
+        FloatingPointError: the samples are not finite, as where float16 overflows in the network.
     """
     T_max = transport.T_max if T_max is None else T_max
     T_min = transport.T_min if T_min is None else T_min
     guided = cfg_scale > 1
-    _check_options(num_steps, T_max, T_min, sample_type, stochasticity_ratio)
+    num_steps = whole("num_steps", num_steps, 1)
+    _check_options(T_max, T_min, sample_type, stochasticity_ratio, cfg_scale)
     if guided:
         _check_guidance(cfg_scale, y, y_null)
     check_finite("the initial state z", z)
@@ -73,6 +80,8 @@ def sample(
     times = torch.linspace(T_max, T_min, num_steps + 1, dtype=torch.float64).tolist()
     pairs = list(zip(times[:-1], times[1:], strict=True))
     for step, (t, r) in enumerate(tqdm(pairs, disable=not progress)):
+        if should_stop is not None and should_stop():
+            break
         t_batch, r_batch = x.new_full((batch,), t), x.new_full((batch,), r)
         target = r_batch if sample_type == "transition" else t_batch
         now, then = (_network_time(transport, time, dtype) for time in (t_batch, target))
@@ -91,6 +100,7 @@ def sample(
             x = on_step(step, r, x).to(torch.float64)
         if return_trajectory:
             states.append(x)
+    check_computed("the samples", x, "the network", dtype)
     return torch.stack(states).to(z.dtype) if return_trajectory else x.to(z.dtype)
 
 
@@ -99,15 +109,15 @@ def _network_time(transport: Transport, t: Tensor, dtype: torch.dtype) -> Tensor
     return transport.network_time(t).to(torch.promote_types(dtype, torch.float32))
 
 
-def _check_options(num_steps, T_max, T_min, sample_type, stochasticity_ratio) -> None:
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+def _check_options(T_max, T_min, sample_type, stochasticity_ratio, cfg_scale) -> None:
     if not T_max > T_min:
         raise ValueError(f"T_max must exceed T_min, got {T_max} and {T_min}")
     if sample_type not in SAMPLE_TYPES:
         raise ValueError(f"sample_type must be one of {SAMPLE_TYPES}, got {sample_type!r}")
-    if stochasticity_ratio < 0:
+    if not 0 <= stochasticity_ratio < math.inf:
         raise ValueError(f"stochasticity_ratio must not be negative, got {stochasticity_ratio}")
+    if not math.isfinite(cfg_scale):
+        raise ValueError(f"cfg_scale must be finite, got {cfg_scale}")
 
 
 def _check_guidance(cfg_scale: float, y: Tensor, y_null: Tensor | None) -> None:

@@ -2,5 +2,6 @@
 
 from tim.training.export import load_export, save_export
 from tim.training.loop import train
+from tim.training.signals import Stopped
 
-__all__ = ["load_export", "save_export", "train"]
+__all__ = ["Stopped", "load_export", "save_export", "train"]

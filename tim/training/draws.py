@@ -9,9 +9,12 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from tim.checks import whole
+
 
 def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator seeded by all of `key`, such as (seed, rank, images seen)."""
+    key = [whole("a seed's part", part, 0) for part in key]
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator(device=device).manual_seed(seed)
 
@@ -33,12 +36,10 @@ class ImageStream(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
     ):
-        if num_images < 1 or batch_size < 1:
-            raise ValueError(
-                f"need at least one image and a batch of one, got {num_images} and {batch_size}"
-            )
-        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
-        self.start, self.rank, self.world_size = start, rank, world_size
+        self.num_images = whole("num_images", num_images, 1)
+        self.batch_size = whole("batch_size", batch_size, 1)
+        self.seed, self.start = whole("seed", seed, 0), whole("start", start, 0)
+        self.rank, self.world_size = whole("rank", rank, 0), whole("world_size", world_size, 1)
 
     def __iter__(self) -> Iterator[list[int]]:
         order, order_epoch = None, -1

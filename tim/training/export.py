@@ -5,6 +5,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from tim import config
+from tim.files import filling
 from tim.models import TiMTransformer2DModel
 from tim.transports import Transport
 
@@ -13,8 +14,9 @@ _CONFIG = "training.yaml"
 
 def save_export(network: TiMTransformer2DModel, cfg: DictConfig, folder: Path) -> None:
     """Write the network as `save_pretrained` does and `training.yaml` to `folder`."""
-    network.save_pretrained(folder)
-    OmegaConf.save(cfg, folder / _CONFIG)
+    with filling(folder) as new:
+        network.save_pretrained(new)
+        OmegaConf.save(cfg, new / _CONFIG)
 
 
 def load_export(folder: str | Path) -> tuple[TiMTransformer2DModel, Transport, DictConfig]:

@@ -1,7 +1,13 @@
 """A loss log of JSON lines."""
 
 import json
+import logging
 from pathlib import Path
+from typing import Any
+
+from tim.files import replacing
+
+_log = logging.getLogger(__name__)
 
 
 class LossLog:
@@ -9,10 +15,10 @@ class LossLog:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        kept = [line for line in read_log(path) if line["step"] <= step] if path.is_file() else []
-        rewritten = path.with_suffix(".partial")
-        rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        rewritten.replace(path)
+        records = read_log(path) if path.exists() else []
+        with replacing(path) as new:
+            lines = (json.dumps(record) + "\n" for record in records if record["step"] <= step)
+            new.write_text("".join(lines))
 
     def append(self, record: dict[str, float]) -> None:
         """Write one line, in the file when this returns."""
@@ -21,6 +27,26 @@ class LossLog:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The records of a log; a last line cut short by an interrupted write is left out."""
-    lines = path.read_text().split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    """The records of a log by rising step; of several of one step, the last in the file.
+
+    Lines that are no record, as a power cut, a full disk or a merge leaves them, are left out, and
+    a warning names them.
+    """
+    records, damaged = {}, []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if (record := _record(line.strip(b"\0"))) is not None:
+            records[record["step"]] = record
+        elif line.strip():
+            damaged.append(str(number))
+    if damaged:
+        _log.warning("%s: left out what is no record, line %s", path, ", ".join(damaged))
+    return [records[step] for step in sorted(records)]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    is_record = isinstance(record, dict) and type(record.get("step")) is int
+    return record if is_record else None

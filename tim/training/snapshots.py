@@ -5,6 +5,9 @@ import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from tim.checks import whole
+from tim.files import sync
+
 _MARKER = "COMPLETE"
 _NAME = re.compile(r"step-(\d+)")
 
@@ -32,13 +35,13 @@ def save(
     The folder is filled under a temporary name and renamed when its completion marker is in it;
     only then are older checkpoints deleted, save those of `keep_steps`.
     """
-    if keep < 1:
-        raise ValueError(f"at least one checkpoint must be kept, got {keep}")
+    step, keep = whole("step", step, 0), whole("keep", keep, 1)
     final, partial = root / f"step-{step:08d}", root / f"partial-{step:08d}"
     for stale in (*root.glob("partial-*"), final):
         shutil.rmtree(stale, ignore_errors=True)
     partial.mkdir(parents=True)
     write(partial)
+    sync(partial)
     (partial / _MARKER).touch()
     partial.rename(final)
 

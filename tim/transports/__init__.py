@@ -1,6 +1,6 @@
 """The five transports of TiM, one a file (arXiv 2509.04394, section 3 and appendix)."""
 
-from typing import Any
+from typing import Any, Literal
 
 from .base import Interpolant, StepCoefficients, TargetCoefficients, Transport
 from .edm import EDM
@@ -19,11 +19,13 @@ __all__ = [
     "StepCoefficients",
     "TargetCoefficients",
     "Transport",
+    "TransportName",
     "TrigFlow",
     "make",
 ]
 
-TRANSPORTS: dict[str, type[Transport]] = {
+TransportName = Literal["OT_FM", "TrigFlow", "EDM", "VP_SDE", "VE_SDE"]
+TRANSPORTS: dict[TransportName, type[Transport]] = {
     "OT_FM": OTFM,
     "TrigFlow": TrigFlow,
     "EDM": EDM,
@@ -32,7 +34,7 @@ TRANSPORTS: dict[str, type[Transport]] = {
 }
 
 
-def make(name: str, **params: Any) -> Transport:
+def make(name: TransportName, **params: Any) -> Transport:
     """The transport of a published name (OT_FM, TrigFlow, EDM, VP_SDE or VE_SDE).
 
     Raises:

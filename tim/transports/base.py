@@ -1,11 +1,12 @@
 """What a transport is, and what all transports share (arXiv 2509.04394, section 3)."""
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
 
+from tim.checks import whole
 from tim_kernels.coefficients import weighted_sum
 
 
@@ -56,7 +57,7 @@ class Transport(ABC):
             F_cond and F_uncond being the EMA network's predictions F(x_t, t, t).
 
     Raises:
-        ValueError: T_max does not exceed T_min.
+        ValueError: T_max does not exceed T_min, or sigma_d is not positive.
     """
 
     def __init__(
@@ -72,6 +73,8 @@ class Transport(ABC):
     ):
         if not T_max > T_min:
             raise ValueError(f"T_max must exceed T_min, got {T_max} and {T_min}")
+        if not sigma_d > 0:
+            raise ValueError(f"sigma_d must be positive, got {sigma_d}")
         self.sigma_d, self.T_max, self.T_min = sigma_d, T_max, T_min
         self.enhance_target = enhance_target
         self.w_gt, self.w_cond, self.w_start, self.w_end = w_gt, w_cond, w_start, w_end
@@ -98,12 +101,13 @@ class Transport(ABC):
 
     def sample_t(
         self,
-        batch: int,
+        batch: SupportsIndex,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Draw (batch,) training times."""
+        batch = whole("batch", batch, 0)
         return self._sample_t(batch, generator=generator, device=device, dtype=dtype)
 
     def initial_state(self, noise: Tensor) -> Tensor:

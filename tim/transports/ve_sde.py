@@ -26,6 +26,10 @@ class VESDE(Transport):
         **enhancement: Any,
     ):
         super().__init__(sigma_d, T_max, T_min, **enhancement)
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(
+                f"sigma_min must be positive and below sigma_max, got {sigma_min} and {sigma_max}"
+            )
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def interpolant(self, t: Tensor) -> Interpolant:

@@ -29,6 +29,11 @@ class VPSDE(Transport):
         **enhancement: Any,
     ):
         super().__init__(sigma_d, T_max, T_min, **enhancement)
+        if not (beta_min > 0 and beta_d >= 0 and 0 < epsilon_t < 1):
+            raise ValueError(
+                "beta_min must be positive, beta_d not negative and epsilon_t in (0, 1); "
+                f"got {beta_min}, {beta_d} and {epsilon_t}"
+            )
         self.beta_min, self.beta_d, self.epsilon_t, self.T = beta_min, beta_d, epsilon_t, T
 
     def _b(self, t: Tensor) -> Tensor:

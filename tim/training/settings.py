@@ -1,0 +1,219 @@
+"""Every setting of `tim train`: what it may be, its default, and which are not used."""
+
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
+from transformers import SchedulerType
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+from tim import config
+from tim.checks import closest
+from tim.models import TiMTransformer2DModel
+from tim.objective import TransitionObjective
+
+_log = logging.getLogger(__name__)
+
+
+class _Rule(NamedTuple):
+    needed: str
+    fits: Callable[[Any], bool]
+
+
+def _whole(least: int) -> _Rule:
+    return _Rule(
+        f"a whole number of at least {least}", lambda value: type(value) is int and value >= least
+    )
+
+
+def _number(needed: str, fits: Callable[[float], bool]) -> _Rule:
+    def is_one(value: Any) -> bool:
+        return type(value) in (int, float) and math.isfinite(value) and fits(value)
+
+    return _Rule(needed, is_one)
+
+
+def _one_of(*known: Any) -> _Rule:
+    names = ", ".join("null" if name is None else str(name) for name in known)
+    pairs = [(type(name), name) for name in known]  # 0 is no False
+    return _Rule(f"one of {names}", lambda value: (type(value), value) in pairs)
+
+
+_POSITIVE = _number("a positive number", lambda value: value > 0)
+_NOT_NEGATIVE = _number("a number, 0 or more", lambda value: value >= 0)
+_SHARE = _number("a number in [0, 1]", lambda value: 0 <= value <= 1)
+_FLAG = _Rule("true or false", lambda value: isinstance(value, bool))
+_TEXT = _Rule("a text", lambda value: isinstance(value, str))
+_SECTION = _Rule("a section", lambda value: isinstance(value, dict))  # its builder checks the rest
+_SECTION_OR_NONE = _Rule("a section or null", lambda value: value is None or _SECTION.fits(value))
+_STEPS_OR_NONE = _Rule(
+    "a list of steps or null",
+    lambda value: value is None or isinstance(value, list) and all(map(_whole(1).fits, value)),
+)
+_SCHEDULES = [  # as functions of the step
+    kind.value for kind in SchedulerType if kind.value not in ("reduce_lr_on_plateau", "greedy")
+]
+
+RULES: dict[str, _Rule] = {
+    "model.ckpt": _Rule("null: a run starts anew or from its checkpoint", lambda v: v is None),
+    "model.transport": _SECTION,
+    "model.transition_loss": _SECTION,
+    "model.network": _SECTION,
+    "model.proj_coeff": _NOT_NEGATIVE,
+    "model.use_ema": _FLAG,
+    "model.ema_decay": _SHARE,
+    "data.data_type": _TEXT,
+    "data.dataloader.num_workers": _whole(0),
+    "data.dataloader.batch_size": _whole(1),
+    "training.seed": _whole(0),
+    "training.max_train_steps": _whole(1),
+    "training.checkpointing_steps": _whole(1),
+    "training.checkpoints_total_limit": _whole(1),
+    "training.checkpoint_list": _STEPS_OR_NONE,
+    "training.resume_from_checkpoint": _one_of("latest", None),
+    "training.learning_rate": _NOT_NEGATIVE,
+    "training.learning_rate_base_batch_size": _whole(1),
+    "training.scale_lr": _FLAG,
+    "training.lr_scheduler": _one_of(*_SCHEDULES),
+    "training.lr_scheduler_params": _SECTION_OR_NONE,
+    "training.lr_warmup_steps": _whole(0),
+    "training.gradient_accumulation_steps": _whole(1),
+    "training.optimizer": _SECTION,
+    "training.max_grad_norm": _NOT_NEGATIVE,  # 0 clips nothing, as published
+    "training.mixed_precision": _one_of("no", False, "bf16"),  # YAML reads an unquoted no as false
+    "training.allow_tf32": _FLAG,
+    "training.log_steps": _whole(1),
+    "training.validation_steps": _whole(1),
+}
+DEFAULTS = {
+    "model": {"ckpt": None},
+    "training": {"seed": 0, "log_steps": 50, "checkpoint_list": None, "lr_scheduler_params": None},
+}
+# What published files also hold; pipelines read some of it.
+_UNUSED = {
+    "model": (
+        "vae_dir enc_dir enc_type text_encoder_dir proportion_empty_prompts use_last_hidden_state "
+        "max_seq_length"
+    ),
+    "data": "dataset",
+    "training": "tracker tracker_project_name tracker_kwargs proportion_empty_prompts fsdp_config",
+}
+UNUSED = {f"{section}.{name}" for section, names in _UNUSED.items() for name in names.split()}
+
+
+def checked(cfg: DictConfig) -> DictConfig:
+    """`cfg` with the defaults, when every setting is known and may be what it is.
+
+    A warning names the published settings that are not used.
+
+    Raises:
+        ValueError: settings are unknown, missing or wrong; all are named.
+    """
+    given = OmegaConf.create(OmegaConf.to_container(cfg))  # whatever its flags forbid
+    for section, defaults in DEFAULTS.items():
+        own = given.get(section, {})
+        if isinstance(own, (dict, DictConfig)):
+            given[section] = OmegaConf.merge(own, defaults, own)
+    plain = config.resolved(given)
+    known, problems = {*RULES, *UNUSED}, []
+    found = dict(_leaves(plain, known))
+    for key, value in found.items():
+        if key in RULES:
+            if not RULES[key].fits(value):
+                problems.append(f"{key} must be {RULES[key].needed}, got {value!r}")
+        elif key not in UNUSED:
+            is_section = any(name.startswith(f"{key}.") for name in known)
+            wrong = f"must be a section, got {value!r}" if is_section else "is no setting"
+            problems.append(f"{key} {wrong}{'' if is_section else closest(key, known)}")
+    if missing := [key for key in RULES if key not in found]:
+        problems.append(f"the configuration has no {', '.join(missing)}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    if unused := [key for key in found if key in UNUSED]:
+        _log.warning("not used by tim train: %s", ", ".join(unused))
+    return OmegaConf.create(plain)
+
+
+def check_fit(
+    cfg: DictConfig, network: TiMTransformer2DModel, objective: TransitionObjective, data: Dataset
+) -> None:
+    """Refuse a network or a loss that cannot take the data.
+
+    Raises:
+        ValueError: in so many words.
+    """
+    has, shape, kind = network.config, tuple(data[0][0].shape), cfg.data.data_type
+    size = (has.in_channels, has.input_size, has.input_size)
+    needs = {
+        f"cap_feat_dim must be null: {kind} has labels and no text": has.cap_feat_dim is None,
+        f"in_channels and input_size must be those of {kind}, {shape}; got {size}": size == shape,
+        f"patch_size must divide the input_size {has.input_size}, got {has.patch_size}": (
+            has.input_size % has.patch_size == 0
+        ),
+        f"num_classes must be at least {data.num_classes} for {kind}, got {has.num_classes}": (
+            has.num_classes >= data.num_classes
+        ),
+        "class_dropout_prob must be positive for an enhanced target, got 0": (
+            has.class_dropout_prob > 0 or not objective.transport.enhance_target
+        ),
+    }
+    for need, is_met in needs.items():
+        if not is_met:
+            raise ValueError(f"model.network.params.{need}")
+    if cfg.model.proj_coeff:
+        raise ValueError(
+            f"model.proj_coeff must be 0, got {cfg.model.proj_coeff}: tim train has no vision "
+            "encoder yet"
+        )
+
+
+def build_schedule(run: DictConfig, optimizer: Optimizer) -> LambdaLR:
+    """The learning rate's course over the steps, of the section `training`.
+
+    Raises:
+        ValueError: `lr_scheduler_params` does not fit `lr_scheduler`.
+    """
+    make = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(run.lr_scheduler)]
+    steps = {"num_warmup_steps": run.lr_warmup_steps, "num_training_steps": run.max_train_steps}
+    takes = inspect.signature(make).parameters
+    if run.lr_warmup_steps and "num_warmup_steps" not in takes:
+        _log.warning("not used: training.lr_warmup_steps, of which %s has none", run.lr_scheduler)
+    params = {name: value for name, value in steps.items() if name in takes}
+    params |= run.lr_scheduler_params or {}
+    try:
+        return make(optimizer, **params)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(
+            f"training.lr_scheduler_params {run.lr_scheduler_params} do not fit "
+            f"training.lr_scheduler {run.lr_scheduler}: {error}"
+        ) from error
+
+
+def changes(before: Path, now: DictConfig) -> list[str]:
+    """Each setting that differs from those in a file, as "training.seed 0 → 1"."""
+    try:
+        was = dict(_leaves(config.resolved(config.load(before))))
+    except ValueError as error:
+        return [f"settings of now, as {error}"]
+    is_now = dict(_leaves(config.resolved(now)))
+    keys = [key for key in {**is_now, **was} if was.get(key) != is_now.get(key)]
+    return [f"{key} {was.get(key)} → {is_now.get(key)}" for key in keys]
+
+
+def _leaves(
+    tree: Mapping[Any, Any], whole: set[str] = frozenset(), prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Every dotted key with its value; those in `whole` are not entered."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and value and key not in whole:
+            yield from _leaves(value, whole, f"{key}.")
+        else:
+            yield key, value
