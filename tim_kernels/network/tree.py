@@ -36,7 +36,11 @@ def differences(model: nn.Module, new_condition: str | None) -> Iterator[tuple[s
     """Each (module, reason) for which the tree is not the published one."""
     missing = [name for name in CHILDREN[""] if name[-1] != "?" and not hasattr(model, name)]
     if missing:
-        yield "", f"it is not the published tree: it has no {', '.join(sorted(missing))}"
+        yield (
+            "",
+            f"it is not the published tree: it has no {', '.join(sorted(missing))}; its layers can "
+            "call the operations, and forward_mode() gives its attention tangents",
+        )
         return
     for name, module, children in composites(model):
         yield from _wrong_children(name, module, children)
