@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-nightly test-matrix oldest newest lint bench gpu wheels clean
+.PHONY: help demo test test-nightly test-matrix oldest newest lint bench gpu hub wheels clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ bench: $(VENV)/.bench ## count, read the compiled kernels, time what runs here, 
 gpu: ## build, prove and measure on this machine's GPU: make gpu PART=all OUT=benchmarks/results
 	$(PYTHON) -m benchmarks.gate --part $(or $(PART),all) --out $(or $(OUT),build/gate) \
 		$(if $(COMMIT),--commit $(COMMIT)) $(if $(WHEELS),--wheels $(WHEELS))
+
+hub: $(VENV)/.test ## lay out a repository for Hugging Face's kernel hub: make hub OUT=build/hub
+	$(BIN)/python setup.py hub --out $(or $(OUT),build/hub)
 
 wheels: $(VENV)/.torch ## download, into wheels/, what a bare GPU machine may lack
 	$(BIN)/python -m pip download --no-deps --only-binary=:all: --python-version 3.12 \

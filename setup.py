@@ -7,21 +7,26 @@ installs all the same; tim_kernels/_cuda.json says what was built, or why nothin
     TIM_KERNELS_CUDA_ARCHS   "80 90 100+PTX" by default; "none" builds no extension
     TIM_KERNELS_NAMESPACE    of torch.ops for the extension, "tim_kernels_cuda" by default: two
                              builds under names of their own can live in one process
+
+`python setup.py hub --out build/hub` lays out a repository for Hugging Face's kernel hub.
 """
 
 import hashlib
 import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -176,10 +181,15 @@ class Wheel(bdist_wheel):
 
 def source_hash() -> str:
     """Of csrc/: whether a library is of these sources."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("csrc/*")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
+    return digest(Path(__file__).parent.glob("csrc/*"))
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """Of the files' names and contents."""
+    found = hashlib.sha256()
+    for path in sorted(paths):
+        found.update(path.name.encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def note(folder: Path, what: dict) -> None:
@@ -189,8 +199,73 @@ def note(folder: Path, what: dict) -> None:
         (folder / "_cuda.so").unlink(missing_ok=True)  # of an earlier build
 
 
+class Hub(Command):
+    """Lay out build/<variant> as the package `kernels` loads it, beside an installed tim_kernels:
+    without the extension for every machine, and with it where it can be built.
+
+    A build's name, that of its module and of its operators in torch.ops, is of its sources.
+    """
+
+    description = "lay out a repository for Hugging Face's kernel hub"
+    user_options = [("out=", "o", "folder of the repository, build/hub by default")]
+
+    def initialize_options(self) -> None:
+        self.out = "build/hub"
+
+    def finalize_options(self) -> None:
+        self.files = sorted(p for p in Path("tim_kernels").rglob("*") if self.is_source(p))
+        self.hash = digest([*self.files, *Path("csrc").glob("*")])
+
+    @staticmethod
+    def is_source(path: Path) -> bool:
+        return path.suffix in (".json", ".py", ".typed") and path.name != "_cuda.json"
+
+    def run(self) -> None:
+        without = {"reason": "this build for the kernel hub, torch-universal, is without it"}
+        self.lay_out("torch-universal", {"type": "cpu"}, without)
+        if reason := why_not_built():
+            print(f"no CUDA variant: {reason}")
+            return
+        os.environ.setdefault("TIM_KERNELS_NAMESPACE", f"tim_kernels_cuda_{self.hash}")
+        with tempfile.TemporaryDirectory() as folder:
+            self.reinitialize_command("build_ext", inplace=False, build_lib=folder)
+            self.run_command("build_ext")
+            built = Path(folder, "tim_kernels")
+            what = json.loads((built / "_cuda.json").read_text())
+            cuda = what["nvcc"].replace(".", "")
+            archs = [re.sub(r"(\d)(?!\d)", r".\1", name) for name in what["architectures"]]
+            variant = self.lay_out(
+                f"torch-stable-abi211-cu{cuda}-{platform.machine()}-linux",
+                {"type": "cuda", "archs": archs},
+                what,
+            )
+            shutil.copy(built / "_cuda.so", variant)
+
+    def lay_out(self, name: str, backend: dict, built: dict) -> Path:
+        variant = Path(self.out, "build", name)
+        shutil.rmtree(variant, ignore_errors=True)
+        for path in self.files:
+            target = variant / path.relative_to("tim_kernels")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        metadata = {
+            "id": f"_tim_kernels_{name.split('-')[1]}_{self.hash}", "name": "tim-kernels",
+            "version": 1, "license": "Apache-2.0", "python-depends": [], "backend": backend,
+        }  # fmt: skip
+        (variant / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+        shutil.copy("LICENSE", variant)
+        note(variant, built)
+        print(f"laid out {variant}")
+        return variant
+
+
 if __name__ == "__main__":
     setup(
         ext_modules=[] if why_not_built() else [Extension("tim_kernels._cuda", SOURCES)],
-        cmdclass={"build_ext": BuildExtension, "build_py": BuildPython, "bdist_wheel": Wheel},
+        cmdclass={
+            "build_ext": BuildExtension,
+            "build_py": BuildPython,
+            "bdist_wheel": Wheel,
+            "hub": Hub,
+        },
     )

@@ -24,11 +24,11 @@ LEVELS = {
         ["__init__"],
     ],
     "tim_kernels": [
-        ["checks"],
-        ["segments"],
+        ["checks", "names"],
         ["coefficients"],
         ["launch"],
         ["dispatch"],
+        ["segments"],
         [
             "ada_layer_norm", "attention", "qk_norm_rope", "swiglu", "time_pair_embedding",
             "transition_inputs", "transition_loss", "transition_step",

@@ -4,6 +4,7 @@ from .ada_layer_norm.op import ada_layer_norm, gated_residual, gated_residual_ad
 from .attention.op import attention
 from .dispatch.backend import BackendUnavailable, set_backend, use_backend
 from .explain import explain
+from .names import CONDITIONS, Backend, Condition, RopeOrder
 from .network.accelerate import Report, accelerate, restore
 from .network.forward_mode import forward_mode
 from .qk_norm_rope.op import qk_norm_rope, qkv_norm_rope
@@ -11,7 +12,6 @@ from .qk_norm_rope.reference import grid_positions, rope_tables
 from .segments import Segments
 from .swiglu.op import swiglu
 from .time_pair_embedding.op import TimeMLP, time_pair_embedding
-from .time_pair_embedding.reference import CONDITIONS
 from .transition_inputs.op import transition_inputs
 from .transition_loss.op import transition_loss
 from .transition_step.op import transition_step
@@ -20,8 +20,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CONDITIONS",
+    "Backend",
     "BackendUnavailable",
+    "Condition",
     "Report",
+    "RopeOrder",
     "Segments",
     "TimeMLP",
     "accelerate",

@@ -33,7 +33,7 @@ def check_same_device(name: str, tensor: Tensor, x: Tensor) -> None:
     check_floating(name, tensor)
 
 
-def check_tokens(name: str, x: Tensor, cu_seqlens: Tensor | None, max_length: int) -> int:
+def check_tokens(name: str, x: Tensor, cu_seqlens: Tensor | None) -> int:
     """Refuse what is no token tensor, (B, N, …) or packed (T, …); returns how many samples."""
     if cu_seqlens is None:
         if x.ndim < 3:
@@ -42,17 +42,11 @@ def check_tokens(name: str, x: Tensor, cu_seqlens: Tensor | None, max_length: in
                 "need `segments`"
             )
         return x.shape[0]
-    cu = cu_seqlens
-    if cu.ndim != 1 or cu.dtype != torch.int32 or cu.shape[0] < 1 or cu.device != x.device:
+    if cu_seqlens.device != x.device:
         raise ValueError(
-            f"segments.cu_seqlens must be int32 (S + 1,) on {x.device}; "
-            f"got {cu.dtype} {tuple(cu.shape)} on {cu.device}"
+            f"segments.cu_seqlens must be on {x.device} like {name}, got {cu_seqlens.device}"
         )
-    if cu.shape[0] > 1 and cu.stride(0) != 1:
-        raise ValueError(f"segments.cu_seqlens must be contiguous, got stride {cu.stride(0)}")
-    if max_length < 0:
-        raise ValueError(f"segments.max_length must not be negative, got {max_length}")
-    return cu.shape[0] - 1
+    return cu_seqlens.shape[0] - 1
 
 
 def check_cond(name: str, row: Tensor, samples: int, width: int, x: Tensor) -> None:

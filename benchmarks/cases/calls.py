@@ -87,9 +87,7 @@ def calls(
     tokens, where, segments = (batch, grid[0] * grid[1]), dict(grid=grid), None
     if grids:
         batch, tokens = len(grids), (shape.tokens,)
-        lengths = torch.tensor([0] + [h * w for h, w in grids])
-        cu_seqlens = lengths.cumsum(0).to(device, torch.int32)
-        segments = ops.Segments(cu_seqlens, int(lengths.max()))
+        segments = ops.Segments.from_lengths([h * w for h, w in grids], device)
         sizes = torch.tensor(grids, dtype=torch.int32).to(device)
         where = dict(sizes=sizes, segments=segments)
     plain = eager.Tokens(grid, grids, head_dim, device)

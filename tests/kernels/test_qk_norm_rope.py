@@ -153,5 +153,5 @@ def test_refusals():
     refused("sizes must be torch.int32", q, sizes=at[:2])
     with pytest.raises(ValueError, match=r"qkv must be \(B, N, 3, heads, head_dim\)"):
         qkv_norm_rope(torch.stack((q, k), dim=2))
-    segments = Segments(torch.tensor([0, 6], dtype=torch.int32, device=DEVICE), 6)
+    segments = Segments(torch.tensor([0, 2], dtype=torch.int32, device=DEVICE), 2)
     refused(r"q must be \(T, heads, head_dim\)", q, segments=segments)

@@ -17,9 +17,9 @@ from sweep import st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tim_kernels.dispatch.backend import use_backend
+from tim_kernels.names import CONDITIONS
 from tim_kernels.time_pair_embedding import op
 from tim_kernels.time_pair_embedding.op import TimeMLP, time_pair_embedding
-from tim_kernels.time_pair_embedding.reference import CONDITIONS
 
 FREQUENCIES = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128)
 

@@ -51,6 +51,10 @@ def packed_rope(q, shift):
     return ops.qk_norm_rope(q, None, grid=(2, 2), q_shift=shift, segments=SEGMENTS)
 
 
+def causal(q, k):
+    return ops.attention(q, k, k, scale=0.3, is_causal=True)
+
+
 CASES = {  # an operation, and the shapes of what it is differentiable in
     "ada_layer_norm": (ops.ada_layer_norm, X, ROW, (1, 4)),
     "ada_layer_norm, packed": (packed_norm, (4, 4), ROW),
@@ -58,6 +62,7 @@ CASES = {  # an operation, and the shapes of what it is differentiable in
     "gated_residual_ada_layer_norm": (residual_and_norm, X, X, ROW, ROW),
     "attention": (ops.attention, (1, 3, 1, 8), (1, 2, 1, 8), (1, 2, 1, 8)),
     "attention, packed": (lambda q, k: ops.attention(q, k, k, SEGMENTS), (4, 1, 8), (4, 1, 8)),
+    "attention, causal": (causal, (1, 3, 2, 8), (1, 3, 1, 8)),
     "qk_norm_rope": (norm_and_rope, (2, 2, 1, 4), (4,), (2, 4)),
     "qk_norm_rope, packed": (packed_rope, (4, 2, 4), (2, 8)),
     "qkv_norm_rope": (packed_norm_and_rope, (1, 2, 3, 1, 4), (4,), (1, 4)),

@@ -6,7 +6,7 @@ from torch import Tensor
 from ..checks import check_cond, check_same_device, check_tokens, is_double
 from ..dispatch.backend import Op
 from ..dispatch.operators import Operator
-from ..segments import Segments, packing
+from ..segments import Segments, packing, unpacked
 from . import cpu, cuda, reference
 
 
@@ -73,7 +73,7 @@ def _like(total: Tensor, row: Tensor | None) -> Tensor | None:
 
 
 def _check(x, branch, gate, bias, shift, scale, eps, cu, max_length) -> bool:
-    samples = check_tokens("x", x, cu, max_length)
+    samples = check_tokens("x", x, cu)
     if x.ndim != (3 if cu is None else 2):
         layout = "(B, N, C)" if cu is None else "(T, C), packed"
         raise ValueError(f"x must be {layout}, got {tuple(x.shape)}")
@@ -91,7 +91,7 @@ def _check(x, branch, gate, bias, shift, scale, eps, cu, max_length) -> bool:
 
 
 def _reference(x, branch, gate, bias, shift, scale, eps, cu, max_length):
-    segments = None if cu is None else Segments(cu, max_length)
+    segments = unpacked(cu, max_length, x)
     if branch is None:
         return None, reference.ada_layer_norm(x, shift, scale, eps, segments)
     if scale is None:
@@ -131,7 +131,7 @@ def ada_layer_norm(
         >>> ada_layer_norm(x, shift, scale).shape
         torch.Size([2, 16, 64])
     """
-    return _call(x, None, None, None, shift, scale, float(eps), *packing(segments))[1]
+    return _call(x, None, None, None, shift, scale, float(eps), *packing(segments, "x", x))[1]
 
 
 def gated_residual(
@@ -157,7 +157,7 @@ def gated_residual(
         >>> gated_residual(x, branch, gate).shape
         torch.Size([2, 16, 64])
     """
-    return _call(x, branch, gate, branch_bias, None, None, 0.0, *packing(segments))[0]
+    return _call(x, branch, gate, branch_bias, None, None, 0.0, *packing(segments, "x", x))[0]
 
 
 def gated_residual_ada_layer_norm(
@@ -183,4 +183,4 @@ def gated_residual_ada_layer_norm(
         >>> gate, shift, scale = torch.randn(3, 2, 64)
         >>> x, y = gated_residual_ada_layer_norm(x, branch, gate, shift, scale)
     """
-    return _call(x, branch, gate, branch_bias, shift, scale, float(eps), *packing(segments))
+    return _call(x, branch, gate, branch_bias, shift, scale, float(eps), *packing(segments, "x", x))

@@ -22,7 +22,7 @@ from ..dispatch.torch_private import (
     is_transformed,
 )
 from ..launch.plans import Plans, signature
-from ..segments import Segments, packing
+from ..segments import Segments, packing, unpacked
 from . import reference
 
 
@@ -97,8 +97,8 @@ def attention(
         raise ValueError("k_segments need segments: queries and keys are packed together")
     if k_segments is segments:
         k_segments = None
-    cu, max_length = packing(segments)
-    k_cu, k_max_length = packing(k_segments or segments)
+    cu, max_length = packing(segments, "q", q)
+    k_cu, k_max_length = packing(k_segments or segments, "k", k)
     args = q, k, v, key_mask, cu, k_cu, max_length, k_max_length, scale, is_causal
     if torch.compiler.is_compiling():
         _check(*args)
@@ -152,13 +152,13 @@ def _dual_attention(duals, segments, k_segments, key_mask, scale, is_causal) -> 
         raise NotImplementedError(NO_TANGENT.format(OP.name))
     primals = [dual.primal for dual in duals]
     numbers = scale, is_causal
-    cu, max_length = packing(segments)
-    k_cu, k_max_length = packing(k_segments or segments)
+    cu, max_length = packing(segments, "q", primals[0])
+    k_cu, k_max_length = packing(k_segments or segments, "k", primals[1])
     out, tangent = jvp_op(
         *primals, *(dual.tangent for dual in duals), key_mask, cu, k_cu, max_length, k_max_length,
         *numbers,
     )  # fmt: skip
-    k_cu, k_max_length = packing(k_segments)
+    k_cu, k_max_length = packing(k_segments, "k", primals[1])
     out = _Primal.apply(
         out.detach(), *primals, key_mask, cu, k_cu, max_length, k_max_length, *numbers
     )
@@ -182,10 +182,7 @@ class _Primal(torch.autograd.Function):
     def backward(ctx, dout):
         *primals, key_mask, cu, k_cu = ctx.saved_tensors
         *lengths, scale, is_causal = ctx.numbers
-        segments, k_segments = (
-            None if each is None else Segments(each, length)
-            for each, length in zip((cu, k_cu), lengths, strict=True)
-        )
+        segments, k_segments = map(unpacked, (cu, k_cu), lengths, primals[:2])
         leaves = [x.detach().requires_grad_() for x in primals]
         with torch.enable_grad():
             out = _plain_attention(*leaves, segments, k_segments, key_mask, scale, is_causal)
@@ -256,8 +253,8 @@ def _check(q, k, v, key_mask, cu, k_cu, max_length, k_max_length, scale, is_caus
     if cu is None and k.shape[0] != q.shape[0]:
         raise ValueError(f"k must have q's batch {q.shape[0]}, got {k.shape[0]}")
     if cu is not None:
-        samples = check_tokens("q", q, cu, max_length)
-        k_samples = check_tokens("k", k, k_cu, k_max_length)
+        samples = check_tokens("q", q, cu)
+        k_samples = check_tokens("k", k, k_cu)
         if samples != k_samples:
             raise ValueError(f"k_segments must have q's {samples} sequences, got {k_samples}")
     if key_mask is not None:

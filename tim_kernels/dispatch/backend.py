@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from ..names import BACKENDS, Backend
 from . import extension
 from .torch_private import constant_when_compiled
-
-BACKENDS = ("auto", "reference", "triton", "cuda")
 
 
 class BackendUnavailable(RuntimeError):
@@ -47,24 +47,24 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
-def _checked(name: str, source: str) -> str:
+def _checked(name: str, source: str) -> Backend:
     if name not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}; got {name!r}")
-    return name
+    return cast(Backend, name)
 
 
 _process = _checked(os.environ.get("TIM_KERNELS_BACKEND", "auto"), "TIM_KERNELS_BACKEND")
 _thread = threading.local()
 
 
-def set_backend(name: str) -> None:
+def set_backend(name: Backend) -> None:
     """Choose "auto", "reference", "triton" or "cuda" for the whole process."""
     global _process
     _process = _checked(name, "the backend")
 
 
 @contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: Backend) -> Iterator[None]:
     """Choose a backend for the enclosed code, in this thread only."""
     before = getattr(_thread, "backend", None)
     _thread.backend = _checked(name, "the backend")
@@ -74,7 +74,7 @@ def use_backend(name: str) -> Iterator[None]:
         _thread.backend = before
 
 
-def requested() -> str:
+def requested() -> Backend:
     """The backend in force in this thread, "auto" if nobody chose one."""
     return getattr(_thread, "backend", None) or _process
 

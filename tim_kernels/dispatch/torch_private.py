@@ -6,12 +6,14 @@ from types import FunctionType
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 is_functorch_active = torch._C._are_functorch_transforms_active
 dispatch_modes = torch._C._len_torch_dispatch_stack  # how many are active
 is_forward_mode_enabled = torch._C._is_fwd_grad_enabled
 has_global_hooks = torch.nn.modules.module._has_any_global_hook
 _functorch = torch._C._functorch
+is_functorch_wrapped = _functorch.is_functorch_wrapped_tensor
 math_attention = torch.ops.aten._scaled_dot_product_attention_math.default
 
 
@@ -54,7 +56,7 @@ def is_mapped(values: Iterable) -> bool:
 
 
 def _is_mapped(x) -> bool:
-    while isinstance(x, Tensor) and _functorch.is_functorch_wrapped_tensor(x):
+    while isinstance(x, Tensor) and is_functorch_wrapped(x):
         if _functorch.is_batchedtensor(x):
             return True
         x = _functorch.get_unwrapped(x)  # of another transform
@@ -71,6 +73,29 @@ def apply_function(function: type[torch.autograd.Function]) -> Callable:
     """`function.apply` outside functorch, without binding the arguments to `forward`'s signature,
     which costs more on the host than all the rest."""
     return super(torch.autograd.Function, function).apply
+
+
+def register_pytree(kind: type, names: tuple[str, ...]) -> None:
+    """Make torch's transforms see the fields of a class, each a leaf. It is put together again
+    without its `__init__`, from whatever the leaves have become."""
+
+    def values(node) -> list:
+        return [getattr(node, name) for name in names]
+
+    def unflatten(leaves, _):
+        node = object.__new__(kind)
+        for name, leaf in zip(names, leaves, strict=True):
+            object.__setattr__(node, name, leaf)
+        return node
+
+    keys = [pytree.GetAttrKey(name) for name in names]
+    pytree.register_pytree_node(
+        kind,
+        lambda node: (values(node), None),
+        unflatten,
+        serialized_type_name=f"{kind.__module__}.{kind.__qualname__}",
+        flatten_with_keys_fn=lambda node: (list(zip(keys, values(node), strict=True)), None),
+    )
 
 
 def is_custom_operator(function: Callable) -> bool:

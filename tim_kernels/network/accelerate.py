@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..qk_norm_rope.reference import ORDERS
-from ..time_pair_embedding.reference import CONDITIONS
+from ..names import CONDITIONS, ORDERS, Condition, RopeOrder
 from . import blocks, layers, trial
 from .forward import predict
 from .tree import CHILDREN, SWIGLU, composites, differences, is_swiglu
@@ -37,7 +36,7 @@ class Report:
 
 
 def accelerate(
-    model: nn.Module, *, new_condition: str | None = None, rope_order: str = "upstream"
+    model: nn.Module, *, new_condition: Condition | None = None, rope_order: RopeOrder = "upstream"
 ) -> Report:
     """Run a live model of the published TiM tree on the fused ops; the report says what came of it.
 

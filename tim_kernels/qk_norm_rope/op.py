@@ -1,6 +1,7 @@
 """QK-norm with axial RoPE: operators, derivatives and public functions."""
 
 from functools import partial
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from ..dispatch.backend import Op, requested
 from ..dispatch.operators import Derivative, Operator, Planned
 from ..dispatch.torch_private import dispatch_modes, is_mapped
 from ..launch.plans import Plans, signature
-from ..segments import Segments, packing
+from ..names import RopeOrder
+from ..segments import Segments, packing, unpacked
 from . import cpu, cuda, reference
 from .positions import check_positions, period_of, periods_of
 
@@ -117,7 +119,7 @@ def _check(
     q, k, q_weight, q_bias, k_weight, k_bias, q_shift, k_shift,
     positions, grid, sizes, order, eps, cu, max_length,
 ) -> bool:  # fmt: skip
-    samples = check_tokens("q", q, cu, max_length)
+    samples = check_tokens("q", q, cu)
     check_same_device("q", q, q)
     layout = "(B, N, heads, head_dim)" if cu is None else "(T, heads, head_dim)"
     if q.ndim != layout.count(",") + 1:
@@ -150,7 +152,7 @@ def _reference(
     q, k, q_weight, q_bias, k_weight, k_bias, q_shift, k_shift,
     positions, grid, sizes, order, eps, cu, max_length,
 ):  # fmt: skip
-    segments = None if cu is None else Segments(cu, max_length)
+    segments = unpacked(cu, max_length, q)
     if sizes is not None:
         positions = reference.token_positions(q, periods_of(sizes, order), segments)
     elif grid is not None:
@@ -196,6 +198,22 @@ _packed = Derivative("qkv_norm_rope", _sliced, _packed_vjp, _packed_jvp)
 _packed_runs = Plans()  # by signature, what computes it; None where the reference does
 
 
+@overload
+def qk_norm_rope(
+    q: Tensor, k: None = None, q_weight: Tensor | None = None, q_bias: Tensor | None = None,
+    k_weight: None = None, k_bias: None = None, *, positions: Tensor | None = None,
+    grid: tuple[int, int] | None = None, sizes: Tensor | None = None,
+    order: RopeOrder = "upstream", q_shift: Tensor | None = None, k_shift: None = None,
+    eps: float = 1e-5, segments: Segments | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def qk_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor | None = None, q_bias: Tensor | None = None,
+    k_weight: Tensor | None = None, k_bias: Tensor | None = None, *,
+    positions: Tensor | None = None, grid: tuple[int, int] | None = None,
+    sizes: Tensor | None = None, order: RopeOrder = "upstream", q_shift: Tensor | None = None,
+    k_shift: Tensor | None = None, eps: float = 1e-5, segments: Segments | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def qk_norm_rope(
     q: Tensor,
     k: Tensor | None = None,
@@ -207,7 +225,7 @@ def qk_norm_rope(
     positions: Tensor | None = None,
     grid: tuple[int, int] | None = None,
     sizes: Tensor | None = None,
-    order: str = "upstream",
+    order: RopeOrder = "upstream",
     q_shift: Tensor | None = None,
     k_shift: Tensor | None = None,
     eps: float = 1e-5,
@@ -252,7 +270,7 @@ def qk_norm_rope(
     """
     q_out, k_out = _call(
         q, k, q_weight, q_bias, k_weight, k_bias, q_shift, k_shift, positions,
-        grid if grid is None else tuple(grid), sizes, order, float(eps), *packing(segments),
+        grid if grid is None else tuple(grid), sizes, order, float(eps), *packing(segments, "q", q),
     )  # fmt: skip
     return q_out if k is None else (q_out, k_out)
 
@@ -267,7 +285,7 @@ def qkv_norm_rope(
     positions: Tensor | None = None,
     grid: tuple[int, int] | None = None,
     sizes: Tensor | None = None,
-    order: str = "upstream",
+    order: RopeOrder = "upstream",
     q_shift: Tensor | None = None,
     k_shift: Tensor | None = None,
     eps: float = 1e-5,
@@ -292,7 +310,7 @@ def qkv_norm_rope(
         >>> q, k, v = qkv_norm_rope(qkv, torch.ones(32), None, torch.ones(32), grid=(3, 4))
         >>> out = attention(q, k, v)
     """
-    cu, max_length = (None, 0) if segments is None else segments
+    cu, max_length = packing(segments, "qkv", qkv)
     grid = grid if grid is None or type(grid) is tuple else tuple(grid)
     args = (
         q_weight, q_bias, k_weight, k_bias, q_shift, k_shift, positions, grid, sizes, order,

@@ -8,7 +8,7 @@ each: w in the order "grid", h in the order "upstream".
 import torch
 from torch import Tensor
 
-from .reference import ORDERS
+from ..names import ORDERS
 
 
 def is_rotated(positions: Tensor | None, grid, sizes: Tensor | None) -> bool:

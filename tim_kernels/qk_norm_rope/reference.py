@@ -3,13 +3,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import accumulation_dtype
+from ..names import ORDERS, RopeOrder
 from ..segments import Segments, per_token
 
-ORDERS = ("upstream", "grid")
 THETA = 10000.0
 
 
-def grid_positions(height: int, width: int, order: str, device=None) -> Tensor:
+def grid_positions(
+    height: int, width: int, order: RopeOrder, device: torch.device | str | None = None
+) -> Tensor:
     """(height·width, 2) int64 positions of the row-major tokens of a height×width grid.
 
     "grid" gives token n its (column, row) = (n mod width, n div width). "upstream" gives

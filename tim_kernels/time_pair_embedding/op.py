@@ -17,8 +17,9 @@ from ..checks import check_floating, is_double
 from ..dispatch.backend import Op
 from ..dispatch.operators import Operator
 from ..launch.plans import made_apart
+from ..names import CONDITIONS, Condition
 from . import cuda, reference
-from .reference import CONDITIONS, DIM, TimeMLP
+from .reference import DIM, TimeMLP
 
 
 def _triton():
@@ -81,7 +82,7 @@ def time_pair_embedding(
     r: Tensor,
     t_mlp: TimeMLP,
     delta_mlp: TimeMLP | None = None,
-    condition: str = "t-r",
+    condition: Condition = "t-r",
 ) -> tuple[Tensor, Tensor]:
     """T(t) and the delta embedding of the pair (t, r) (arXiv 2509.04394).
 

@@ -8,7 +8,6 @@ from torch import Tensor
 from ..checks import accumulation_dtype
 
 DIM = 256  # of a sinusoid
-CONDITIONS = ("t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r")
 
 
 class TimeMLP(NamedTuple):

@@ -1,0 +1,12 @@
+"""What is chosen by name: each list once, for type checkers and at run time."""
+
+from typing import Literal, get_args
+
+Backend = Literal["auto", "reference", "triton", "cuda"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+RopeOrder = Literal["upstream", "grid"]
+ORDERS: tuple[RopeOrder, ...] = get_args(RopeOrder)
+
+Condition = Literal["t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r"]  # of the delta embedding
+CONDITIONS: tuple[Condition, ...] = get_args(Condition)
