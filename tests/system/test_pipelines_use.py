@@ -137,7 +137,6 @@ def test_found_by_the_name_in_a_saved_folder(tmp_path, make_pipeline):
 def test_a_compiled_network_is_saved_and_found(tmp_path):
     pipeline = class_pipeline()
     pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
-    drawn(pipeline)
     pipeline.save_pretrained(tmp_path)
     again = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     assert torch.equal(drawn(again), drawn(class_pipeline()))

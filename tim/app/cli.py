@@ -28,8 +28,8 @@ def _errors_without_traceback() -> Iterator[None]:
     except BackendUnavailable as error:
         _fail(f"{error}; TIM_KERNELS_BACKEND=auto takes what this machine has", 2)
     except KeyboardInterrupt as stop:
-        said = stop if isinstance(stop, Stopped) else "stopped"
-        typer.echo(f"{said}; the same command goes on from the latest checkpoint", err=True)
+        is_saved = isinstance(stop, Stopped)
+        typer.echo(f"{stop}; the same command goes on from it" if is_saved else "stopped", err=True)
         raise typer.Exit(getattr(stop, "exit_code", 130)) from None
     except _EXPECTED as error:
         _fail(error, 1)

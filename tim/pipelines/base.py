@@ -60,7 +60,6 @@ class TiMPipeline(DiffusionPipeline):
         sample_type: SampleType, generator: Generators | None, latents: Tensor | None,
         output_type: OutputType, return_dict: bool, callback_on_step_end: StepCallback | None,
     ) -> ImagePipelineOutput | tuple[Pictures]:  # fmt: skip
-        self._interrupt = False
         z = self._initial_state(len(y), *self._size(height, width), generator, latents)
         low, high = guidance_interval
         with self.progress_bar(total=whole("num_inference_steps", num_inference_steps)) as bar:
@@ -85,6 +84,7 @@ class TiMPipeline(DiffusionPipeline):
 
     def _check_options(self, height, width, num_inference_steps, guidance_interval, output_type):
         """What can be refused before anything is computed; the sampler refuses the rest."""
+        self._interrupt = False  # of the call that begins
         self._size(height, width)
         whole("num_inference_steps", num_inference_steps, 1)
         if len(guidance_interval) != 2 or not guidance_interval[0] <= guidance_interval[1]:
