@@ -170,11 +170,12 @@ def test_offloaded_as_a_whole(make_pipeline):
     }
 
 
-def test_the_network_is_not_offloaded_in_pieces():
-    """Its layers' hooks would never run: pictures of NaN, or weights without data."""
-    assert "transformer" in TiMClassPipeline._exclude_from_cpu_offload
-    with pytest.raises(ValueError, match="does not support group offloading"):
-        network(CLASS).enable_group_offload(torch.device("cpu"))
+def test_offloaded_by_groups():
+    pipeline = class_pipeline()
+    expected = drawn(pipeline)
+    cpu = torch.device("cpu")
+    pipeline.transformer.enable_group_offload(cpu, cpu, offload_type="leaf_level")
+    torch.testing.assert_close(drawn(pipeline), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("make_pipeline", [class_pipeline, text_pipeline])

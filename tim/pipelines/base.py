@@ -30,7 +30,7 @@ Generators = torch.Generator | list[torch.Generator]
 class TiMPipeline(DiffusionPipeline):
     """What both pipelines share; components are `transformer`, `vae` and those of the text.
 
-    The network reads its layers' weights itself, so it is offloaded as a whole or not at all. As in
+    Offloading moves the network as a whole, unless its own `enable_group_offload` does it. As in
     diffusers' pipelines, `_interrupt = True`, set in a callback or by another thread, ends a call
     with the state that it has reached.
     """
