@@ -61,7 +61,9 @@ def test_captions_and_pictures():
 
 def test_collated():
     fact = FACTS["t2i"]["collate"]
-    loader = data.Loader(captioned(escape_captions=True), [fact["batch"]])
+    loader = data.Loader(
+        captioned(escape_captions=True), [fact["batch"]]
+    )  # not visits: random's own
     random.seed(6)
     (batch,) = loader
     assert batch["caption"] == fact["captions"]

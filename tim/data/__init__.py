@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, TensorDataset
 from tim.checks import closest
 from tim.data import mnist
 from tim.data.base import TrainingSet, UnreadableError
-from tim.data.captioned_images import CaptionedImages, escape_caption
+from tim.data.captioned_images import CaptionedImages
 from tim.data.image_folder import ImageFolder
 from tim.data.latent_images import LatentImages
 from tim.data.loading import Loader
@@ -22,7 +22,7 @@ from tim.data.samplers import FlatSampler, PackedSampler, Visit
 __all__ = [
     "DATA_TYPES", "CaptionedImages", "Digits", "FlatSampler", "ImageFolder", "LatentImages",
     "Loader", "NativeLatents", "PackedSampler", "TrainingSet", "UnreadableError", "Visit",
-    "escape_caption", "make",
+    "make",
 ]  # fmt: skip
 __path__ = extend_path(__path__, __name__)  # the published modules, where they are installed too
 

@@ -6,21 +6,13 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
+from tim.captions import escaped
 from tim.data import pictures
 from tim.data.base import Item, TrainingSet, choice
 from tim.data.files import JsonLines, Packs, existing
 from tim.data.samplers import PackedSampler, Visit
 
 UNIT = 32  # px
-
-
-def escape_caption(text: str) -> str:
-    r"""What the released text network saw of a caption: Python's unicode-escape.
-
-    "é" is `\xe9`, a newline the two characters `\n`, a backslash two of them. ASCII on one line
-    without backslashes stays as it is. Prompts for that network are to be escaped likewise.
-    """
-    return text.encode("unicode_escape").decode("ascii")
 
 
 class CaptionedImages(TrainingSet):
@@ -31,7 +23,7 @@ class CaptionedImages(TrainingSet):
         packed_json: a JSON file, list of lists of line numbers from 0 on; each is one batch.
         jsonl_dir: a file of one JSON object a line: `image_file`; `bucket`, which ends in "-HxW"
             (px, cut to multiples of 32); `captions`, a list of texts.
-        escape_captions: as the released text network was trained: `escape_caption`.
+        escape_captions: by `tim.captions.escaped`, as the released network was trained.
 
     Items: image (3, H, W) float32 in [-1, 1], stretched to its bucket; caption, a str.
 
@@ -75,7 +67,7 @@ class CaptionedImages(TrainingSet):
         caption = choice(line["captions"], index)
         return {
             "image": pictures.to_tensor(pictures.stretched(image, width, height)),
-            "caption": escape_caption(caption) if self.escape_captions else caption,
+            "caption": escaped(caption) if self.escape_captions else caption,
         }
 
     def sampler(

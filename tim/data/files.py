@@ -127,7 +127,8 @@ def class_pictures(root: Path) -> dict[str, list[str]]:
         found[name].sort()
     if others:
         _log.warning("%s: not pictures: %s", root, some(others))
-    if empty := [name for name, files in found.items() if not files] or not found:
+    empty = [name for name, files in found.items() if not files]
+    if empty or not found:
         what = f"no pictures in {some(empty)}" if found else "no class folders"
         raise ValueError(f"image_dir must be a folder of class folders; {root} has {what}")
     return found

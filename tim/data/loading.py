@@ -12,7 +12,7 @@ from tim.data.files import some
 from tim.data.samplers import Visit
 
 _log = logging.getLogger(__name__)
-MOST_INSTEAD = 16  # items that are tried in place of a batch of which none can be read
+MOST_INSTEAD = 16  # items that are tried in place of a batch without any
 _FEW = 1000  # the share counts as if so many items were drawn at least
 
 
@@ -98,8 +98,8 @@ class _Batches(Dataset):
         last = indices[-1]
         for i in range(1, MOST_INSTEAD + 1):
             if not items:
-                index = Visit((last + i) % len(self.data), last.seed, last.image)
-                self._read(index, items, failed)
+                instead = Visit((last + i) % len(self.data), last.seed, last.image)
+                self._read(instead, items, failed)
         return self.data.collate(items) if items else {}, len(indices), failed
 
     def _read(self, index: Visit, items: list[Any], failed: list[str]) -> None:

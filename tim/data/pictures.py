@@ -48,10 +48,11 @@ def native_size(width: int, height: int, *, unit: int = 32, most: int = 2048) ->
     """
     width, height = whole("width", width, 1), whole("height", height, 1)
     unit, most = whole("unit", unit, 1), whole("most", most, 1)
+    w, h = float(width), float(height)
     if width * height >= most**2:
-        scaled = sqrt(width / height) * most
-        width, height = scaled, scaled * height / width
-    return tuple(max(1, floor(side / unit)) * unit for side in (width, height))
+        w = sqrt(width / height) * most
+        h = w * height / width
+    return max(1, floor(w / unit)) * unit, max(1, floor(h / unit)) * unit
 
 
 def stretched(image: Image.Image, width: int, height: int) -> Image.Image:

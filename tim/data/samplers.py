@@ -17,10 +17,16 @@ from tim.checks import whole
 class Visit(int):
     """An index into a data set, with the key of what is drawn for it: seed and images seen."""
 
-    def __new__(cls, index: int, seed: int = 0, image: int = 0):
+    seed: int
+    image: int
+
+    def __new__(cls, index: int, seed: int, image: int):
         visit = super().__new__(cls, index)
         visit.seed, visit.image = seed, image
         return visit
+
+    def __getnewargs__(self) -> tuple[int, int, int]:
+        return int(self), self.seed, self.image
 
 
 class _Stream(Sampler[list[Visit]]):
@@ -68,7 +74,7 @@ class FlatSampler(_Stream):
         return self.start + micro_steps * self.batch_size * self.world_size
 
     def __iter__(self) -> Iterator[list[Visit]]:
-        order, of_epoch = None, -1
+        order, of_epoch = np.empty(0, int), -1
         for micro_step in count():
             batch, first = [], self.seen(micro_step) + self.rank
             for image in range(first, self.seen(micro_step + 1), self.world_size):
