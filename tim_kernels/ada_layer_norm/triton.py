@@ -36,20 +36,20 @@ from ..launch.rows import (
 )
 from ..launch.shares import samples_and_length, token_grid, tokens_to_reduce
 from ..launch.tuning import tuned
-from ..launch.views import In, view_modulation, view_tokens, view_vectors
+from ..launch.views import In, view_cond, view_modulation, view_tokens, view_vectors
 from .forms import is_of_token, sums
 
 
 @triton.jit
 def _load(
-    ptr, sample, stride_s, row, stride_n, is_row, OF_TOKEN: tl.constexpr, ALIGN: tl.constexpr,
+    ptr, sample, stride_s, row, stride_n, is_row, ALIGN: tl.constexpr,
     C: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Conditioning of each token, (ROWS, A) and (ROWS, B), or of the sample, (1, A) and (1, B)."""
-    if OF_TOKEN:
-        return load_rows(ptr, sample, stride_s, row, stride_n, is_row, ALIGN, C, A, B)
-    else:
+    if stride_n is None:
         return load_row(ptr, sample, stride_s, ALIGN, C, A, B)
+    else:
+        return load_rows(ptr, sample, stride_s, row, stride_n, is_row, ALIGN, C, A, B)
 
 
 @triton.jit
@@ -62,10 +62,9 @@ def _load_vector(ptr, C: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
 def _ada_layer_norm_forward_kernel(
     cu_ptr, length, tiles,
     x_ptr, x_b, x_n, branch_ptr, branch_b, branch_n, gate_ptr, gate_s, gate_n,
-    bias_ptr, bias_s, bias_n, shift_ptr, shift_s, shift_n, scale_ptr, scale_s, scale_n,
+    bias_ptr, bias_s, shift_ptr, shift_s, shift_n, scale_ptr, scale_s, scale_n,
     weight_ptr, norm_bias_ptr, out_ptr, y_ptr, eps,
-    IS_RMS: tl.constexpr, GATE_OF_TOKEN: tl.constexpr, SHIFT_OF_TOKEN: tl.constexpr,
-    SCALE_OF_TOKEN: tl.constexpr,
+    IS_RMS: tl.constexpr,
     C: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     sample, tile, first, first_out, span = locate(cu_ptr, length, tiles)
@@ -79,9 +78,7 @@ def _ada_layer_norm_forward_kernel(
         if gate_ptr is None:
             ga, gb = 1.0, 1.0
         else:
-            ga, gb = _load(
-                gate_ptr, sample, gate_s, row, gate_n, is_row, GATE_OF_TOKEN, ALIGN, C, A, B
-            )
+            ga, gb = _load(gate_ptr, sample, gate_s, row, gate_n, is_row, ALIGN, C, A, B)
         bias_a, bias_b = load_row(bias_ptr, sample, bias_s, ALIGN, C, A, B)
         xa, xb = xa + ga * (ra + bias_a), xb + gb * (rb + bias_b)
         store_rows(out_ptr, row_out, is_row, xa, xb, C, A, B)
@@ -93,12 +90,8 @@ def _ada_layer_norm_forward_kernel(
         if norm_bias_ptr is not None:
             wa, wb = _load_vector(norm_bias_ptr, C, A, B)
             xa, xb = xa + wa, xb + wb
-        scale_a, scale_b = _load(
-            scale_ptr, sample, scale_s, row, scale_n, is_row, SCALE_OF_TOKEN, ALIGN, C, A, B
-        )
-        shift_a, shift_b = _load(
-            shift_ptr, sample, shift_s, row, shift_n, is_row, SHIFT_OF_TOKEN, ALIGN, C, A, B
-        )
+        scale_a, scale_b = _load(scale_ptr, sample, scale_s, row, scale_n, is_row, ALIGN, C, A, B)
+        shift_a, shift_b = _load(shift_ptr, sample, shift_s, row, shift_n, is_row, ALIGN, C, A, B)
         ya, yb = xa * (1 + scale_a) + shift_a, xb * (1 + scale_b) + shift_b
         store_rows(y_ptr, row_out, is_row, ya, yb, C, A, B)
 
@@ -107,14 +100,14 @@ def _ada_layer_norm_forward_kernel(
 def _ada_layer_norm_backward_kernel(
     cu_ptr, length, tiles, tokens_per_program,
     dout_ptr, dout_b, dout_n, dy_ptr, dy_b, dy_n, x_ptr, x_b, x_n, branch_ptr, branch_b, branch_n,
-    gate_ptr, gate_s, gate_n, bias_ptr, bias_s, bias_n, scale_ptr, scale_s, scale_n,
+    gate_ptr, gate_s, gate_n, bias_ptr, bias_s, scale_ptr, scale_s, scale_n,
     weight_ptr, norm_bias_ptr,
     dx_ptr, dbranch_ptr, dgate_ptr, dscale_ptr, partial_ptr, partial_step, eps,
     IS_RMS: tl.constexpr,
     C: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    GATE_OF_TOKEN: tl.constexpr = dgate_ptr is not None
-    SCALE_OF_TOKEN: tl.constexpr = dscale_ptr is not None
+    GATE_OF_TOKEN: tl.constexpr = gate_n is not None
+    SCALE_OF_TOKEN: tl.constexpr = scale_n is not None
     sample, tile, first, first_out, span = locate(cu_ptr, length, tiles)
     start = tile * tokens_per_program
     stop = min(start + tokens_per_program, span)
@@ -203,12 +196,11 @@ def _ada_layer_norm_backward_kernel(
 def _ada_layer_norm_jvp_kernel(
     cu_ptr, length, tiles,
     x_ptr, x_b, x_n, branch_ptr, branch_b, branch_n, gate_ptr, gate_s, gate_n,
-    bias_ptr, bias_s, bias_n, scale_ptr, scale_s, scale_n, weight_ptr, norm_bias_ptr,
+    bias_ptr, bias_s, scale_ptr, scale_s, scale_n, weight_ptr, norm_bias_ptr,
     tx_ptr, tx_b, tx_n, tbranch_ptr, tbranch_b, tbranch_n, tgate_ptr, tgate_s, tgate_n,
-    tbias_ptr, tbias_s, tbias_n, tshift_ptr, tshift_s, tshift_n, tscale_ptr, tscale_s, tscale_n,
+    tbias_ptr, tbias_s, tshift_ptr, tshift_s, tshift_n, tscale_ptr, tscale_s, tscale_n,
     tweight_ptr, tnorm_bias_ptr, tout_ptr, ty_ptr, eps,
-    IS_RMS: tl.constexpr, GATE_OF_TOKEN: tl.constexpr, SHIFT_OF_TOKEN: tl.constexpr,
-    SCALE_OF_TOKEN: tl.constexpr,
+    IS_RMS: tl.constexpr,
     C: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     sample, tile, first, first_out, span = locate(cu_ptr, length, tiles)
@@ -224,12 +216,8 @@ def _ada_layer_norm_jvp_kernel(
         if gate_ptr is None:
             ga, gb = 1.0, 1.0
         else:
-            ga, gb = _load(
-                gate_ptr, sample, gate_s, row, gate_n, is_row, GATE_OF_TOKEN, ALIGN, C, A, B
-            )
-        tga, tgb = _load(
-            tgate_ptr, sample, tgate_s, row, tgate_n, is_row, GATE_OF_TOKEN, ALIGN, C, A, B
-        )
+            ga, gb = _load(gate_ptr, sample, gate_s, row, gate_n, is_row, ALIGN, C, A, B)
+        tga, tgb = _load(tgate_ptr, sample, tgate_s, row, tgate_n, is_row, ALIGN, C, A, B)
         bias_a, bias_b = load_row(bias_ptr, sample, bias_s, ALIGN, C, A, B)
         tbias_a, tbias_b = load_row(tbias_ptr, sample, tbias_s, ALIGN, C, A, B)
         ra, rb, va, vb = ra + bias_a, rb + bias_b, va + tbias_a, vb + tbias_b
@@ -249,14 +237,12 @@ def _ada_layer_norm_jvp_kernel(
             wa, wb = _load_vector(norm_bias_ptr, C, A, B)
             twa, twb = _load_vector(tnorm_bias_ptr, C, A, B)
             xa, xb, ta, tb = xa + wa, xb + wb, ta + twa, tb + twb
-        scale_a, scale_b = _load(
-            scale_ptr, sample, scale_s, row, scale_n, is_row, SCALE_OF_TOKEN, ALIGN, C, A, B
-        )
+        scale_a, scale_b = _load(scale_ptr, sample, scale_s, row, scale_n, is_row, ALIGN, C, A, B)
         tscale_a, tscale_b = _load(
-            tscale_ptr, sample, tscale_s, row, tscale_n, is_row, SCALE_OF_TOKEN, ALIGN, C, A, B
+            tscale_ptr, sample, tscale_s, row, tscale_n, is_row, ALIGN, C, A, B
         )
         tshift_a, tshift_b = _load(
-            tshift_ptr, sample, tshift_s, row, tshift_n, is_row, SHIFT_OF_TOKEN, ALIGN, C, A, B
+            tshift_ptr, sample, tshift_s, row, tshift_n, is_row, ALIGN, C, A, B
         )
         ta = ta * (1 + scale_a) + xa * tscale_a + tshift_a
         tb = tb * (1 + scale_b) + xb * tscale_b + tshift_b
@@ -274,22 +260,17 @@ def _tile(direction: str, x: Tensor, norm: str | None) -> dict[str, int]:
     return dict(C=C, A=A, B=B, ROWS=tile_rows(C, elements), IS_RMS=is_rms, num_warps=num_warps)
 
 
-def _of_token(gate: Tensor | None, shift: Tensor | None, scale: Tensor | None) -> dict[str, bool]:
-    """What is of each token, as constants of a kernel."""
-    given = dict(GATE_OF_TOKEN=gate, SHIFT_OF_TOKEN=shift, SCALE_OF_TOKEN=scale)
-    return {name: is_of_token(cond) for name, cond in given.items()}
-
-
 def forward(*args):
     """(x', y), either of them an empty tensor where the op does not make it."""
-    x, branch, gate, _, shift, scale, _, _, eps, norm, cu, max_length = args
+    x, branch, *_, eps, norm, cu, max_length = args
     tile = _tile("forward", x, norm)
     programs, length, tiles = token_grid(x, cu, max_length, tile["ROWS"])
     return launch(
         _ada_layer_norm_forward_kernel, (programs,),
         (In(10), length, tiles, *view_tokens(args, 0, 1, is_packed=cu is not None),
-         *view_modulation(args, 2, 3, 4, 5), *view_vectors(args, 6, 7), Out(0), Out(1), eps),
-        (like(x, branch), like(x, norm)), args, **tile, **_of_token(gate, shift, scale),
+         *view_modulation(args, 2), *view_cond(args, 3), *view_modulation(args, 4, 5),
+         *view_vectors(args, 6, 7), Out(0), Out(1), eps),
+        (like(x, branch), like(x, norm)), args, **tile,
     )  # fmt: skip
 
 
@@ -310,8 +291,8 @@ def backward(*args):
     return launch(
         _ada_layer_norm_backward_kernel, (programs,),
         (In(11), length, tiles, tokens, *view_tokens(args, 0, 1, 2, 3, is_packed=cu is not None),
-         *view_modulation(args, 4, 5, 6), *view_vectors(args, 7, 8),
-         Out(0), Out(1), Out(2), Out(3), Out(4), programs, eps),
+         *view_modulation(args, 4), *view_cond(args, 5), *view_modulation(args, 6),
+         *view_vectors(args, 7, 8), Out(0), Out(1), Out(2), Out(3), Out(4), programs, eps),
         (like(x), like(branch), *(like(cond, is_of_token(cond) or None) for cond in (gate, scale)),
          partial), args,
         finish=lambda *made: (*made[:4], made[4].sum(2)), **tile,
@@ -320,15 +301,16 @@ def backward(*args):
 
 def jvp(*args):
     """Tangents of (x', y); a tangent that is None is zero."""
-    x, branch, gate, _, shift, scale, _, _, eps, norm, cu, max_length = args[:12]
+    x, branch, *_, eps, norm, cu, max_length = args[:12]
     tile, is_packed = _tile("jvp", x, norm), cu is not None
     programs, length, tiles = token_grid(x, cu, max_length, tile["ROWS"])
     return launch(
         _ada_layer_norm_jvp_kernel, (programs,),
         (In(10), length, tiles,
-         *view_tokens(args, 0, 1, is_packed=is_packed), *view_modulation(args, 2, 3, 5),
-         *view_vectors(args, 6, 7),
-         *view_tokens(args, 12, 13, is_packed=is_packed), *view_modulation(args, 14, 15, 16, 17),
+         *view_tokens(args, 0, 1, is_packed=is_packed), *view_modulation(args, 2),
+         *view_cond(args, 3), *view_modulation(args, 5), *view_vectors(args, 6, 7),
+         *view_tokens(args, 12, 13, is_packed=is_packed), *view_modulation(args, 14),
+         *view_cond(args, 15), *view_modulation(args, 16, 17),
          *view_vectors(args, 18, 19), Out(0), Out(1), eps),
-        (like(x, branch), like(x, norm)), args, **tile, **_of_token(gate, shift, scale),
+        (like(x, branch), like(x, norm)), args, **tile,
     )  # fmt: skip

@@ -15,11 +15,11 @@ from torch import Tensor
 
 
 class In(NamedTuple):
-    """Argument `index` of a call, None or a tensor: the strides that a kernel gets beside it, and
-    what is done to it first."""
+    """Argument `index` of a call, None or a tensor: the strides that a kernel gets beside it, None
+    of a dimension that it lacks, and what is done to it first."""
 
     index: int
-    strides: tuple[int, ...] = ()
+    strides: tuple[int | None, ...] = ()
     change: Callable[[Tensor], Tensor] | None = None
 
 
@@ -44,8 +44,15 @@ def view_cond(args: tuple, *indices: int) -> list[In]:
 
 
 def view_modulation(args: tuple, *indices: int) -> list[In]:
-    """Conditioning rows, or conditioning of each token, by (sample, token); a row's second is 0."""
-    return [_view(args, i, 1, lambda s: (*s[:-1], 0)[:2], 2) for i in indices]
+    """Conditioning rows by (sample, None), that of each token by (sample, token)."""
+    views = []
+    for i in indices:
+        if args[i] is not None and args[i].ndim == 3:
+            views += view_tokens(args, i, is_packed=False)
+        else:
+            (row,) = view_cond(args, i)
+            views.append(row._replace(strides=(*row.strides, None)))
+    return views
 
 
 def view_latents(args: tuple, *indices: int) -> list[In]:
