@@ -23,7 +23,9 @@ import triton
 from tim_kernels import use_backend
 from tim_kernels.launch import tuning
 
+from ..cases import forms
 from ..cases.calls import DIRECTIONS, calls
+from ..cases.shapes import Shape
 from ..record.table import Column, text
 from . import extension
 from .cubin import ARCHITECTURES, Compiled, Resources, compile_launch, in_processes, specialise
@@ -68,7 +70,10 @@ def triton_jobs(
     """Each kernel that a call of some op launches, once, at the first width that needs it."""
     jobs: dict[str, Job] = {}
     for arch, width, dtype in itertools.product(architectures, widths, dtypes):
-        for call in calls(width, HEAD_DIMS.get(width, 64), getattr(torch, dtype)):
+        shape = Shape(256, (16, 16), (4, 32, 32), width, HEAD_DIMS.get(width, 64))
+        of_dtype = getattr(torch, dtype)
+        own, others = calls(**shape._asdict(), dtype=of_dtype), forms.calls(shape, of_dtype, "meta")
+        for call in itertools.chain(own, others):
             for direction in DIRECTIONS if not ops or call.op in ops else ():
                 with (
                     use_backend("triton"), tuning.as_architecture(arch),
