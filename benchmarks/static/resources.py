@@ -2,8 +2,9 @@
 
     python -m benchmarks resources [--arch 90] [--width 1152] [--dtype bfloat16] [--op swiglu]
 
-Every op is called as TiM and other models call it, on meta tensors; each Triton kernel that it would launch
-is compiled ahead of time, and so are all kernels of csrc/ where nvcc is found: no GPU is needed.
+Every op is called as TiM and other models call it, on meta tensors; each Triton kernel that it
+would launch is compiled ahead of time, and so are all kernels of csrc/ where nvcc is found: no GPU
+is needed.
 """
 
 import argparse

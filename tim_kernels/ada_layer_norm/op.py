@@ -81,20 +81,18 @@ def _vjp(args, needs, dout, dy):
         dout, dy, x, branch, gate, bias, scale, weight, norm_bias, eps, norm, cu, max_length
     )
     total, along, of_gate, of_bias = totals[:4].unbind(0)  # of dy, dy·x̂, …: see triton.py
-    of_scale, of_shift, of_weight, of_norm_bias = along, total, along, total
+    of_scale, of_weight, of_norm_bias = along, along, total
     if is_of_token(scale):
         of_norm_bias = totals[-1]
-    else:
-        if weight is not None:
-            of_scale = of_scale * weight
-        if norm_bias is not None:
-            of_scale = of_scale + total * norm_bias
-        if scale is not None:
-            of_weight, of_norm_bias = (each * (1 + scale.float()) for each in (along, total))
+    elif scale is not None and (weight is not None or norm_bias is not None):
+        factor = 1 + scale.float()
+        of_weight, of_norm_bias = along * factor, total * factor
+        of_scale = along if weight is None else along * weight
+        of_scale = of_scale if norm_bias is None else of_scale + total * norm_bias
     if is_of_token(shift):
         dshift = dy.reshape(shift.shape).to(shift.dtype)
     else:
-        dshift = _like(of_shift, shift)
+        dshift = _like(total, shift)
     return (
         dx, None if branch is None else dbranch,
         dgate if is_of_token(gate) else _like(of_gate, gate), _like(of_bias, bias),
