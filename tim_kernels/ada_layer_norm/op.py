@@ -89,14 +89,11 @@ def _vjp(args, needs, dout, dy):
         of_weight, of_norm_bias = along * factor, total * factor
         of_scale = along if weight is None else along * weight
         of_scale = of_scale if norm_bias is None else of_scale + total * norm_bias
-    if is_of_token(shift):
-        dshift = dy.reshape(shift.shape).to(shift.dtype)
-    else:
-        dshift = _like(total, shift)
     return (
         dx, None if branch is None else dbranch,
         dgate if is_of_token(gate) else _like(of_gate, gate), _like(of_bias, bias),
-        dshift, dscale if is_of_token(scale) else _like(of_scale, scale),
+        dy.reshape(shift.shape).to(shift.dtype) if is_of_token(shift) else _like(total, shift),
+        dscale if is_of_token(scale) else _like(of_scale, scale),
         _like(of_weight, weight), _like(of_norm_bias, norm_bias),
     )  # fmt: skip
 
