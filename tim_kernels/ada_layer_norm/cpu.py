@@ -14,12 +14,17 @@ from ..dispatch.torch_private import is_forward_mode
 LEAST = 1 << 14  # elements of a sample for which a call of its own pays
 
 
-def takes(x: Tensor, *others: Tensor | None) -> bool:
+def takes(x, branch, gate, bias, shift, scale, weight, norm_bias, eps, norm) -> bool:
     """Whether `run` computes these tokens: of samples that are not tiny, all tensors of one dtype
-    below float64, without forward mode."""
-    is_plain = x.ndim == 3 and x[0].numel() >= LEAST if x.shape[0] else False
-    same = all(y is None or y.dtype == x.dtype for y in others)
-    return is_plain and same and x.dtype != torch.float64 and not is_forward_mode()
+    below float64, without forward mode; conditioning in rows, and the plain norm."""
+    if x.ndim != 3 or not x.shape[0] or x[0].numel() < LEAST:
+        return False
+    is_plain = norm is None or (norm == "layer" and weight is None and norm_bias is None)
+    rows = (() if branch is None else (gate,)) + (() if norm is None else (shift, scale))
+    if not is_plain or any(row is None or row.ndim != 2 for row in rows):
+        return False
+    same = all(y is None or y.dtype == x.dtype for y in (branch, gate, bias))
+    return same and x.dtype != torch.float64 and not is_forward_mode()
 
 
 def run(x, branch, gate, bias, shift, scale, eps) -> tuple[Tensor | None, Tensor | None]:
