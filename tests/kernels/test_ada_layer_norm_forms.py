@@ -117,7 +117,10 @@ class TestForms(Contract):
         *over(form="token_scale", B=1, N=2, C=[1153, 8192]),
         *over(form=MOST, dtype=torch.bfloat16, cond_dtype=torch.float32),
     ]
-    on_cpu = over(form=["token_shift", "affine_both", "rms"], N=16, C=1024)
+    on_cpu = [
+        *over(form=MOST, dtype=[*DTYPES], N=16, C=1024),
+        *over(form=MOST, dtype=torch.bfloat16, cond_dtype=torch.float32, N=16, C=1024),
+    ]
     empty = over(form=MOST, B=[0, 2], N=0, C=8)
     layout = over(form=MOST, B=2, N=7)
     partial = over(form=MOST, B=2, N=3, C=12)

@@ -143,7 +143,7 @@ def _reference(x, branch, gate, bias, shift, scale, weight, norm_bias, eps, norm
 
 
 def _on_cpu(*args):
-    return cpu.run(*args[:6], args[8]) if cpu.takes(*args[:10]) else _reference(*args)
+    return cpu.run(*args[:10]) if cpu.takes(*args[:10]) else _reference(*args)
 
 
 _call = forward_op.differentiable(8, _check, _reference, _vjp, _on_cpu)
