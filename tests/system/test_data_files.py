@@ -121,14 +121,18 @@ def test_pictures_with_one_latent_are_refused(c2i):
 def test_other_files_are_passed_over(c2i, caplog):
     (c2i["image_dir"] / "LOC_synset.txt").touch()
     (c2i["image_dir"] / "n01440764/.DS_Store").touch()
-    (c2i["image_dir"] / "n01440764/notes.txt").touch()
+    for name in ("notes.txt", "thesis.pdf"):
+        (c2i["image_dir"] / "n01440764" / name).touch()
     assert len(data.make("latent", c2i)) == 6
-    assert "not pictures: n01440764/notes.txt" in caplog.text and "DS_Store" not in caplog.text
+    (record,) = caplog.records
+    names = record.getMessage().partition("not pictures: ")[2].split(", ")
+    assert sorted(names) == ["n01440764/notes.txt", "n01440764/thesis.pdf"]
 
 
 WRONG_LATENTS = {
     "cut": (None, "SafetensorError"),
     "one row": ({"latent": torch.ones(1, 4, 4, 4)}, r"latent must have shape \(2, C, h, w\)"),
+    "larger": ({"latent": torch.ones(2, 4, 8, 8)}, r"shape \(2, C, 4, 4\), got \(2, 4, 8, 8\)"),
     "half a label": ({"label": torch.tensor(0.5)}, "label must be a whole number below 3"),
     "no class": ({"label": torch.tensor(3)}, "label must be a whole number below 3, got 3"),
     "two labels": ({"label": torch.zeros(2)}, "label must be a whole number below 3"),

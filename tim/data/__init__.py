@@ -32,6 +32,7 @@ DATA_TYPES: dict[str, type[TrainingSet]] = {
     "imagefolder": ImageFolder,
     "latent": LatentImages,
     "image_ms": CaptionedImages,
+    "native": NativeLatents,
     "improved_pack": NativeLatents,  # NiT's name
 }
 

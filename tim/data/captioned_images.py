@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch.utils.data import Sampler
 
 from tim.captions import escaped
@@ -51,7 +50,7 @@ class CaptionedImages(TrainingSet):
             raise ValueError(f"escape_captions must be true or false, got {escape_captions!r}")
         self.escape_captions = escape_captions
         self._lines = JsonLines(jsonl_dir, _checked_size)
-        self._sizes = np.array(self._lines.checked)
+        self._sizes = self._lines.checked
         self.packs = Packs(packed_json, len(self))
         for number, pack in enumerate(self.packs):
             if len({*map(tuple, self._sizes[pack].tolist())}) > 1:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -41,26 +42,27 @@ class JsonLines(Sequence[dict[str, Any]]):
     """The objects of a file with one a line, read when they are asked for.
 
     Args:
-        check: called once with every object; what it returns is in `checked`.
+        check: called once with every object; the numbers that it returns are a row of `checked`.
 
     Raises:
         ValueError: a line is no JSON object, or `check` refuses it; the message names it.
     """
 
-    def __init__(self, path: str | Path, check: Callable[[dict[str, Any]], Any]):
-        self.path, self.checked = existing("jsonl_dir", path, "file"), []
-        starts = []
+    def __init__(self, path: str | Path, check: Callable[[dict[str, Any]], tuple[int, ...]]):
+        self.path = existing("jsonl_dir", path, "file")
+        starts, checked = array("q"), array("q")
         with self.path.open("rb") as file:
             while line := file.readline():
                 starts.append(file.tell() - len(line))
                 try:
-                    self.checked.append(check(json.loads(line)))
+                    checked.extend(check(json.loads(line)))
                 except (KeyError, TypeError, ValueError, AttributeError) as error:
                     reason = f"no {error}" if isinstance(error, KeyError) else error
                     raise ValueError(f"{path}, line {len(starts)}: {reason}") from error
         if not starts:
             raise ValueError(f"{path} is empty")
         self._starts = np.array(starts)
+        self.checked = np.array(checked).reshape(len(starts), -1)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -111,7 +113,10 @@ def class_pictures(root: Path) -> dict[str, list[str]]:
     Raises:
         ValueError: there is no class folder, or one without pictures.
     """
-    known, others, found = Image.registered_extensions(), [], {}
+    suffixes = {
+        suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
+    }
+    others, found = [], {}
     names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     for name in names:
         if name.startswith("."):
@@ -120,7 +125,7 @@ def class_pictures(root: Path) -> dict[str, list[str]]:
         for where, _, files in os.walk(root / name, followlinks=True):
             prefix = os.path.relpath(where, root)
             for file in files:
-                if os.path.splitext(file)[1].lower() in known and file[0] != ".":
+                if os.path.splitext(file)[1].lower() in suffixes and file[0] != ".":
                     found[name].append(f"{prefix}/{file}")
                 elif file[0] != ".":
                     others.append(f"{prefix}/{file}")

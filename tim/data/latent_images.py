@@ -47,7 +47,8 @@ class LatentImages(TrainingSet):
         _check_latents(self.latent_dir, found)
         self._files = Names(file for files in found.values() for file in files)
         # Labels grow with the sorted folders, of which there may be fewer than classes.
-        self.num_classes = 1 + _label_of(self.latent_dir, list(found.values())[-1])
+        latent, label = _first(self.latent_dir, list(found.values())[-1])
+        self.num_classes, self._size = int(label) + 1, tuple(latent.shape[1:])
 
     def __len__(self) -> int:
         return len(self._files)
@@ -56,7 +57,7 @@ class LatentImages(TrainingSet):
         name = self._files[index]
         is_flipped = is_mirrored(index)
         path = self.latent_dir / latent_file(name)
-        latent, label = read_latent(path, is_flipped, self.num_classes)
+        latent, label = read_latent(path, is_flipped, self.num_classes, self._size)
         image = pictures.centre_crop(pictures.read(self.image_dir / name), self.image_size)
         image = pictures.to_tensor(image, mirrored=is_flipped)
         return {"latent": latent, "image": image, "label": label}
@@ -89,11 +90,11 @@ def read_latent(
         return rows[int(mirrored)].float(), torch.tensor(int(number))
 
 
-def _label_of(latent_dir: Path, files: list[str]) -> int:
-    """The label of a class, from the first of its latents that can be read."""
+def _first(latent_dir: Path, files: list[str]) -> tuple[Tensor, Tensor]:
+    """The first of the pictures' latents that can be read, and its label."""
     for file in files:
         with contextlib.suppress(UnreadableError):
-            return int(read_latent(latent_dir / latent_file(file), False, None)[1])
+            return read_latent(latent_dir / latent_file(file), False, None)
     raise ValueError(f"latent_dir {latent_dir}: none of the latents can be read of {some(files)}")
 
 

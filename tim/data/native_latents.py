@@ -68,7 +68,7 @@ class NativeLatents(TrainingSet):
         self.image_dir = existing("image_dir", image_dir, "folder")
         self.num_classes = whole("num_classes", num_classes, 1)
         self._lines = JsonLines(jsonl_dir, self._checked_size)
-        self.sizes = np.array(self._lines.checked)  # of latents: (N, 2), h and w
+        self.sizes = self._lines.checked  # of latents: (N, 2), h and w
         self.packs = None if packed_json is None else Packs(packed_json, len(self))
 
     def __len__(self) -> int:
