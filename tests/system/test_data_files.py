@@ -131,7 +131,7 @@ def test_other_files_are_passed_over(c2i, caplog):
 
 WRONG_LATENTS = {
     "cut": (None, "SafetensorError"),
-    "one row": ({"latent": torch.ones(1, 4, 4, 4)}, r"latent must have shape \(2, C, h, w\)"),
+    "one row": ({"latent": torch.ones(1, 4, 4, 4)}, r"latent must have shape \(2, C, 4, 4\)"),
     "larger": ({"latent": torch.ones(2, 4, 8, 8)}, r"shape \(2, C, 4, 4\), got \(2, 4, 8, 8\)"),
     "half a label": ({"label": torch.tensor(0.5)}, "label must be a whole number below 3"),
     "no class": ({"label": torch.tensor(3)}, "label must be a whole number below 3, got 3"),
@@ -212,6 +212,8 @@ def test_a_batch_without_any_readable_item(tmp_path):
         batch["image"], images.collate([images[data.Visit(5, 0, 9)]])["image"]
     )
     assert (loader.drawn, loader.unreadable) == (1, 2)
+    (batch,) = data.Loader(images, [[3]])  # a plain index
+    assert len(batch["label"]) == 1
     images = pictures_of(tmp_path / "all", 20, range(20))
     with pytest.raises(data.UnreadableError, match="none of 17 items can be read"):
         next(iter(data.Loader(images, [[data.Visit(3, 0, 9)]], most_unreadable=1.0)))

@@ -125,10 +125,10 @@ def class_pictures(root: Path) -> dict[str, list[str]]:
         for where, _, files in os.walk(root / name, followlinks=True):
             prefix = os.path.relpath(where, root)
             for file in files:
-                if os.path.splitext(file)[1].lower() in suffixes and file[0] != ".":
-                    found[name].append(f"{prefix}/{file}")
-                elif file[0] != ".":
-                    others.append(f"{prefix}/{file}")
+                if file.startswith("."):
+                    continue
+                kind = kinds.get(os.path.splitext(file)[1].lower())
+                (found[name] if kind in Image.OPEN else others).append(f"{prefix}/{file}")
         found[name].sort()
     if others:
         _log.warning("%s: not pictures: %s", root, some(others))

@@ -32,6 +32,7 @@ class Loader:
         drawn: items so far. unreadable: how many of them could not be read.
 
     Raises:
+        ValueError: `most_unreadable` is no share.
         UnreadableError: from iterating, when more than that share could not be read.
 
     Example:
@@ -49,6 +50,8 @@ class Loader:
         pin_memory: bool = False,
         most_unreadable: float = 0.01,
     ):
+        if not 0 <= most_unreadable <= 1:
+            raise ValueError(f"most_unreadable must be a share in [0, 1], got {most_unreadable}")
         self.most_unreadable = most_unreadable
         self.drawn = self.unreadable = 0
         self._named: dict[str, None] = {}  # a set in order
@@ -98,8 +101,9 @@ class _Batches(Dataset):
         last = indices[-1]
         for i in range(1, MOST_INSTEAD + 1):
             if not items:
-                instead = Visit((last + i) % len(self.data), last.seed, last.image)
-                self._read(instead, items, failed)
+                at = (last + i) % len(self.data)
+                is_keyed = isinstance(last, Visit)
+                self._read(Visit(at, last.seed, last.image) if is_keyed else at, items, failed)
         return self.data.collate(items) if items else {}, len(indices), failed
 
     def _read(self, index: Visit, items: list[Any], failed: list[str]) -> None:
