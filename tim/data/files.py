@@ -113,10 +113,7 @@ def class_pictures(root: Path) -> dict[str, list[str]]:
     Raises:
         ValueError: there is no class folder, or one without pictures.
     """
-    suffixes = {
-        suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
-    }
-    others, found = [], {}
+    kinds, others, found = Image.registered_extensions(), [], {}
     names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     for name in names:
         if name.startswith("."):
