@@ -53,7 +53,7 @@ class Autoencoder:
         device: torch.device | str | None = None,
         tile: int | None = None,
     ) -> "Autoencoder":
-        """From a folder or the hub, float32, in eval mode, without gradients.
+        """From a folder or the hub, in float32 and eval mode.
 
         Pictures with a side longer than `tile` pixels go through in tiles of that size without
         overlap; as published 2048 to train on text and 2560 to sample.
@@ -63,7 +63,7 @@ class Autoencoder:
             OSError: it is neither a folder nor to be had from the hub.
         """
         model = diffusers.AutoModel.from_pretrained(str(folder), torch_dtype=torch.float32)
-        autoencoder = cls(model.to(device).eval().requires_grad_(False))
+        autoencoder = cls(model.to(device))
         if tile is not None:
             autoencoder._tile(whole("tile", tile, 1))
         return autoencoder

@@ -63,12 +63,12 @@ class TextEncoder:
         use_last_hidden_state: bool = True,
         escape_captions: bool = False,
     ) -> "TextEncoder":
-        """From a folder or the hub, in eval mode, without gradients; of T5 the encoder alone.
+        """From a folder or the hub, in eval mode; of T5 the encoder alone.
 
         Raises:
             OSError: it is neither a folder nor to be had from the hub.
         """
-        model = load_model(folder, dtype).to(device).eval().requires_grad_(False)
+        model = load_model(folder, dtype).to(device)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         return cls(model, tokenizer, max_seq_length, use_last_hidden_state, escape_captions)
 
