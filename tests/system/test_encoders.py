@@ -188,7 +188,7 @@ def test_an_encoder_that_was_compiled():
     torch.compiler.reset()
     compiled = torch.compile(gemma(), backend="eager")
     with torch.no_grad():
-        compiled(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        compiled(input_ids=ids, attention_mask=mask, output_hidden_states=False)
     with pytest.raises(ValueError, match="3 of 3 layers of the text encoder run without hooks"):
         TextEncoder(compiled, tokenizer(), 4)(texts)
 
@@ -230,6 +230,10 @@ def test_t5_is_its_encoder_alone(tmp_path):
     with torch.no_grad():
         expected = whole.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(encode.encode(["a red cat"])[0], expected)
+    encode.model.save_pretrained(tmp_path / "encoder")  # as diffusers' folders have it
+    tokenizer().save_pretrained(tmp_path / "encoder")
+    again = TextEncoder.load(tmp_path / "encoder", dtype=torch.float32, max_seq_length=4)
+    torch.testing.assert_close(again.encode(["a red cat"])[0], expected)
 
 
 def test_padded_on_the_right_in_the_model_s_dtype(tmp_path):
@@ -247,3 +251,11 @@ def test_no_text_at_all_and_no_token():
     assert encode([""]).shape == (1, 1, 24) and encode.nothing.isfinite().all()
     with pytest.raises(ValueError, match="max_seq_length must be at least 1, got 0"):
         TextEncoder(gemma(), tokenizer(), 0)
+    with pytest.raises(ValueError, match="escape_captions must be true or false, got 'no'"):
+        TextEncoder(gemma(), tokenizer(), escape_captions="no")
+
+
+@pytest.mark.parametrize("texts", ["a red cat", [], ["a", None]])
+def test_what_are_no_texts(texts):
+    with pytest.raises(ValueError, match="texts must be a list of texts, got"):
+        TextEncoder(gemma(), tokenizer(), 8)(texts)

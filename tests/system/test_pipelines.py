@@ -251,6 +251,13 @@ def test_from_released_text_files(tmp_path):
         tmp_path / "text.bin", path, vae=dc_ae(), text_encoder=gemma(), tokenizer=tokenizer()
     )
     assert given.text_encoder.dtype == torch.float32 and drawn(given).isfinite().all()
+    path = published_config(  # of a network of one's own
+        tmp_path, TEXT, "tim.models.t2i.tim_model.TiM", escape_captions=False
+    )
+    own = TiMTextPipeline.from_checkpoint(
+        tmp_path / "text.bin", path, vae=dc_ae(), text_encoder=gemma(), tokenizer=tokenizer()
+    )
+    assert not own.config.escape_captions
 
 
 def test_each_step_is_told_and_may_be_changed():

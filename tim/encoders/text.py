@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from tim.captions import escaped
 from tim.checks import whole
@@ -50,6 +51,8 @@ class TextEncoder:
         self.model, self.tokenizer = model, tokenizer
         self.max_seq_length = whole("max_seq_length", max_seq_length, 1)
         self.use_last_hidden_state = use_last_hidden_state
+        if not isinstance(escape_captions, bool):
+            raise ValueError(f"escape_captions must be true or false, got {escape_captions!r}")
         self.escape_captions = escape_captions
 
     @classmethod
@@ -96,7 +99,7 @@ class TextEncoder:
         `device` is where the model computes, its own by default.
 
         Raises:
-            ValueError: the model was compiled before, and its hooks do not run.
+            ValueError: these are no texts; or the model was compiled and called before.
         """
         tokens = self._tokens(texts, return_tensors="pt")
         longest = max(1, int(tokens.attention_mask.sum(dim=1).max()))
@@ -104,8 +107,14 @@ class TextEncoder:
         ids, mask = (
             tokens[name].to(device, non_blocking=True) for name in ("input_ids", "attention_mask")
         )
-        states = _hidden_states(self.model, ids, mask)
-        return states[-1 if self.use_last_hidden_state else -2], longest
+        # A language head's output has no last_hidden_state.
+        needs_all = not self.use_last_hidden_state or self.model.get_output_embeddings() is not None
+        encoded = _without_padding(
+            self.model, input_ids=ids, attention_mask=mask, output_hidden_states=needs_all
+        )
+        if not needs_all:
+            return encoded.last_hidden_state, longest
+        return encoded.hidden_states[-1 if self.use_last_hidden_state else -2], longest
 
     def beyond(self, text: str) -> str:
         """What of a text is not read."""
@@ -115,6 +124,9 @@ class TextEncoder:
         return self.tokenizer.decode(lost, skip_special_tokens=True)
 
     def _tokens(self, texts: Sequence[str], **options: str) -> transformers.BatchEncoding:
+        is_several = not isinstance(texts, str) and len(texts)
+        if not is_several or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"texts must be a list of texts, got {texts!r}")
         return self.tokenizer(
             list(map(self._prepared, texts)), padding="max_length", truncation=True,
             max_length=self.max_seq_length, padding_side="right", return_attention_mask=True,
@@ -128,13 +140,14 @@ class TextEncoder:
 def load_model(folder: str | Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """A decoder without its language head, or the encoder of an encoder-decoder (T5)."""
     config = transformers.AutoConfig.from_pretrained(folder)
-    kind = "AutoModelForTextEncoding" if config.is_encoder_decoder else "AutoModel"
+    is_encoder = config.is_encoder_decoder or "t5" in config.model_type
+    kind = "AutoModelForTextEncoding" if is_encoder else "AutoModel"
     return getattr(transformers, kind).from_pretrained(folder, dtype=dtype)
 
 
-def _hidden_states(model: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    """Of every layer (B, L, width), attention zero at padded queries; ids, mask (B, L)."""
-    is_padding = (mask == 0)[..., None]
+def _without_padding(model: nn.Module, **inputs: Tensor | bool) -> ModelOutput:
+    """The model's output, attention zero at padded queries as flash attention's is."""
+    is_padding = (inputs["attention_mask"] == 0)[..., None]
     seen = []
 
     def zero_padding(layer: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -145,7 +158,7 @@ def _hidden_states(model: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tensor,
     with _forward:
         hooks = [layer.register_forward_pre_hook(zero_padding) for layer in layers]
         try:
-            encoded = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+            encoded = model(**inputs)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -154,4 +167,4 @@ def _hidden_states(model: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tensor,
             f"{len(layers) - len(seen)} of {len(layers)} layers of the text encoder run without "
             "hooks, as in one that was compiled and called before: give it as it was loaded"
         )
-    return encoded.hidden_states
+    return encoded
