@@ -259,6 +259,7 @@ def test_what_is_damaged_or_labelled_anew_is_made_again(place, few):
 MISTAKES = {
     "neither": ([], 2, "give one of --image-size and --native"),
     "both": (["--native", "--image-size", 16], 2, "give one of --image-size and --native"),
+    "limits": (["--image-size", 16, "--min-image-size", 4], 2, "are for --native"),
     "factor": (["--image-size", 15], 1, "image_size must be a multiple of 2 px, got 15"),
     "unit": (["--native", "--min-image-size", 7], 1, "min_image_size must be a multiple of 2 px"),
     "most": (["--native", "--max-image-size", 8], 1, "max_image_size must be at least min_image_"),

@@ -113,11 +113,11 @@ def preprocess(
         bool, typer.Option("--native", help="Keep the size of each picture.")
     ] = False,
     min_image_size: Annotated[
-        int, typer.Option(help="Native sides are multiples of it, in px.")
-    ] = 32,
+        int | None, typer.Option(help="Native sides are multiples of it, in px; by default of 32.")
+    ] = None,
     max_image_size: Annotated[
-        int, typer.Option(help="Native areas are at most its square, in px.")
-    ] = 2048,
+        int | None, typer.Option(help="Native areas are at most its square; 2048 px by default.")
+    ] = None,
     pack_tokens: Annotated[
         int | None, typer.Option(help="Also write packs of at most so many latent positions.")
     ] = None,
@@ -134,6 +134,10 @@ def preprocess(
     """Make latents of pictures; a stopped run goes on, and torchrun shares the work."""
     if native == (image_size is not None):
         raise typer.BadParameter("give one of --image-size and --native")
+    limits = {"min_image_size": min_image_size, "max_image_size": max_image_size}
+    limits = {name: size for name, size in limits.items() if size is not None}
+    if limits and not native:
+        raise typer.BadParameter("--min-image-size and --max-image-size are for --native")
     dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
     if dtype not in dtypes:
         raise typer.BadParameter(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
@@ -150,8 +154,7 @@ def preprocess(
         with launched_group():
             made = run(
                 images, latents, autoencoder, image_size=image_size, batch_size=batch_size,
-                min_image_size=min_image_size, max_image_size=max_image_size,
-                pack_tokens=pack_tokens, seed=seed, num_workers=workers,
+                pack_tokens=pack_tokens, seed=seed, num_workers=workers, **limits,
             )  # fmt: skip
     if os.environ.get("RANK", "0") == "0":
         unreadable = len(made.unreadable)

@@ -206,16 +206,14 @@ def _parts(what: str) -> list[Part]:
 
 
 def _fetch(part: Part, names: list[str], root: str | Path) -> None:
-    options = dict(repo_type=part.kind)
-    if part.folder is not None:
-        options["local_dir"] = str(Path(root, part.folder))
-    if patterns := [name for name in names if part.folder is None or "*" in name]:
-        snapshot_download(part.repo, allow_patterns=patterns, **options)
+    place = None if part.folder is None else Path(root, part.folder)
+    if patterns := [name for name in names if place is None or "*" in name]:
+        snapshot_download(part.repo, repo_type=part.kind, allow_patterns=patterns, local_dir=place)
     for name in names:
-        if name not in patterns:
-            path = Path(hf_hub_download(part.repo, name, **options))
+        if place is not None and name not in patterns:
+            path = hf_hub_download(part.repo, name, repo_type=part.kind, local_dir=place)
             if name.endswith(_ARCHIVES):
-                _unpack(path, Path(root, part.folder), name)
+                _unpack(Path(path), place, name)
 
 
 def _without_network(
@@ -282,5 +280,8 @@ def _members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
         return
     with tarfile.open(path) as pack:
         for member in pack:
-            if file := pack.extractfile(member) if member.isfile() else None:
-                yield member.name, file
+            if not member.isdir():
+                content = pack.extractfile(member)  # of a link what it leads to
+                if content is None:
+                    raise ValueError(f"{member.name} is no file")
+                yield member.name, content

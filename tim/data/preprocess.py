@@ -166,7 +166,7 @@ def launched_group() -> Iterator[None]:
 
 
 class _Picture(NamedTuple):
-    index: int
+    place: int  # in the list
     original: tuple[int, int]  # width and height
     size: tuple[int, int]  # that are encoded
 
@@ -226,7 +226,8 @@ class _Job:
         window = self.batch_size * (_WINDOW if self.image_size is None else 1)
         starts = range(rank * window, len(self.images), world_size * window)
         share = sum(min(window, len(self.images) - start) for start in starts)
-        made, sizes = Made(), []
+        made = Made()
+        sizes: list[tuple[int, int, int]] = []
         writes: deque[Future[None]] = deque()
         pool = ThreadPoolExecutor(self.num_workers)
         bar = tqdm(
@@ -255,7 +256,7 @@ class _Job:
                     while len(writes) > self.num_workers:
                         writes.popleft().result()
                 made.there += sum(picture not in missing for picture in batch)
-                sizes.extend((picture.index, *picture.original) for picture in batch)
+                sizes.extend((picture.place, *picture.original) for picture in batch)
                 bar.update(len(batch))
             for write in writes:
                 write.result()
@@ -306,7 +307,7 @@ class _Job:
 
     def _is_there(self, picture: _Picture) -> bool:
         """Whole, and of this size and label."""
-        path = self.latent_dir / self.latents[picture.index]
+        path = self.latent_dir / self.latents[picture.place]
         width, height = (side // self.factor for side in picture.size)
         try:
             with reading(path), safe_open(path, "pt") as file:
@@ -314,12 +315,12 @@ class _Job:
                 label = file.get_tensor("label")
         except UnreadableError:
             return False
-        wanted = self.labels[picture.index]
+        wanted = self.labels[picture.place]
         return shape[:1] + shape[2:] == [2, height, width] and label.tolist() == wanted
 
     def _read(self, picture: _Picture) -> Tensor | UnreadableError:
         try:
-            image = pictures.read(self.image_dir / self.images[picture.index])
+            image = pictures.read(self.image_dir / self.images[picture.place])
         except UnreadableError as error:
             return error
         if self.image_size is None:
@@ -331,7 +332,7 @@ class _Job:
     ) -> dict[_Picture, Tensor]:
         """Latents (2, C, h, w) of those that are missing; the others make the batch the same."""
         x = torch.stack(list(images.values())).to(self.device)
-        draws = [self._generator(picture.index) for picture in images]
+        draws = [self._generator(picture.place) for picture in images]
         both = [self.autoencoder.encode(each, draws) for each in (x, x.flip(-1))]
         latents = torch.stack(both, dim=1).float().cpu().contiguous()
         check_computed("latents", latents, "the autoencoder", self.dtype)
@@ -344,9 +345,9 @@ class _Job:
     def _write(self, latents: dict[_Picture, Tensor]) -> None:
         with filling(self.latent_dir) as folder:
             for picture, latent in latents.items():
-                path = folder / self.latents[picture.index]
+                path = folder / self.latents[picture.place]
                 path.parent.mkdir(parents=True, exist_ok=True)
-                label = torch.tensor(float(self.labels[picture.index]))
+                label = torch.tensor(float(self.labels[picture.place]))
                 save_file({"latent": latent, "label": label}, path)
 
     def write_metadata(self, sizes: np.ndarray, pack_tokens: int | None) -> None:
