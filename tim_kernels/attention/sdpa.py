@@ -6,7 +6,6 @@ from torch import Tensor
 from .op import attention
 from .reference import composite
 
-
 AUTOCAST = {"cpu", "cuda", "mps", "xpu"}  # device types; the question is not traceable before 2.13
 
 
