@@ -3,6 +3,7 @@
     python -m benchmarks COMMAND [--help]
 
 traffic     launches, bytes, FLOPs and roofline times; needs no GPU
+training    memory and roofline of training a preset, by GPU; needs no GPU
 resources   registers, spills and 16-byte accesses of the compiled kernels; needs no GPU
 cpu         every op and whole networks against PyTorch's own on this CPU, by turns
 host        what a call of an op costs the host; needs no GPU
@@ -21,6 +22,8 @@ def main() -> None:
     match command:  # each imports what it needs alone
         case "traffic":
             from .static.traffic import main as run
+        case "training":
+            from .static.training import main as run
         case "resources":
             from .static.resources import main as run
         case "cpu":
