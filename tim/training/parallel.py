@@ -73,7 +73,7 @@ class Parallel:
         # The root, too, gives back what it gathered: the average has no backward that would.
         fully_shard(network, mesh=self.mesh, reshard_after_forward=True)
         network.to_empty(device=self.device)
-        set_model_state_dict(network, weights, options=FROM_FIRST)
+        set_model_state_dict(network, dict(weights), options=FROM_FIRST)  # it writes there
         return network
 
     def wrap(self, network: nn.Module) -> nn.Module:

@@ -32,12 +32,7 @@ class Profiler:
         """The step is done; after the last one of the trace the profiler rests."""
         self._profile.step()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._profile.stop()
         if not self.path.exists():
             _log.warning("no trace: it takes at least %d steps", WAIT + WARMUP + 1)
