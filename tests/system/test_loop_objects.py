@@ -149,7 +149,7 @@ def encode(texts):
 
 
 def test_text_conditioning():
-    """"Nothing" is the empty text, mostly padding, cut to the batch's length."""
+    """ "Nothing" is the empty text, mostly padding, cut to the batch's length."""
     nothing = torch.full((1, 20, 1), -1.0)
     nothing[0, 0] = 1
     captions = ["a fox", "an owl at night"] * 200

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
 from tim.training import initial, snapshots
@@ -66,7 +67,7 @@ class Checkpoints:
         partial = snapshots.partial_folder(self.root, self._step)
         try:
             future.result()
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
             if self.parallel.is_first:
                 shutil.rmtree(partial, ignore_errors=True)
             raise OSError(f"{partial} cannot be written: {_reasons(error)}") from error
@@ -134,7 +135,7 @@ class Checkpoints:
         return None
 
 
-def _reasons(error: Exception) -> str:
+def _reasons(error: BaseException) -> str | BaseException:
     """What went wrong in every process, in one line."""
-    failures = getattr(error, "failures", None) or {0: (error,)}
-    return ", ".join(f"{failure[0]}" for failure in failures.values())
+    failures = getattr(error, "failures", {})
+    return ", ".join(f"process {rank}: {problem[0]}" for rank, problem in failures.items()) or error

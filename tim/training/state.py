@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as dcp_states
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -183,7 +184,7 @@ def _read_shards(state: State, folder: Path) -> None:
         has_average = any(name.startswith("ema.") for name in names)
         parts = _sharded(state, has_average)
         dcp.load(parts, storage_reader=reader)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
         raise ValueError(f"{folder / SHARDS} is damaged ({error})") from error
     for name, network in state.networks.items():
         weights = parts[name if has_average else "network"]
