@@ -169,7 +169,7 @@ def in_two_processes(folder: Path, function) -> None:
                 os.environ |= {
                     "RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{RANKS}",
                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}",
-                    "ACCELERATE_USE_CPU": "true",
+                    "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
                 }  # fmt: skip
                 function(rank, folder)
                 status = 0
