@@ -1,14 +1,14 @@
-// Gated residual, LayerNorm and modulation in any combination, forward and backward.
+// Gated residual, norm and modulation in any combination, forward and backward.
 //
-//     x' = x + gate·(branch + bias)      left out when there is no branch
-//     y  = LN(x')·(1 + scale) + shift    left out when there is no scale
+//     x' = x + gate·(branch + bias)                          left out when there is no branch
+//     y  = (norm(x')·weight + norm_bias)·(1 + scale) + shift  left out when there is no norm
 //
 // Widths 768 and 1152 have kernels whose tokens stay in registers, with 16-byte accesses and every
 // lane busy. Forward: a token belongs to 16 lanes, 6 or 9 chunks of 8 channels each, so that sums
 // need no barrier and a warp has two tokens in flight. Backward: a thread keeps the sums over
 // tokens of its 8 channels, so a token belongs to C/8 threads and a block of 288 has 3 or 2 tokens
-// at a time. Any other width, or a view that is not aligned, takes the kernels of
-// ada_layer_norm.cuh.
+// at a time. They have LayerNorm without weight and bias, gate, scale and shift in rows. Anything
+// else, and a view that is not aligned, takes the kernels of ada_layer_norm.cuh.
 //
 // Statistics are recomputed in backward: the token is read anyway. They are taken of the token less
 // its first mean, so that a mean far from zero loses nothing.
@@ -254,22 +254,44 @@ ScalarType cond_dtype(const Tensor& x, std::initializer_list<const Maybe*> cond)
   return x.scalar_type();
 }
 
+// The token's stride of conditioning (B, N, C) or packed (1, T, C); 0 of a row.
+int64_t token_stride(const Maybe& cond) {
+  return cond.has_value() && cond->dim() == 3 ? cond->stride(1) : 0;
+}
+
+template <typename S>
+General<S> general(
+    const Maybe& gate, const Maybe& shift, const Maybe& scale, const Maybe& weight,
+    const Maybe& norm_bias, bool is_rms, const Maybe& dgate, const Maybe& dscale) {
+  return {token_stride(gate),       token_stride(shift),         token_stride(scale),
+          pointer<const S>(weight), pointer<const S>(norm_bias), is_rms,
+          pointer<S>(dgate),        pointer<S>(dscale)};
+}
+
+bool is_row(const Maybe& cond) { return cond.has_value() && cond->dim() == 2; }
+
 int general_threads(int C) { return std::min(GENERAL_THREADS, (C + WARP - 1) / WARP * WARP); }
 
 void forward(
-    Tensor x, Maybe branch, Maybe gate, Maybe bias, Maybe shift, Maybe scale, Maybe out, Maybe y,
-    double eps, Maybe cu, int64_t max_length, int64_t tokens_per_block) {
+    Tensor x, Maybe branch, Maybe gate, Maybe bias, Maybe shift, Maybe scale, Maybe weight,
+    Maybe norm_bias, Maybe out, Maybe y, double eps, bool is_rms, Maybe cu, int64_t max_length,
+    int64_t tokens_per_block) {
   const int C = static_cast<int>(x.size(-1));
   const Stream stream(x);
   const Grid grid = grid_of(x, cu, max_length, tokens_per_block);
   const int64_t blocks = samples_of(x, cu) * grid.tiles;
-  with_dtypes(x.scalar_type(), cond_dtype(x, {&gate, &scale}), [&](auto t, auto s) {
+  const bool is_plain = !is_rms && !weight.has_value() && !norm_bias.has_value() &&
+                        (!branch.has_value() || is_row(gate)) &&
+                        (!y.has_value() || (is_row(shift) && is_row(scale)));
+  const auto other = cond_dtype(x, {&gate, &bias, &shift, &scale, &weight, &norm_bias});
+  with_dtypes(x.scalar_type(), other, [&](auto t, auto s) {
     using T = typename decltype(t)::type;
     using S = typename decltype(s)::type;
     Forward<T, S> in{
         inputs<T, S>(x, branch, gate, bias, shift, scale, eps, cu.has_value()), pointer<T>(out),
         pointer<T>(y)};
-    const bool is_fast = all_aligned<T, S>(in) && is_aligned(in.out) && is_aligned(in.y);
+    const bool is_fast =
+        is_plain && all_aligned<T, S>(in) && is_aligned(in.out) && is_aligned(in.y);
     if (is_fast && C == 1152)
       return launch(
           stream, ada_layer_norm_forward_kernel<1152, T, S>, blocks, FORWARD_THREADS, 0, in, grid);
@@ -279,20 +301,26 @@ void forward(
     const size_t bytes = (2 * WARP + C) * sizeof(float);
     launch(
         stream, ada_layer_norm_forward_any_kernel<T, S>, blocks, general_threads(C), bytes, in,
-        grid, C);
+        general<S>(gate, shift, scale, weight, norm_bias, is_rms, std::nullopt, std::nullopt), grid,
+        C);
   });
 }
 
 void backward(
-    Maybe dout, Maybe dy, Tensor x, Maybe branch, Maybe gate, Maybe bias, Maybe scale, Tensor dx,
-    Maybe dbranch, Tensor partial, double eps, Maybe cu, int64_t max_length,
-    int64_t tokens_per_block) {
+    Maybe dout, Maybe dy, Tensor x, Maybe branch, Maybe gate, Maybe bias, Maybe scale, Maybe weight,
+    Maybe norm_bias, Tensor dx, Maybe dbranch, Maybe dgate, Maybe dscale, Tensor partial,
+    double eps, bool is_rms, Maybe cu, int64_t max_length, int64_t tokens_per_block) {
   const int C = static_cast<int>(x.size(-1));
   const Stream stream(x);
   const Grid grid = grid_of(x, cu, max_length, tokens_per_block);
   const int64_t blocks = samples_of(x, cu) * grid.tiles;
-  STD_TORCH_CHECK(partial.numel() == 4 * blocks * C, "tim_kernels_cuda: partial is (4, blocks, C)");
-  with_dtypes(x.scalar_type(), cond_dtype(x, {&gate, &scale}), [&](auto t, auto s) {
+  const int64_t sums = dscale.has_value() && norm_bias.has_value() ? 5 : 4;
+  STD_TORCH_CHECK(
+      partial.numel() == sums * blocks * C, "tim_kernels_cuda: partial is (4 or 5, blocks, C)");
+  const bool is_plain = !is_rms && !weight.has_value() && !norm_bias.has_value() &&
+                        (!branch.has_value() || is_row(gate)) && (!dy.has_value() || is_row(scale));
+  const auto other = cond_dtype(x, {&gate, &bias, &scale, &weight, &norm_bias});
+  with_dtypes(x.scalar_type(), other, [&](auto t, auto s) {
     using T = typename decltype(t)::type;
     using S = typename decltype(s)::type;
     const bool is_packed = cu.has_value();
@@ -303,8 +331,8 @@ void backward(
         pointer<T>(dx),
         pointer<T>(dbranch),
         pointer<float>(partial)};
-    const bool is_fast = all_aligned<T, S>(in) && is_aligned(in.dout) && is_aligned(in.dy) &&
-                         is_aligned(in.dx) && is_aligned(in.dbranch);
+    const bool is_fast = is_plain && all_aligned<T, S>(in) && is_aligned(in.dout) &&
+                         is_aligned(in.dy) && is_aligned(in.dx) && is_aligned(in.dbranch);
     const size_t fast_bytes = sizeof(Scratch) + BACKWARD_THREADS * CHUNK * sizeof(float);
     if (is_fast && C == 1152)
       return launch(
@@ -317,7 +345,7 @@ void backward(
     const size_t bytes = (2 * WARP + 2 * C) * sizeof(float);
     launch(
         stream, ada_layer_norm_backward_any_kernel<T, S>, blocks, general_threads(C), bytes, in,
-        grid, C);
+        general<S>(gate, std::nullopt, scale, weight, norm_bias, is_rms, dgate, dscale), grid, C);
   });
 }
 

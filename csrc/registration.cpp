@@ -5,12 +5,13 @@
 TIM_DEFINE(library) {
   library.def(
       "ada_layer_norm_forward(Tensor x, Tensor? branch, Tensor? gate, Tensor? bias, Tensor? shift, "
-      "Tensor? scale, Tensor(a!)? out, Tensor(b!)? y, float eps, Tensor? cu_seqlens, "
-      "int max_length, int tokens_per_block) -> ()");
+      "Tensor? scale, Tensor? weight, Tensor? norm_bias, Tensor(a!)? out, Tensor(b!)? y, "
+      "float eps, bool is_rms, Tensor? cu_seqlens, int max_length, int tokens_per_block) -> ()");
   library.def(
       "ada_layer_norm_backward(Tensor? dout, Tensor? dy, Tensor x, Tensor? branch, Tensor? gate, "
-      "Tensor? bias, Tensor? scale, Tensor(a!) dx, Tensor(b!)? dbranch, Tensor(c!) partial, "
-      "float eps, Tensor? cu_seqlens, int max_length, int tokens_per_block) -> ()");
+      "Tensor? bias, Tensor? scale, Tensor? weight, Tensor? norm_bias, Tensor(a!) dx, "
+      "Tensor(b!)? dbranch, Tensor(c!)? dgate, Tensor(d!)? dscale, Tensor(e!) partial, float eps, "
+      "bool is_rms, Tensor? cu_seqlens, int max_length, int tokens_per_block) -> ()");
 
   library.def("swiglu_forward(Tensor gate, Tensor value, Tensor(a!) out) -> ()");
   library.def(

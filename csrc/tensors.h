@@ -73,12 +73,13 @@ Tokens<T> tokens(const Maybe& x, bool is_packed) {
   return {pointer<T>(x), x->stride(0), x->stride(1)};
 }
 
-// (samples, C), or (1, C) for all samples.
+// (samples, …, C), or (1, …, C) for all samples.
 template <typename T>
 PerSample<T> per_sample(const Maybe& x) {
   if (!x.has_value()) return {nullptr, 0};
   STD_TORCH_CHECK(
-      x->stride(1) == 1 || x->size(1) <= 1, "tim_kernels_cuda: channels must have no gaps");
+      x->stride(x->dim() - 1) == 1 || x->size(x->dim() - 1) <= 1,
+      "tim_kernels_cuda: channels must have no gaps");
   return {pointer<const T>(x), x->size(0) == 1 ? 0 : x->stride(0)};
 }
 

@@ -12,9 +12,9 @@ MOST_LINES = 400
 # own __init__ is above all of them. `tim` may import `tim_kernels`, never the other way.
 LEVELS = {
     "tim": [
-        ["checks", "files", "requirements"],
+        ["captions", "checks", "files", "requirements"],
         ["data", "models", "transports"],
-        ["objective", "sampling"],
+        ["encoders", "objective", "sampling"],
         ["config", "images"],
         ["checkpoints"],
         ["pipelines", "training"],

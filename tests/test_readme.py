@@ -34,7 +34,8 @@ SMALL = dict(hidden_size=32, encoder_depth=1, depth=2, num_heads=2, z_dim=None)
 
 def blocks(page: str, language: str) -> list[str]:
     """Fenced code of a language; of none if it is empty."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGES[page], re.M | re.S)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", PAGES[page], re.M | re.S)
+    return [code for name, code in fenced if name == language]
 
 
 def commands() -> list[str]:

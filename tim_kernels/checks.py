@@ -6,11 +6,12 @@ from torch import Tensor
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64  # the last without kernels
 
 
-def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype every op computes in: float32, or float64 where an input has it."""
     dtype = torch.float32
     for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+        if tensor is not None:
+            dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
 
@@ -56,6 +57,27 @@ def check_cond(name: str, row: Tensor, samples: int, width: int, x: Tensor) -> N
             f"{name} must be ({samples}, {width}) or (1, {width}), got {tuple(row.shape)}"
         )
     check_same_device(name, row, x)
+
+
+def check_modulation(name: str, cond: Tensor, samples: int, x: Tensor, is_packed: bool) -> None:
+    """Refuse what is neither a conditioning row nor conditioning of each token of x."""
+    width = x.shape[-1]
+    of_token = (1, *x.shape) if is_packed else tuple(x.shape)
+    if cond.ndim == 3 and tuple(cond.shape) == of_token:
+        return check_same_device(name, cond, x)
+    if cond.ndim == 2 and cond.shape[0] in (1, samples) and cond.shape[1] == width:
+        return check_same_device(name, cond, x)
+    raise ValueError(
+        f"{name} must be ({samples}, {width}) or (1, {width}), or {tuple(x.shape)} of each token; "
+        f"got {tuple(cond.shape)}"
+    )
+
+
+def check_channels(name: str, vector: Tensor, width: int, x: Tensor) -> None:
+    """Refuse a weight or bias that is not (width,)."""
+    check_same_device(name, vector, x)
+    if vector.shape != (width,):
+        raise ValueError(f"{name} must be ({width},), got {tuple(vector.shape)}")
 
 
 def check_latents(name: str, x: Tensor) -> None:

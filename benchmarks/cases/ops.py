@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import peers
+from . import forms, peers
 from .calls import Call, calls
 from .shapes import Shape
 
@@ -30,11 +30,12 @@ class OpCase(NamedTuple):
 
 
 def shape_calls(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Call]:
-    """Every call with an eager twin at a shape; those of peers need unpacked tokens."""
-    everything = calls(**shape._asdict(), dtype=dtype, device=device)
+    """Every call with an eager twin at a shape; those of peers and other models need unpacked
+    tokens."""
+    everything = [calls(**shape._asdict(), dtype=dtype, device=device)]
     if not shape.grids:
-        everything = itertools.chain(everything, peers.calls(shape, dtype, device))
-    return (call for call in everything if call.eager is not None)
+        everything += [more.calls(shape, dtype, device) for more in (peers, forms)]
+    return (c for c in itertools.chain(*everything) if c.eager is not None)
 
 
 def op_cases(

@@ -2,8 +2,9 @@
 
     python -m benchmarks resources [--arch 90] [--width 1152] [--dtype bfloat16] [--op swiglu]
 
-Every op is called as the models call it, on meta tensors; each Triton kernel that it would launch
-is compiled ahead of time, and so are all kernels of csrc/ where nvcc is found: no GPU is needed.
+Every op is called as TiM and other models call it, on meta tensors; each Triton kernel that it
+would launch is compiled ahead of time, and so are all kernels of csrc/ where nvcc is found: no GPU
+is needed.
 """
 
 import argparse
@@ -23,7 +24,9 @@ import triton
 from tim_kernels import use_backend
 from tim_kernels.launch import tuning
 
+from ..cases import forms
 from ..cases.calls import DIRECTIONS, calls
+from ..cases.shapes import Shape
 from ..record.table import Column, text
 from . import extension
 from .cubin import ARCHITECTURES, Compiled, Resources, compile_launch, in_processes, specialise
@@ -63,12 +66,17 @@ Job = tuple[int, int, str, str, Launch]  # architecture, width, dtype, name of a
 
 
 def triton_jobs(
-    architectures: Iterable[int], widths: Iterable[int], dtypes: Iterable[str], ops: Iterable[str]
-) -> list[Job]:
+    architectures: Iterable[int], widths: Iterable[int], dtypes: Iterable[str],
+    ops: Iterable[str], only_tim: bool = False,
+) -> list[Job]:  # fmt: skip
     """Each kernel that a call of some op launches, once, at the first width that needs it."""
     jobs: dict[str, Job] = {}
     for arch, width, dtype in itertools.product(architectures, widths, dtypes):
-        for call in calls(width, HEAD_DIMS.get(width, 64), getattr(torch, dtype)):
+        shape = Shape(256, (16, 16), (4, 32, 32), width, HEAD_DIMS.get(width, 64))
+        of_dtype = getattr(torch, dtype)
+        made = [calls(**shape._asdict(), dtype=of_dtype)]
+        made += [] if only_tim else [forms.calls(shape, of_dtype, "meta")]
+        for call in itertools.chain(*made):
             for direction in DIRECTIONS if not ops or call.op in ops else ():
                 with (
                     use_backend("triton"), tuning.as_architecture(arch),
@@ -109,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, nargs="+", default=[768, 1152])
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
     parser.add_argument("--op", nargs="+", default=[], help="ada_layer_norm, …; all by default")
+    parser.add_argument("--only-tim", action="store_true", help="not what other models call")
     parser.add_argument("--backend", nargs="+", default=["triton", "cuda"], help="both by default")
     parser.add_argument("--json", type=Path, help="where to write them too")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -118,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     kernels = []
     print("per kernel: warps a program, warps of 64 a multiprocessor")
     if "triton" in args.backend:
-        jobs = triton_jobs(args.arch, args.width, args.dtype, args.op)
+        jobs = triton_jobs(args.arch, args.width, args.dtype, args.op, args.only_tim)
         kernels += in_processes(compile_job, jobs, args.processes)
         print(f"Triton {triton.__version__}\n{text(kernels, COLUMNS)}")
     if "cuda" in args.backend and (reason := extension.why_not()):

@@ -35,7 +35,8 @@ elif what:
 else:
     compiled("XL, sm_90", "--backend", "triton", "--width", "1152")
     widths = "1024", "1152", "2048"
-    compiled("widths", "--backend", "triton", "--width", *widths, "--op", "ada_layer_norm")
+    options = "--op", "ada_layer_norm", "--only-tim"
+    compiled("widths", "--backend", "triton", "--width", *widths, *options)
     jobs = [resources.triton_jobs([90], widths, ["bfloat16"], ["transition_step"])
             for widths in ([64], [64, 128])]
     print(json.dumps([len(each) for each in jobs]))

@@ -10,8 +10,10 @@ from emulated import ROOT, compile_op, run_tests
 
 OPS = sorted(path.stem for path in (ROOT / "csrc").glob("*.cu"))
 TESTS = Path("tests/kernels")
-# Not of the extension: the reference's derivatives, a CPU's form, what torch.compile sees.
-ON_DEVICE = "not gradcheck and not auto_on_a_cpu and not compiles_once"
+# Not of the extension: the reference's derivatives, a CPU's form, what torch.compile sees, Triton's
+# tangents alone.
+ELSEWHERE = "gradcheck", "auto_on_a_cpu", "compiles_once", "opcheck", "a_tangent_of_one"
+ON_DEVICE = " and ".join(f"not {name}" for name in ELSEWHERE)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -91,12 +91,13 @@ class TestAdaLayerNorm(Contract):
 
     def operators(self):
         x, branch, gate, shift, scale, bias = problem("both_bias", N=3, C=24).inputs
-        rest = 1e-6, None, 0
+        rest = None, None, 1e-6, "layer", None, 0
         yield op.forward_op, with_gradients(x, branch, gate, bias, shift, scale, *rest)
         yield op.forward_op, with_gradients(x, None, None, None, shift, scale, *rest)
-        yield op.forward_op, with_gradients(x, branch, gate, None, None, None, 0.0, None, 0)
+        plain = None, None, 0.0, None, None, 0
+        yield op.forward_op, with_gradients(x, branch, gate, None, None, None, *plain)
         yield op.backward_op, (x, x, x, branch, gate, bias, scale, *rest)
-        tangents = x, x, gate, bias, shift, scale
+        tangents = x, x, gate, bias, shift, scale, None, None
         yield op.forward_op.jvp, (x, branch, gate, bias, shift, scale, *rest, *tangents)
 
 

@@ -29,10 +29,12 @@ def test_auto_takes_triton_where_csrc_has_only_a_slow_kernel(monkeypatch, width,
     monkeypatch.setattr(backend, "obstacle", lambda *_: None)
     tokens = torch.empty(2, 3, width, device="meta")
     norm, swiglu = backend.OPS["ada_layer_norm"], backend.OPS["swiglu"]
-    assert backend.fused(norm, tokens) == chosen
-    assert backend.fused(swiglu, tokens) == "cuda"
+    row = tokens[:, 0]
+    args = tokens, None, None, None, row, row, None, None, 1e-6, "layer", None, 0
+    assert backend.fused(norm, args, "cuda") == chosen
+    assert backend.fused(swiglu, (tokens, tokens), "cuda") == "cuda"
     with tim_kernels.use_backend("cuda"):
-        assert backend.fused(norm, tokens) == "cuda"
+        assert backend.fused(norm, args, "cuda") == "cuda"
 
 
 def test_use_backend_is_the_thread_s_own():

@@ -57,7 +57,9 @@ def test_tangents_do_not_need_gradients(off):
 
 def test_the_bare_operator_refuses():
     def bare(x):
-        return op.forward_op.torch_op(x, None, None, None, ROW, ROW, 1e-6, None, 0)[1]
+        return op.forward_op.torch_op(
+            x, None, None, None, ROW, ROW, None, None, 1e-6, "layer", None, 0
+        )[1]
 
     with pytest.raises(NotImplementedError, match="no forward derivative"):
         torch.func.jvp(bare, (X,), (ONE,))

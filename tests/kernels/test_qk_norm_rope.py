@@ -1,7 +1,7 @@
 import pytest
 import torch
 from contract import Contract, over, with_gradients
-from parity import BACKEND, DEVICE, DTYPES, assert_compiles_once, assert_parity
+from parity import BACKEND, DEVICE, DTYPES, assert_compiles_once, assert_parity, noise
 from qk_norm_rope_forms import FORMS, both, eager_both, problem
 from sweep import st
 
@@ -117,6 +117,30 @@ def test_gradient_of_one_output_only():
         for a, b in zip(leaves, twins, strict=True):
             assert (a.grad is None) == (b.grad is None)
             assert b.grad is None or torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(16,), (1, 1, 16), (2, 1, 16)], ids=str)
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_shift_of_every_shape(shape, is_packed):
+    """As (2, 16); its gradient comes back in its shape."""
+    q, k = (noise(2, 6, 2, 8, seed=i, device=DEVICE) for i in (0, 1))
+    weight, shift = noise(8, seed=2, device=DEVICE), noise(*shape, seed=3, device=DEVICE)
+    gradients = []
+    with use_backend(BACKEND):
+        for rows in (shift, shift.reshape(-1, 16).expand(2, 16).clone()):
+            rows.requires_grad_()
+            if is_packed:
+                qkv = torch.stack((q, k, k), dim=2)
+                q_out, k_out, _ = qkv_norm_rope(
+                    qkv, weight, None, weight, q_shift=rows, k_shift=rows
+                )
+            else:
+                q_out, k_out = qk_norm_rope(q, k, weight, None, weight, q_shift=rows, k_shift=rows)
+            (q_out.square() * k_out).sum().backward()
+            gradients.append(rows.grad)
+    found, expected = gradients
+    assert found.shape == shape
+    torch.testing.assert_close(found.reshape(-1, 16), expected.sum_to_size(found.numel() // 16, 16))
 
 
 def test_mean_far_from_zero():

@@ -14,10 +14,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.eager import randomise
+from tests.eager import EagerTiM, randomise
 from tim.models import TiMTransformer2DModel
 from tim.objective import TransitionObjective
 from tim.transports import make
+from tim_kernels import accelerate
 
 RANKS = 2
 FSDP2_KNOWS_JVP = torch.__version__ >= (2, 13)  # github.com/pytorch/pytorch/issues/182641
@@ -26,26 +27,32 @@ KINDS = {
     "jvp": dict(derivative_type="jvp"),
     "jvp shared": dict(derivative_type="jvp", share_primal=True),
 }
+ACCELERATED = "accelerated"  # somebody else's model, with a loss of its own
 CASES = [
     (wrapper, condition, kind, checkpointing)
     for wrapper, condition in (("ddp", "class"), ("fsdp2", "class"), ("fsdp2", "text"))
-    for kind, checkpointing in itertools.product(KINDS, (False, True))
+    for kind, checkpointing in itertools.product((*KINDS, ACCELERATED), (False, True))
 ]
 
 
 def can_run(wrapper: str, kind: str) -> bool:
-    return FSDP2_KNOWS_JVP or wrapper != "fsdp2" or kind == "dde"
+    return FSDP2_KNOWS_JVP or wrapper != "fsdp2" or "jvp" not in kind
 
 
-def problem(rank: int, condition: str):
-    is_text = condition == "text"
+def problem(rank: int, condition: str, kind: str, checkpointing: bool = False):
+    is_text, is_accelerated = condition == "text", kind == ACCELERATED
     model = randomise(
-        TiMTransformer2DModel(
+        (EagerTiM if is_accelerated else TiMTransformer2DModel)(
             patch_size=1, in_channels=3, hidden_size=16, encoder_depth=1, depth=2, num_heads=2,
             num_classes=4, z_dim=6, projector_dim=8, lora_hidden_size=8,
             cap_feat_dim=5 if is_text else None,
         )
     )  # fmt: skip
+    if is_accelerated:
+        assert accelerate(model).fused == [""]
+        model.use_checkpoint = checkpointing
+    elif checkpointing:
+        model.enable_gradient_checkpointing()
     g = torch.Generator().manual_seed(rank)
     x, z = torch.randn(2, 4, 3, 2, 2, generator=g)
     t = torch.rand(4, generator=g) * 0.5 + 0.3
@@ -56,6 +63,10 @@ def problem(rank: int, condition: str):
 
 
 def backward(model, batch, t, r, kind):
+    if kind == ACCELERATED:
+        x, _, y, features = batch
+        sample, zs = model(x, t, r, y, return_zs=True)
+        return ((sample - x).square().mean() + (zs - features).square().mean()).backward()
     objective = TransitionObjective(make("OT_FM"), **KINDS[kind])
     loss = objective(model, *batch, t=t, r=r, n_diffusion=2)
     (loss.weighted + loss.projection).backward()
@@ -85,9 +96,7 @@ def work(rank: int, folder: str):
         wrapper, condition, kind, checkpointing = case
         if not can_run(wrapper, kind):
             continue
-        model, batch, t, r = problem(rank, condition)
-        if checkpointing:
-            model.enable_gradient_checkpointing()
+        model, batch, t, r = problem(rank, condition, kind, checkpointing)
         wrapped = wrap(model, wrapper, mesh)
         for _ in range(2):  # a second step would hang or raise if the first left something behind
             wrapped.zero_grad()
@@ -111,9 +120,9 @@ def ranks(tmp_path_factory):
 def alone():
     """Each rank's gradients without the other, by condition and kind."""
     found = {}
-    for condition, kind in itertools.product(("class", "text"), KINDS):
+    for condition, kind in itertools.product(("class", "text"), (*KINDS, ACCELERATED)):
         for rank in range(RANKS):
-            model, batch, t, r = problem(rank, condition)
+            model, batch, t, r = problem(rank, condition, kind)
             backward(model, batch, t, r, kind)
             found.setdefault((condition, kind), []).append(gradients(model))
     return found

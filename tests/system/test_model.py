@@ -224,3 +224,8 @@ def test_features_need_a_projector():
     model = TiMTransformer2DModel(**TINY | dict(z_dim=None))
     with pytest.raises(ValueError, match="z_dim"):
         model(*inputs(TINY), return_features=True)
+
+
+def test_an_attention_backend_of_diffusers_is_refused():
+    with pytest.raises(ValueError, match="cannot be set"):
+        TiMTransformer2DModel(**TINY).set_attention_backend("_native_math")

@@ -62,7 +62,8 @@ def test_any_size_and_picture():
 
 def test_prompts_are_read_as_the_released_network_was_trained():
     """Padded on the right and cut to the longest, padding attended to; nothing is the empty
-    prompt, cut alike."""
+    prompt, cut alike. At padding, flash attention gives zero: one vector, whatever the prompt, and
+    not what sdpa gives (tests/system/test_encoders.py has it of published code)."""
     pipeline = text_pipeline()
     ids = torch.zeros(3, 8, dtype=torch.long)
     ids[0, :3], ids[1, :2] = torch.tensor([2, 3, 4]), torch.tensor([2, 5])
@@ -71,15 +72,35 @@ def test_prompts_are_read_as_the_released_network_was_trained():
         encoded = encoder(ids, attention_mask=(ids != 0).long(), output_hidden_states=True)
     y, y_null = pipeline.encode_prompt(PROMPTS)
     assert y.shape == y_null.shape == (2, 3, 24)
-    torch.testing.assert_close(y, encoded.last_hidden_state[:2, :3])
-    torch.testing.assert_close(y_null, encoded.last_hidden_state[2:, :3].expand(2, -1, -1))
+    torch.testing.assert_close(y[0], encoded.last_hidden_state[0, :3])
+    torch.testing.assert_close(y[1, :2], encoded.last_hidden_state[1, :2])
+    torch.testing.assert_close(y_null, y[1, 2].expand(2, 3, -1))
+    assert (y[1, 2] - encoded.last_hidden_state[1, 2]).abs().max() > 1
     twice, _ = pipeline.encode_prompt(PROMPTS, num_images_per_prompt=2)
     assert torch.equal(twice, y.repeat_interleave(2, dim=0))
     earlier, _ = text_pipeline(use_last_hidden_state=False).encode_prompt(PROMPTS)
-    torch.testing.assert_close(earlier, encoded.hidden_states[-2][:2, :3])
+    torch.testing.assert_close(earlier[0], encoded.hidden_states[-2][0, :3])
     cut, _ = text_pipeline(max_seq_length=2).encode_prompt(PROMPTS[0])
     assert cut.shape == (1, 2, 24)
     assert pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)[1] is None
+
+
+def test_prompts_are_escaped_where_the_captions_were(tmp_path):
+    """As of the released weights; the flag is saved with the pipeline."""
+    asked = []
+
+    class Tokenizer(type(tokenizer())):
+        def __call__(self, texts, **options):
+            asked.append(texts)
+            return super().__call__(texts, **options)
+
+    pipeline = text_pipeline(escape_captions=True)
+    pipeline.tokenizer.__class__ = Tokenizer
+    pipeline.encode_prompt("a café", negative_prompt="red\ncat")
+    assert ["a caf\\xe9"] in asked and ["red\\ncat"] in asked and "a café" not in asked
+    pipeline.save_pretrained(tmp_path)
+    assert TiMTextPipeline.from_pretrained(tmp_path).config.escape_captions
+    assert not text_pipeline().config.escape_captions
 
 
 def test_negative_prompts():
@@ -223,13 +244,20 @@ def test_from_released_text_files(tmp_path):
     same = text_pipeline(
         transport="EDM", transport_params=dict(T_max=70.0), use_last_hidden_state=False
     )
-    assert torch.equal(drawn(made), drawn(same))
+    assert torch.equal(drawn(made), drawn(same)) and made.config.escape_captions
     half = TiMTextPipeline.from_checkpoint(tmp_path / "text.bin", path, dtype=torch.float16)
     assert half.transformer.dtype == torch.float16 and half.text_encoder.dtype == torch.bfloat16
     given = TiMTextPipeline.from_checkpoint(
         tmp_path / "text.bin", path, vae=dc_ae(), text_encoder=gemma(), tokenizer=tokenizer()
     )
     assert given.text_encoder.dtype == torch.float32 and drawn(given).isfinite().all()
+    path = published_config(  # of a network of one's own
+        tmp_path, TEXT, "tim.models.t2i.tim_model.TiM", escape_captions=False
+    )
+    own = TiMTextPipeline.from_checkpoint(
+        tmp_path / "text.bin", path, vae=dc_ae(), text_encoder=gemma(), tokenizer=tokenizer()
+    )
+    assert not own.config.escape_captions
 
 
 def test_each_step_is_told_and_may_be_changed():

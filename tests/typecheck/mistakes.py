@@ -25,7 +25,7 @@ def mistakes(model: nn.Module, x: Tensor, name: str) -> None:
     ops.ada_layer_norm(x, x, x, segments=(x, 6))  # wrong
     ops.attention(x, x, x, causal=True)  # wrong
     ops.explain("cuda")  # wrong
-    ops.ada_layer_norm(x, x)  # wrong
+    ops.ada_layer_norm(x, norm="batch")  # wrong
     ops.transition_step(x, x, (x, x))  # wrong
     number: int = ops.swiglu(x)  # wrong
     print(backend, first, second, number)

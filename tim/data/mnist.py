@@ -7,9 +7,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tim.data.base import Item, TrainingSet
+
 NUM_CLASSES = 10
 TRAIN_PER_CLASS = 400
 HELD_OUT_PER_CLASS = 100
+
+
+class Digits(TrainingSet):
+    """The images that train. Items: image (1, 28, 28) float32 in [-1, 1], label () int64."""
+
+    names = ("image", "label")
+    num_classes = NUM_CLASSES
+
+    def __init__(self):
+        self._images, self._labels = load("train")
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> Item:
+        return {"image": self._images[int(index)], "label": self._labels[int(index)]}
 
 
 def load(split: Literal["train", "held_out"]) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tim import config
 from tim.checks import check_computed, whole
+from tim.encoders import Autoencoder
 from tim.files import saved_whole
 from tim.sampling import SampleType, sample
 from tim.transports import TRANSPORTS, TransportName, make
@@ -43,13 +44,12 @@ class TiMPipeline(DiffusionPipeline):
         params = dict(transport_params or {})
         self._transport = make(transport, **params)
         self.register_to_config(transport=transport, transport_params=params)
-        vae = self.vae.config
-        blocks = vae.get("encoder_block_out_channels") or vae["block_out_channels"]
-        self.vae_scale_factor = 2 ** (len(blocks) - 1)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        if vae["latent_channels"] != self.transformer.config.in_channels:
+        vae = Autoencoder(self.vae)
+        self.vae_scale_factor = vae.factor
+        self.image_processor = VaeImageProcessor(vae_scale_factor=vae.factor)
+        if vae.channels != self.transformer.config.in_channels:
             raise ValueError(
-                f"the autoencoder has {vae['latent_channels']} latent channels, "
+                f"the autoencoder has {vae.channels} latent channels, "
                 f"the network {self.transformer.config.in_channels}"
             )
 
@@ -120,7 +120,7 @@ class TiMPipeline(DiffusionPipeline):
         return self._transport.initial_state(latents.to(self._execution_device))
 
     def _decode(self, x: Tensor, output_type: str):
-        images = self.vae.decode(x.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+        images = Autoencoder(self.vae).decode(x)
         check_computed("the pictures", images, "the autoencoder", self.vae.dtype)
         return self.image_processor.postprocess(images.float(), output_type)
 

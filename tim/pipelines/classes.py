@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tim import checkpoints, config
 from tim.checks import whole
+from tim.encoders import Autoencoder
 from tim.models import TiMTransformer2DModel
 from tim.sampling import SampleType
 
@@ -73,9 +74,7 @@ class TiMClassPipeline(TiMPipeline):
         cfg = config.load(preset_or_config)
         vae_dir = None if vae else folder_of(cfg, "vae_dir", "vae")
         transformer = checkpoints.load(path, cfg, dtype=dtype)
-        return cls(
-            transformer, vae or diffusers.AutoModel.from_pretrained(vae_dir), *transport_of(cfg)
-        )
+        return cls(transformer, vae or Autoencoder.load(vae_dir).model, *transport_of(cfg))
 
     @overload
     def __call__(

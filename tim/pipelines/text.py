@@ -1,7 +1,6 @@
 """From prompts to pictures."""
 
 import logging
-import os.path
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex, overload
@@ -14,6 +13,8 @@ from torch import Tensor
 
 from tim import checkpoints, config
 from tim.checks import check_finite, whole
+from tim.encoders import Autoencoder, TextEncoder
+from tim.encoders.text import load_model
 from tim.models import TiMTransformer2DModel
 from tim.sampling import SampleType
 
@@ -38,8 +39,9 @@ class TiMTextPipeline(TiMPipeline):
     `AutoencoderDC` or `AutoencoderKL`; `text_encoder` and its `tokenizer`, whose hidden size is
     `cap_feat_dim`, such as Gemma with or without its language head. `max_seq_length` tokens of a
     prompt are read; of the encoder, the last layer with its norm, or the second last without it
-    where `use_last_hidden_state` is false. Without `text_encoder` and `tokenizer`, calls take
-    features in place of prompts.
+    where `use_last_hidden_state` is false. `escape_captions` is for a network that was trained on
+    escaped captions, as the released one was: see `tim.encoders.TextEncoder`. Without
+    `text_encoder` and `tokenizer`, calls take features in place of prompts.
 
     Raises:
         ValueError: components that do not fit each other.
@@ -58,6 +60,7 @@ class TiMTextPipeline(TiMPipeline):
         transport_params: dict[str, Any] | None = None,
         max_seq_length: int = 256,
         use_last_hidden_state: bool = True,
+        escape_captions: bool = False,
     ):
         super().__init__()
         needed = transformer.config.cap_feat_dim
@@ -75,8 +78,9 @@ class TiMTextPipeline(TiMPipeline):
         )
         self._set_up(transport, transport_params)
         self.register_to_config(
-            max_seq_length=max_seq_length, use_last_hidden_state=use_last_hidden_state
-        )
+            max_seq_length=max_seq_length, use_last_hidden_state=use_last_hidden_state,
+            escape_captions=escape_captions,
+        )  # fmt: skip
 
     @classmethod
     def from_checkpoint(
@@ -93,7 +97,8 @@ class TiMTextPipeline(TiMPipeline):
 
         `dtype` is the network's and the text encoder's, whose range float16 does not hold: it gets
         bfloat16 instead. What is not given comes from the configuration's `model.vae_dir` (in
-        float32 as published) and `model.text_encoder_dir`.
+        float32 as published, tiled beyond 2560 pixels) and `model.text_encoder_dir`. Prompts are
+        escaped as the released network's captions were, unless `model.escape_captions` is false.
 
         Raises:
             ValueError: see `tim.checkpoints.load`; or the configuration names no such folder.
@@ -107,12 +112,13 @@ class TiMTextPipeline(TiMPipeline):
         text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
         return cls(
             checkpoints.load(path, cfg, dtype=dtype),
-            vae or diffusers.AutoModel.from_pretrained(vae_dir),
-            text_encoder or transformers.AutoModel.from_pretrained(text_dir, dtype=text_dtype),
+            vae or Autoencoder.load(vae_dir, tile=2560).model,
+            text_encoder or load_model(text_dir, text_dtype),
             tokenizer or transformers.AutoTokenizer.from_pretrained(text_dir),
             *transport_of(cfg),
             max_seq_length=model.get("max_seq_length", 256),
             use_last_hidden_state=model.get("use_last_hidden_state", True),
+            escape_captions=model.get("escape_captions", True),
         )
 
     @overload
@@ -196,30 +202,18 @@ class TiMTextPipeline(TiMPipeline):
                 "this pipeline has no text encoder and tokenizer: give prompt_embeds, and for "
                 "guidance negative_prompt_embeds"
             )
-        tokens = self.tokenizer(
-            prompts, padding="max_length", max_length=self.config.max_seq_length, truncation=True,
-            padding_side="right", return_tensors="pt",
+        encoder = TextEncoder(
+            self.text_encoder, self.tokenizer, self.config.max_seq_length,
+            self.config.use_last_hidden_state, self.config.escape_captions,
         )  # fmt: skip
-        for prompt, row in zip(prompts, tokens.input_ids.tolist(), strict=True):
-            self._warn_of_truncation(prompt, row)
-        device = self._execution_device
-        encoded = self.text_encoder(
-            input_ids=tokens.input_ids.to(device),
-            attention_mask=tokens.attention_mask.to(device),
-            output_hidden_states=True,
-        )
-        features = encoded.hidden_states[-1 if self.config.use_last_hidden_state else -2]
-        check_finite(f"the text features in {features.dtype}", features)
-        return features, max(1, int(tokens.attention_mask.sum(dim=1).max()))
-
-    def _warn_of_truncation(self, prompt: str, row: list[int]) -> None:
-        ids = self.tokenizer(prompt, verbose=False).input_ids
-        if len(ids) > len(row):
-            cut = ids[len(os.path.commonprefix([ids, row])) :]
+        for lost in filter(None, map(encoder.beyond, prompts)):
             _log.warning(
                 "truncated to max_seq_length = %d tokens, the prompt loses %r",
-                len(row), self.tokenizer.decode(cut, skip_special_tokens=True),
+                self.config.max_seq_length, lost,
             )  # fmt: skip
+        features, longest = encoder.encode(prompts, self._execution_device)
+        check_finite(f"the text features in {features.dtype}", features)
+        return features, longest
 
     @overload
     def __call__(

@@ -20,7 +20,6 @@ from types import ModuleType
 from typing import cast
 
 import torch
-from torch import Tensor
 
 from ..names import BACKENDS, Backend
 from . import extension
@@ -134,12 +133,12 @@ def choose(op: str, device: str, is_real: bool = True) -> str:
     return name
 
 
-def fused(op: Op, tensor: Tensor) -> str:
-    """ "cuda" or "triton": whose kernels compute `op` on a real tensor."""
-    name, device = requested(), tensor.device.type
+def fused(op: Op, args: tuple, device: str) -> str:
+    """ "cuda" or "triton": whose kernels compute `op` of real arguments on a device type."""
+    name = requested()
     if name in ("auto", "reference"):  # an operator called although the reference was chosen
         name = _first(op.name, device) or "triton"
-        if name == "cuda" and not _is_fast(op, tensor) and not obstacle("triton", op.name, device):
+        if name == "cuda" and not _is_fast(op, args) and not obstacle("triton", op.name, device):
             name = "triton"
     if reason := obstacle(name, op.name, device):
         raise BackendUnavailable(f"backend {name!r} cannot run {op.name}: {reason}")
@@ -156,7 +155,7 @@ def plan(op: Op, launcher: str, args: tuple, backend: str) -> Callable:
     return getattr(op.triton(), launcher)(*args)
 
 
-def _is_fast(op: Op, tensor: Tensor) -> bool:
-    """Whether csrc/ has its fast kernels for such a tensor, and not only some that can do it."""
+def _is_fast(op: Op, args: tuple) -> bool:
+    """Whether csrc/ has its fast kernels for such arguments, and not only some that can do it."""
     is_fast = getattr(op.cuda, "is_fast", None)
-    return is_fast is None or is_fast(tensor)
+    return is_fast is None or is_fast(*args)

@@ -151,9 +151,8 @@ class Operator:
 
     def _launch(self, args: tuple) -> Callable:
         """The launcher for arguments like these, with their device current."""
-        tensor = _first_tensor(args)
-        launch = plan(self.op, self.launcher, args, fused(self.op, tensor))
-        device = tensor.device
+        device = _first_tensor(args).device
+        launch = plan(self.op, self.launcher, args, fused(self.op, args, device.type))
         if device.type != "cuda" or torch.cuda.device_count() == 1:
             return launch
 

@@ -63,7 +63,8 @@ def launch(
     """
     lengths = [n for n in arguments if isinstance(n, Elements)]
     for argument in arguments:
-        lengths += argument.strides if isinstance(argument, (In, Out)) else ()
+        if isinstance(argument, (In, Out)):
+            lengths += [stride for stride in argument.strides if stride is not None]
     align = 1
     if "ALIGN" in function.arg_names:
         align = next(unit for unit in units if all(n % unit == 0 for n in lengths))
@@ -71,7 +72,8 @@ def launch(
     flat = []
     for argument in arguments:
         if isinstance(argument, (In, Out)):
-            flat += argument, *(stride // align for stride in argument.strides)
+            strides = argument.strides
+            flat += argument, *(None if stride is None else stride // align for stride in strides)
         else:
             flat.append(argument // align if isinstance(argument, Elements) else argument)
 

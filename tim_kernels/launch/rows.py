@@ -118,27 +118,36 @@ def only_channels(a, b, C: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def normalise(
-    a, b, eps, C: tl.constexpr, A: tl.constexpr, B: tl.constexpr, APART: tl.constexpr = False
-):
-    """x̂ = (x − mean)·rstd of each row, and rstd; masked lanes stay zero.
+    a, b, eps, C: tl.constexpr, A: tl.constexpr, B: tl.constexpr, APART: tl.constexpr = False,
+    IS_RMS: tl.constexpr = False,
+):  # fmt: skip
+    """x̂ = (x − mean)·rstd of each row, and rstd; masked lanes stay zero. RMSNorm has no mean.
 
     The mean is taken twice, the second time of the centred row, so that rows far from zero lose
     nothing to the rounding of a large sum.
     """
-    mean = row_sum(a, b, APART) / C
-    a, b = only_channels(a - mean, b - mean, C, A, B)
-    rest = row_sum(a, b, APART) / C
-    a, b = only_channels(a - rest, b - rest, C, A, B)
+    if not IS_RMS:
+        mean = row_sum(a, b, APART) / C
+        a, b = only_channels(a - mean, b - mean, C, A, B)
+        rest = row_sum(a, b, APART) / C
+        a, b = only_channels(a - rest, b - rest, C, A, B)
     rstd = 1.0 / tl.sqrt_rn(row_sum(a * a, b * b, APART) / C + eps)
     return a * rstd, b * rstd, rstd
 
 
 @triton.jit
-def normalise_linear(xa, xb, rstd, ta, tb, C: tl.constexpr, APART: tl.constexpr = False):
+def normalise_linear(
+    xa, xb, rstd, ta, tb, C: tl.constexpr, APART: tl.constexpr = False,
+    IS_RMS: tl.constexpr = False,
+):  # fmt: skip
     """The derivative of `normalise` at x̂ applied to t; it is its own transpose.
 
-    rstd·(t − mean(t) − x̂·mean(x̂·t)) is the tangent of x̂ and the gradient of x alike.
+    rstd·(t − mean(t) − x̂·mean(x̂·t)) is the tangent of x̂ and the gradient of x alike; RMSNorm has
+    no mean(t).
     """
-    mean = row_sum(ta, tb, APART) / C
+    if not IS_RMS:
+        mean = row_sum(ta, tb, APART) / C
     along = row_sum(xa * ta, xb * tb, APART) / C
-    return rstd * (ta - mean - xa * along), rstd * (tb - mean - xb * along)
+    if not IS_RMS:
+        ta, tb = ta - mean, tb - mean
+    return rstd * (ta - xa * along), rstd * (tb - xb * along)

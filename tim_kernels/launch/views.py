@@ -3,8 +3,9 @@ must be. All of it follows from shapes, strides and dtypes, so it is worked out 
 
 A token tensor is (B, N, …) or packed (T, …): a batch and a token stride. Heads of tokens
 (B, N, heads, head_dim) have a head stride besides. A conditioning row is (B, C) or (1, C): a
-sample stride, 0 if all samples share one. Latents are (B, …), contiguous within a sample: a sample
-stride. Elements that must lie side by side and do not are copied.
+sample stride, 0 if all samples share one; that of each token is (B, N, C) or packed (1, T, C).
+Latents are (B, …), contiguous within a sample: a sample stride. Elements that must lie side by side
+and do not are copied.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,11 +15,11 @@ from torch import Tensor
 
 
 class In(NamedTuple):
-    """Argument `index` of a call, None or a tensor: the strides that a kernel gets beside it, and
-    what is done to it first."""
+    """Argument `index` of a call, None or a tensor: the strides that a kernel gets beside it, None
+    of a dimension that it lacks, and what is done to it first."""
 
     index: int
-    strides: tuple[int, ...] = ()
+    strides: tuple[int | None, ...] = ()
     change: Callable[[Tensor], Tensor] | None = None
 
 
@@ -39,10 +40,18 @@ def view_heads(args: tuple, *indices: int, is_packed: bool) -> list[In]:
 
 def view_cond(args: tuple, *indices: int) -> list[In]:
     """Conditioning rows by (sample,)."""
+    return [_view(args, i, 1, lambda s: s[:1], 1) for i in indices]
+
+
+def view_modulation(args: tuple, *indices: int) -> list[In]:
+    """Conditioning rows by (sample, None), that of each token by (sample, token)."""
     views = []
     for i in indices:
-        is_shared = args[i] is not None and args[i].shape[0] == 1
-        views.append(_view(args, i, 1, lambda s, shared=is_shared: (0,) if shared else s[:1], 1))
+        if args[i] is not None and args[i].ndim == 3:
+            views += view_tokens(args, i, is_packed=False)
+        else:
+            (row,) = view_cond(args, i)
+            views.append(row._replace(strides=(*row.strides, None)))
     return views
 
 

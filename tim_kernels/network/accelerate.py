@@ -91,6 +91,7 @@ def restore(model: nn.Module) -> None:
             )
     for module in accelerated:
         module.__class__ = module.own
+    vars(model).pop("_tim_kernels", None)
 
 
 def _why_not(model: nn.Module) -> str | None:
@@ -143,7 +144,8 @@ class Accelerated:
     role: str
 
     def __reduce_ex__(self, protocol):
-        return _made_again, (self.own, self.role), self.__dict__
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _made_again, (self.own, self.role), *state
 
 
 def _made_again(own: type[nn.Module], role: str) -> nn.Module:

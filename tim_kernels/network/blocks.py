@@ -131,15 +131,14 @@ def add_and_norm(
     norm: nn.Module, x: Tensor, pending: Pending | None, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """x with what is pending added, and its modulated norm: one read, where the norm is plain."""
-    if not (
-        is_plain(norm, nn.LayerNorm) and norm.weight is None and len(norm.normalized_shape) == 1
-    ):
+    if not is_plain(norm, nn.LayerNorm) or norm.normalized_shape != x.shape[-1:]:
         x = take_up(x, pending)
         return x, norm(x) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    affine = {} if norm.weight is None else dict(weight=norm.weight, bias=norm.bias)
     if pending is None:
-        return x, ada_layer_norm(x, shift, scale, norm.eps)
+        return x, ada_layer_norm(x, shift, scale, norm.eps, **affine)
     branch, gate, bias = pending
-    return gated_residual_ada_layer_norm(x, branch, gate, shift, scale, norm.eps, branch_bias=bias)
+    return gated_residual_ada_layer_norm(x, branch, gate, shift, scale, norm.eps, bias, **affine)
 
 
 def _is_bare(norm: nn.Module) -> bool:

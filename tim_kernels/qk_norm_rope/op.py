@@ -6,13 +6,13 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ..checks import check_cond, check_same_device, check_tokens, is_double
+from ..checks import check_channels, check_cond, check_same_device, check_tokens, is_double
 from ..dispatch.backend import Op, requested
 from ..dispatch.operators import Derivative, Operator, Planned
 from ..dispatch.torch_private import dispatch_modes, is_mapped
 from ..launch.plans import Plans, signature
 from ..names import RopeOrder
-from ..segments import Segments, packing, unpacked
+from ..segments import Segments, as_row, packing, unpacked
 from . import cpu, cuda, reference
 from .positions import check_positions, period_of, periods_of
 
@@ -139,9 +139,7 @@ def _check(
         if name in shifts:
             check_cond(name, row, samples, H * D, q)
             continue
-        check_same_device(name, row, q)
-        if row.shape != (D,):
-            raise ValueError(f"{name} must be ({D},), got {tuple(row.shape)}")
+        check_channels(name, row, D, q)
         if affine[f"{name[0]}_weight"] is None:
             raise ValueError(f"{name} is given, but no {name[0]}_weight: the norm needs a weight")
     check_positions(q, samples, positions, grid, sizes, order, cu is not None)
@@ -252,8 +250,8 @@ def qk_norm_rope(
             place. k is shaped as q.
         q_weight, q_bias, k_weight, k_bias: (head_dim,), any floating dtype; without a weight
             there is no norm, without a bias none is added.
-        q_shift, k_shift: added before the norm, one row a sample, (B, heads·head_dim) or
-            (1, heads·head_dim).
+        q_shift, k_shift: added before the norm, a row a sample, (B, heads·head_dim) or
+            (B, 1, heads·head_dim), or one for all, (heads·head_dim,), (1, …) or (1, 1, …).
         eps: added to the variance.
 
     Returns q', or (q', k') if k is given: contiguous, in their inputs' dtypes, computed in
@@ -268,6 +266,7 @@ def qk_norm_rope(
         >>> weight, bias = torch.ones(32), torch.zeros(32)
         >>> q, k = qk_norm_rope(q, k, weight, bias, weight, bias, grid=(3, 4), order="grid")
     """
+    q_shift, k_shift = as_row(q_shift, q, segments), as_row(k_shift, q, segments)
     q_out, k_out = _call(
         q, k, q_weight, q_bias, k_weight, k_bias, q_shift, k_shift, positions,
         grid if grid is None else tuple(grid), sizes, order, float(eps), *packing(segments, "q", q),
@@ -311,6 +310,7 @@ def qkv_norm_rope(
         >>> out = attention(q, k, v)
     """
     cu, max_length = packing(segments, "qkv", qkv)
+    q_shift, k_shift = as_row(q_shift, qkv, segments), as_row(k_shift, qkv, segments)
     grid = grid if grid is None or type(grid) is tuple else tuple(grid)
     args = (
         q_weight, q_bias, k_weight, k_bias, q_shift, k_shift, positions, grid, sizes, order,
