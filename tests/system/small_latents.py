@@ -3,8 +3,8 @@
 import torch
 from omegaconf import DictConfig, OmegaConf
 from small_mnist import small
-from torch.utils.data import Dataset
 
+from tim.data import TrainingSet
 from tim.training import Parts
 from tim.training.conditioning import ClassConditioning, TextConditioning
 from tim.training.repa import Targets
@@ -12,9 +12,10 @@ from tim.training.repa import Targets
 CLASSES, SHAPE, WIDTH, Z = 4, (3, 4, 4), 5, 6
 
 
-class Items(Dataset):
+class Items(TrainingSet):
     """`latent`, `image`, `label` and `caption` of 24 pictures that differ."""
 
+    names = ("latent", "image", "label", "caption")
     num_classes = CLASSES
 
     def __init__(self):
@@ -29,7 +30,7 @@ class Items(Dataset):
         return {
             "latent": self.latents[i],
             "image": self.images[i],
-            "label": i % CLASSES,
+            "label": int(i) % CLASSES,
             "caption": "ab" * (i % 3) + "c",
         }
 

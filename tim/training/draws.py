@@ -55,6 +55,10 @@ class ImageStream(Sampler[list[int]]):
         self.seed, self.start = whole("seed", seed, 0), whole("start", start, 0)
         self.rank, self.world_size = whole("rank", rank, 0), whole("world_size", world_size, 1)
 
+    def seen(self, micro_steps: int) -> int:
+        """Images that all processes have seen after so many batches of each."""
+        return self.start + micro_steps * self.batch_size * self.world_size
+
     def __iter__(self) -> Iterator[list[int]]:
         order, order_epoch = None, -1
         first = self.start + self.rank * self.batch_size

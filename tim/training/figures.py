@@ -42,8 +42,8 @@ class Stopwatch:
 class Window:
     """What a line of the log sums up: `terms` of every step, left on the device, and times."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, images: int = 0):
+        self.device, self._images = device, images
         self.terms: list[Tensor] = []
         self.loading, self.encoding = Stopwatch(torch.device("cpu")), Stopwatch(device)
         self._start = time.perf_counter()
@@ -53,11 +53,11 @@ class Window:
         finite = torch.stack(self.terms).isfinite().all(dim=1)
         return None if finite.all() else int(finite.int().argmin())
 
-    def machine(self, images_per_step: int) -> dict[str, float]:
-        """Speed, waits and memory of this process since the window opened."""
+    def machine(self, images: int) -> dict[str, float]:
+        """Speed, waits and memory of this process since the window opened; `images` seen by now."""
         seconds = time.perf_counter() - self._start
         found = {
-            "images_per_second": round(len(self.terms) * images_per_step / seconds, 1),
+            "images_per_second": round((images - self._images) / seconds, 1),
             "loading_share": round(self.loading.seconds() / seconds, 4),
             "encoding_share": round(self.encoding.seconds() / seconds, 4),
         }

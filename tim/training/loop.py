@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tim import config
+from tim.data import Loader
 from tim.files import locked, replacing
 from tim.images import step_grid
 from tim.models import TiMTransformer2DModel
@@ -71,7 +72,7 @@ class Trainer:
         trackers.check(run)
         # Its precision is one for the whole process: runs have their own.
         self.accelerator = Accelerator(
-            mixed_precision="no", log_with=run.tracker, project_dir=output
+            mixed_precision="no", cpu=_are_many_cpus(), log_with=run.tracker, project_dir=output
         )
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.objective = config.build_objective(cfg)
@@ -146,7 +147,7 @@ class Trainer:
             self.log = LossLog(self.output / "log.jsonl", self.step)
         trackers.start(self.accelerator, self.cfg, self.output)
         batches = iter(self._loader())
-        self._window = Window(self.device)
+        self._window = Window(self.device, self.state.images)
         options = dict(total=run.max_train_steps, initial=self.step, disable=not is_main)
         with tqdm(desc="train", **options) as bar:
             while self.step < run.max_train_steps:
@@ -158,8 +159,8 @@ class Trainer:
                         raise
                     self._stop(self._signals[0])
                 self.state.step += 1
-                self.state.images += self.images_per_step
                 self.state.micro_steps += run.gradient_accumulation_steps
+                self.state.images = self._seen(self.state.micro_steps)
                 bar.update()
                 if self.profiler is not None:
                     self.profiler.step()
@@ -208,31 +209,43 @@ class Trainer:
         self.checkpoints.wait()
         raise signals.Stopped(signal, self.step)
 
-    def _loader(self) -> DataLoader:
-        dataloader, state = self.cfg.data.dataloader, self.state
+    def _loader(self) -> Loader:
+        """The batches from now on; `self._seen` counts the images from here."""
+        dataloader, parts = self.cfg.data.dataloader, self.parts
         at = Position(
-            self.run_cfg.seed, state.images, state.micro_steps, dataloader.batch_size,
-            self.rank, self.accelerator.num_processes,
-        )  # fmt: skip
-        return DataLoader(
-            self.parts.dataset,
-            batch_sampler=self.parts.batches(self.parts.dataset, at),
+            dataloader.batch_size,
+            self.run_cfg.seed,
+            self.state.images,
+            self.rank,
+            self.accelerator.num_processes,
+        )
+        sampler = parts.sampler(parts.dataset, at)
+        began = self.state.micro_steps
+        self._seen = lambda micro_steps: sampler.seen(micro_steps - began)
+        return Loader(
+            parts.dataset,
+            sampler,
             num_workers=dataloader.num_workers,
             worker_init_fn=signals.leave_to_parent,
             pin_memory=self.device.type == "cuda",
-            collate_fn=self.parts.collate,
         )
+
+    def _on_device(self, loaded: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in loaded.items()
+        }
 
     def _train_step(self, batches: Iterator[Any]) -> Tensor:
         """One optimizer step; its terms (5,), left on the device."""
         accumulation = self.run_cfg.gradient_accumulation_steps
         terms = torch.zeros(len(TERMS) - 1, device=self.device)
         for micro in range(accumulation):
-            images_seen = self.state.images + micro * self.images_per_micro_step
+            images_seen = self._seen(self.state.micro_steps + micro)
             with self._window.loading.span():
                 loaded = next(batches)
             with self.parallel.accumulating(self.model, micro == accumulation - 1):
-                batch = self.parts.batch(loaded, self.device)
+                batch = self._on_device(loaded)
                 loss, micro_terms = self._loss(batch, images_seen)
                 (loss / accumulation).backward()
             terms += micro_terms / accumulation
@@ -291,12 +304,12 @@ class Trainer:
             "images": self.state.images,
             **dict(zip(TERMS, means, strict=True)),
             "lr": self.state.scheduler.get_last_lr()[0],
-            **window.machine(self.images_per_step),
+            **window.machine(self.state.images),
         }
         if self.accelerator.is_main_process:
             self.log.append(record)
         self.accelerator.log(record, step=self.step)
-        self._window = Window(self.device)
+        self._window = Window(self.device, self.state.images)
         return {"loss": f"{record['loss']:.4f}", "denoising": f"{record['denoising']:.4f}"}
 
     def _draw_samples(self) -> None:
@@ -309,8 +322,13 @@ class Trainer:
         network, transport = self.averaged_network, self.objective.transport
         was_training = network.training
         network.eval()
-        grid = step_grid(network, transport, noise, y, SAMPLE_STEPS, names, self.parts.decode)
-        network.train(was_training)
+        try:
+            grid = step_grid(network, transport, noise, y, SAMPLE_STEPS, names, self.parts.decode)
+        except OSError as error:  # training goes on without pictures
+            _log.warning("no samples: %s", " ".join(str(error).split()))
+            return
+        finally:
+            network.train(was_training)
         if self.accelerator.is_main_process:
             with replacing(self.output / "samples" / f"step-{self.step:08d}.png") as path:
                 grid.save(path)
@@ -342,3 +360,8 @@ class Trainer:
                 _log.warning("goes on from step %d with %s", self.step, ", ".join(differs))
             with replacing(path) as new:
                 OmegaConf.save(self.cfg, new)
+
+
+def _are_many_cpus() -> bool:
+    """Whether a launcher began several processes on a machine without an accelerator."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()

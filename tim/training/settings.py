@@ -83,7 +83,14 @@ RULES: dict[str, _Rule] = {
     "model.use_ema": _FLAG,
     "model.ema_decay": _SHARE,
     "model.ema_warmup": _FLAG,
+    "model.vae_dir": _TEXT_OR_NONE,
+    "model.enc_dir": _TEXT_OR_NONE,
+    "model.text_encoder_dir": _TEXT_OR_NONE,
+    "model.proportion_empty_prompts": _SHARE,
+    "model.use_last_hidden_state": _FLAG,
+    "model.max_seq_length": _whole(1),
     "data.data_type": _TEXT,
+    "data.dataset": _SECTION_OR_NONE,
     "data.dataloader.num_workers": _whole(0),
     "data.dataloader.batch_size": _whole(1),
     "training.seed": _whole(0),
@@ -113,7 +120,17 @@ RULES: dict[str, _Rule] = {
     "training.validation_steps": _whole(1),
 }
 DEFAULTS = {
-    "model": {"ckpt": None, "ema_warmup": False},
+    "model": {
+        "ckpt": None,
+        "ema_warmup": False,
+        "vae_dir": None,
+        "enc_dir": None,
+        "text_encoder_dir": None,
+        "proportion_empty_prompts": 0.1,
+        "use_last_hidden_state": True,
+        "max_seq_length": 256,
+    },
+    "data": {"dataset": None},
     "training": {
         "seed": 0,
         "log_steps": 50,
@@ -127,16 +144,8 @@ DEFAULTS = {
         "tracker_kwargs": None,
     },
 }
-# What published files also hold; pipelines read some of it.
-_UNUSED = {
-    "model": (
-        "vae_dir enc_dir enc_type text_encoder_dir proportion_empty_prompts use_last_hidden_state "
-        "max_seq_length"
-    ),
-    "data": "dataset",
-    "training": "proportion_empty_prompts fsdp_config",
-}
-UNUSED = {f"{section}.{name}" for section, names in _UNUSED.items() for name in names.split()}
+# What published files also hold.
+UNUSED = {"model.enc_type", "training.proportion_empty_prompts", "training.fsdp_config"}
 
 
 def checked(cfg: DictConfig) -> DictConfig:
@@ -186,7 +195,7 @@ def check_fit(
         has.cap_feat_dim is not None,
         isinstance(parts.conditioning, TextConditioning),
     )
-    classes = getattr(parts.dataset, "num_classes", 1)
+    classes = parts.dataset.num_classes or 1
     is_enhanced = objective.transport.enhance_target
     needs = {
         f"cap_feat_dim must be null: {kind} has labels and no text": has_text or not is_text,
