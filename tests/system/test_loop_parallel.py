@@ -5,25 +5,19 @@ import os
 import resource
 import shutil
 import signal
-import socket
-import threading
-import time
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file, save_file
 from small_latents import latents, parts
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from tqdm import tqdm
+from two_processes import assert_same, error, gradients, gradients_of_one, in_two_processes, whole
 
 from tim.training import Stopped, loop, merged, snapshots
 from tim.training.log import read_log
 
-RANKS = 2
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CASES = [  # conditioning, enhanced target, derivative, block checkpointing
     ("class", True, "dde", False),
@@ -44,34 +38,6 @@ def configuration(case, way="ddp", **training):
     cfg.model.transition_loss.derivative_type = derivative
     cfg.model.network.params.use_checkpoint = checkpointing
     return cfg
-
-
-def whole(tensor):
-    return getattr(tensor, "full_tensor", lambda: tensor)().detach().clone()
-
-
-class Captured(Exception):
-    pass
-
-
-def gradients(case, way, output):
-    """Of the first step: as clipping gets them."""
-    trainer = loop.Trainer(configuration(case, way), output, parts(case[0]))
-    start = {name: whole(p) for name, p in trainer.state.network.named_parameters()}
-    trainer._window = loop.Window(trainer.device)
-    found = {}
-
-    def capture(network, most):
-        found.update({n: whole(p.grad) for n, p in network.named_parameters()})
-        raise Captured
-
-    own, loop.clip_gradients = loop.clip_gradients, capture
-    try:
-        trainer._train_step(iter(trainer._loader()))
-    except Captured:
-        return start, found
-    finally:
-        loop.clip_gradients = own
 
 
 def state_of(trainer):
@@ -102,7 +68,8 @@ def resumed(cfg, output):
 def work(rank: int, folder: Path):
     found = {}
     for case, way in BOTH:
-        found[case, way] = gradients(case, way, folder / "none")
+        cfg = configuration(case, way)
+        found[case, way] = gradients(cfg, parts(case[0]), folder / "none")
     loop.SAMPLE_STEPS = (1,)
     for way in WAYS:
         found["unbroken", way] = train(configuration(RUN, way), folder / f"unbroken-{way}")
@@ -154,44 +121,6 @@ def work(rank: int, folder: Path):
         os.rename(folder / "found.unfinished", folder / "found.pt")
 
 
-def in_two_processes(folder: Path, function) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(RANKS):
-        if (pid := os.fork()) == 0:
-            status = 1
-            try:
-                tqdm.set_lock(threading.RLock())
-                for kind in (AcceleratorState, PartialState, GradientState):
-                    kind._shared_state.clear()
-                os.environ |= {
-                    "RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{RANKS}",
-                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}",
-                    "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
-                }  # fmt: skip
-                function(rank, folder)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        children.append(pid)
-    deadline, waiting = time.monotonic() + 240, set(children)
-    while waiting:
-        for pid in sorted(waiting):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                waiting.remove(pid)
-                if status or time.monotonic() > deadline:
-                    for other in waiting:
-                        os.kill(other, signal.SIGKILL)
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert (folder / "found.pt").is_file()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """With what one process made and two processes found."""
@@ -211,42 +140,11 @@ def found(folder):
     return torch.load(folder / "found.pt")
 
 
-def error(one, other):
-    """‖one − other‖ / ‖other‖ over all tensors."""
-    assert one.keys() == other.keys()
-    difference = sum((one[n] - other[n]).double().square().sum() for n in one)
-    return float((difference / sum(other[n].double().square().sum() for n in other)).sqrt())
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """Start and gradients in one process, of the same micro-batches and draws."""
-    found, patch = {}, pytest.MonkeyPatch()
-    patch.setattr(loop.Accelerator, "num_processes", RANKS)
-    patch.setattr(loop.Parallel, "wrap", lambda self, network: network)
-    for case in CASES:
-        trainer = loop.Trainer(configuration(case), tmp_path_factory.mktemp("x"), parts(case[0]))
-        trainer._window, network = loop.Window(trainer.device), trainer.state.network
-        start = {name: p.detach().clone() for name, p in network.named_parameters()}
-        for trainer.rank in range(RANKS):
-            for micro, batch in zip(range(2), trainer._loader(), strict=False):
-                loss, _ = trainer._loss(batch, micro * 8)
-                (loss / 2 / RANKS).backward()
-        found[case] = start, {name: p.grad for name, p in network.named_parameters()}
-    patch.undo()
-    return found
-
-
 @pytest.mark.parametrize("case, way", BOTH, ids=str)
-def test_gradients_are_those_of_one_process(found, alone, case, way):
+def test_gradients_are_those_of_one_process(found, tmp_path, case, way):
     """After accumulation; the networks begin equal to the bit, though one was built on meta."""
-    (start, gradient), (expected_start, expected) = found[case, way], alone[case]
+    start, gradient = found[case, way]
+    expected_start, expected = gradients_of_one(configuration(case), parts(case[0]), tmp_path)
     assert_same(start, expected_start)
     assert error(gradient, expected) < 1e-5
     assert all(g.norm() > 0 for name, g in expected.items() if "final_layer.linear" in name)

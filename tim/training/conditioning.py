@@ -82,6 +82,6 @@ class TextConditioning:
 
     @torch.no_grad()
     def _encoded(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        y = self.encode(texts)
+        y = self.encode(texts).float()
         nothing = self.nothing[:, : y.shape[1]].to(y.device, y.dtype)
         return y, nothing.expand(len(y), -1, -1)

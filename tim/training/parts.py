@@ -72,7 +72,9 @@ def build(cfg: DictConfig, network: Mapping[str, Any], device: torch.device) -> 
     plain = config.resolved(cfg)
     model, kind = plain["model"], plain["data"]["data_type"]
     dataset = data.make(kind, plain["data"]["dataset"])
-    conditioning = _conditioning(dataset, model, network, device)
+    is_bf16 = cfg.training.mixed_precision == "bf16"
+    with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):  # as in a step
+        conditioning = _conditioning(dataset, model, network, device)
     load = functools.cache(lambda: Autoencoder.load(model["vae_dir"], device=device, tile=2048))
     repa = None
     if model["proj_coeff"] and model["enc_dir"] and network["projector_dim"]:
