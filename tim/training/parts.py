@@ -72,6 +72,11 @@ def build(cfg: DictConfig, network: Mapping[str, Any], device: torch.device) -> 
     plain = config.resolved(cfg)
     model, kind = plain["model"], plain["data"]["data_type"]
     dataset = data.make(kind, plain["data"]["dataset"])
+    if isinstance(dataset, data.NativeLatents):
+        raise ValueError(
+            f"data.data_type must be of pictures of one size a batch, got {kind}: tim train does "
+            "not pack sizes"
+        )
     is_bf16 = cfg.training.mixed_precision == "bf16"
     with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):  # as in a step
         conditioning = _conditioning(dataset, model, network, device)
