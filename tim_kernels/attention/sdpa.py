@@ -6,6 +6,8 @@ from torch import Tensor
 from .op import attention
 from .reference import composite
 
+AUTOCAST = {"cpu", "cuda", "mps", "xpu"}  # device types; the question is not traceable before 2.13
+
 
 def scaled_dot_product_attention(
     query: Tensor,
@@ -24,7 +26,7 @@ def scaled_dot_product_attention(
     memory that grows with N·M.
     """
     device = query.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in AUTOCAST and torch.is_autocast_enabled(device):
         tensors = [_lower(x) for x in (query, key, value, attn_mask)]
         with torch.autocast(device, enabled=False):
             return scaled_dot_product_attention(*tensors, dropout_p, is_causal, scale, enable_gqa)
