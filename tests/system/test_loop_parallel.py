@@ -31,11 +31,12 @@ WAYS = {"ddp": {}, "fsdp2": {}, "hsdp": {"parallel": "fsdp2", "fsdp_group_size":
 BOTH = [(case, way) for case in CASES for way in WAYS if way != "hsdp" or case == RUN]
 
 
-def configuration(case, way="ddp", **training):
+def configuration(case, way="ddp", depth=1, **training):
     kind, mg, derivative, checkpointing = case
     sharing = {"parallel": way} | WAYS[way]
     cfg = latents(kind, mg=mg, gradient_accumulation_steps=2, **sharing, **training)
     cfg.model.transition_loss.derivative_type = derivative
+    cfg.model.network.params.depth = depth
     cfg.model.network.params.use_checkpoint = checkpointing
     return cfg
 
@@ -68,7 +69,7 @@ def resumed(cfg, output):
 def work(rank: int, folder: Path):
     found = {}
     for case, way in BOTH:
-        cfg = configuration(case, way)
+        cfg = configuration(case, way, depth=2)
         found[case, way] = gradients(cfg, parts(case[0]), folder / "none")
     loop.SAMPLE_STEPS = (1,)
     for way in WAYS:
@@ -144,7 +145,9 @@ def found(folder):
 def test_gradients_are_those_of_one_process(found, tmp_path, case, way):
     """After accumulation; the networks begin equal to the bit, though one was built on meta."""
     start, gradient = found[case, way]
-    expected_start, expected = gradients_of_one(configuration(case), parts(case[0]), tmp_path)
+    expected_start, expected = gradients_of_one(
+        configuration(case, depth=2), parts(case[0]), tmp_path
+    )
     assert_same(start, expected_start)
     assert error(gradient, expected) < 1e-5
     assert all(g.norm() > 0 for name, g in expected.items() if "final_layer.linear" in name)
