@@ -94,3 +94,35 @@ def test_gradients_of_two_processes(tmp_path, found, autoencoder, name, way):
     start, gradient = found[name, way]
     assert_same(start, expected_start)
     assert error(gradient, expected) < 1e-5
+
+
+def test_pictures_of_your_own(tmp_path, autoencoder):
+    """A folder of class folders, whose latents are made in the loop; resumed, to the bit."""
+    cfg = preset("b-256", autoencoder("b-256"), max_train_steps=4, checkpointing_steps=2)
+    pictures = {"image_dir": str(FOLDER / "c2i/images"), "image_size": 8}
+    cfg.data = {"data_type": "imagefolder", "dataset": pictures, "dataloader": cfg.data.dataloader}
+    whole = loop.train(cfg, tmp_path / "whole")
+    cfg.training.max_train_steps = 2
+    loop.train(cfg, tmp_path / "resumed")
+    cfg.training.max_train_steps = 4
+    resumed = loop.train(cfg, tmp_path / "resumed")
+    name = "diffusion_pytorch_model.safetensors"
+    assert (whole / name).read_bytes() == (resumed / name).read_bytes()
+    cfg.data.dataset.image_size = 16
+    with pytest.raises(ValueError, match=r"must be those of imagefolder, \(4, 8, 8\); got \(4, 4"):
+        loop.train(cfg, tmp_path / "other")
+
+
+def test_parts_that_are_missing(tmp_path, autoencoder):
+    """In one line each."""
+    cfg = preset("t2i", autoencoder("t2i"))
+    for change, said in (
+        ("model.text_encoder_dir=null", "text_encoder_dir must be a text encoder's folder"),
+        ("model.network.params.cap_feat_dim=24", "cap_feat_dim must be 32, the text encoder's"),
+        ("model.enc_dir=null", "proj_coeff must be 0, got 1.0: there is no vision encoder"),
+        (f"model.enc_dir={tmp_path / 'none.tar'}", "no file .*none.tar: radio"),
+        ("model.network.params.in_channels=4", r"must be those of image_ms, \(8, 16, 16\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            loop.train(config.override(cfg, [change]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
