@@ -339,13 +339,16 @@ class Trainer:
         self.checkpoints = Checkpoints(
             root, self.state, self.parallel, run.checkpoints_total_limit, run.checkpoint_list or []
         )
-        found = None
+        found, differs, path = None, [], self.output / "config.yaml"
         if self.checkpoints.exist():
             if run.resume_from_checkpoint is None:
                 raise FileExistsError(
                     f"{self.output} holds checkpoints: set training.resume_from_checkpoint=latest "
                     "or choose another output folder"
                 )
+            if path.is_file():
+                differs = settings.changes(path, self.cfg)
+            settings.check_changes(differs, self.output)
             found = self.checkpoints.restore(self.images_per_step)
         elif run.resume_from_checkpoint not in (None, "latest"):
             self.checkpoints.take_from(Path(run.resume_from_checkpoint), self.images_per_step)
@@ -355,8 +358,7 @@ class Trainer:
                 f"got {run.max_train_steps}"
             )
         if self.accelerator.is_main_process:
-            path = self.output / "config.yaml"
-            if found and path.is_file() and (differs := settings.changes(path, self.cfg)):
+            if differs:
                 _log.warning("goes on from step %d with %s", self.step, ", ".join(differs))
             with replacing(path) as new:
                 OmegaConf.save(self.cfg, new)

@@ -249,6 +249,22 @@ def build_schedule(run: DictConfig, optimizer: Optimizer) -> LambdaLR:
         ) from error
 
 
+# What all of a run is made of. (The network is compared with a checkpoint's; folders may move.)
+FIXED = ("training.seed", "data.data_type", "data.dataset.image_size")
+
+
+def check_changes(differs: list[str], output: Path) -> None:
+    """Refuse to go on with what would make it another run.
+
+    Raises:
+        ValueError: one of `changes` is of a key in `FIXED`.
+    """
+    if wrong := [change for change in differs if change.split()[0] in FIXED]:
+        raise ValueError(
+            f"the run in {output} cannot go on with {', '.join(wrong)}: choose another folder"
+        )
+
+
 def changes(before: Path, now: DictConfig) -> list[str]:
     """Each setting that differs from those in a file, as "training.seed 0 → 1"."""
     try:
