@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NOT_TORCH = {"PIL", "accelerate", "diffusers", "matplotlib", "mlxtend", "omegaconf", "safetensors"}
-NOT_TORCH |= {"scipy", "tim", "torchmetrics", "tqdm", "transformers", "triton", "typer"}
+NOT_TORCH = {"PIL", "accelerate", "diffusers", "huggingface_hub", "matplotlib", "mlxtend"}
+NOT_TORCH |= {"omegaconf", "safetensors", "scipy", "tim", "torchmetrics", "tqdm", "transformers"}
+NOT_TORCH |= {"triton", "typer"}
 
 IMPORT_WITH_TORCH_ALONE = f"""
 import sys
@@ -165,4 +166,4 @@ def _imported_by(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names.add(node.module)
     tops = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
-    return {"pillow" if top == "PIL" else top for top in tops}
+    return {{"PIL": "pillow", "huggingface_hub": "huggingface-hub"}.get(top, top) for top in tops}

@@ -1,5 +1,6 @@
 """The command `tim`."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,13 @@ def _fail(error: Exception | str, code: int) -> NoReturn:
     """End with one line."""
     typer.echo(f"error: {' '.join(str(error).split())}", err=True)
     raise typer.Exit(code) from None
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
+        raise typer.BadParameter(f"device {name!r}: {str(error).splitlines()[0]}") from None
 
 
 @app.callback()
@@ -92,6 +100,93 @@ def export(
 
 
 @app.command()
+def download(
+    what: Annotated[
+        str, typer.Argument(help="imagenet-256, imagenet-512, imagenet-native, t2i-toy or weights.")
+    ],
+    root: Annotated[
+        Path, typer.Option(help="Where the folders datasets and checkpoints are.")
+    ] = Path("."),
+    only_list: Annotated[
+        bool, typer.Option("--list", help="Say which files must lie where, and which do.")
+    ] = False,
+) -> None:
+    """Fetch data sets and weights from the Hugging Face hub; what was cut off goes on."""
+    with _errors_without_traceback():
+        from tim.data import download as hub
+
+        if not only_list:
+            return hub.download(what, root, typer.echo)
+        for line in hub.listing(what, root):
+            typer.echo(line)
+
+
+@app.command()
+def preprocess(
+    images: Annotated[Path, typer.Argument(help="A folder of class folders of pictures.")],
+    latents: Annotated[Path, typer.Argument(help="Where the latents go.")],
+    vae: Annotated[
+        str, typer.Option(help="An autoencoder of diffusers: a folder or a name on the hub.")
+    ],
+    image_size: Annotated[
+        int | None, typer.Option(help="Cut out the middle square, of this side in px.")
+    ] = None,
+    native: Annotated[
+        bool, typer.Option("--native", help="Keep the size of each picture.")
+    ] = False,
+    min_image_size: Annotated[
+        int | None, typer.Option(help="Native sides are multiples of it, in px; by default of 32.")
+    ] = None,
+    max_image_size: Annotated[
+        int | None, typer.Option(help="Native areas are at most its square; 2048 px by default.")
+    ] = None,
+    pack_tokens: Annotated[
+        int | None, typer.Option(help="Also write packs of at most so many latent positions.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Pictures encoded at once, each process.")] = 8,
+    dtype: Annotated[str, typer.Option(help="float32, as published, bfloat16 or float16.")] = (
+        "float32"
+    ),
+    seed: Annotated[int, typer.Option(help="Of what the autoencoder draws.")] = 0,
+    workers: Annotated[int, typer.Option(help="Threads that read and write, each process.")] = 8,
+    device: Annotated[
+        str | None, typer.Option(help="cuda, cpu, …; by default a GPU for each process.")
+    ] = None,
+) -> None:
+    """Make latents of pictures; a stopped run goes on, and torchrun shares the work."""
+    if native == (image_size is not None):
+        raise typer.BadParameter("give one of --image-size and --native")
+    limits = {"min_image_size": min_image_size, "max_image_size": max_image_size}
+    limits = {name: size for name, size in limits.items() if size is not None}
+    if limits and not native:
+        raise typer.BadParameter("--min-image-size and --max-image-size are for --native")
+    dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+    if dtype not in dtypes:
+        raise typer.BadParameter(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
+    if device is None:
+        rank = os.environ.get("LOCAL_RANK", "0")
+        device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
+    _check_device(device)
+    with _errors_without_traceback():
+        from tim.data.preprocess import launched_group
+        from tim.data.preprocess import preprocess as run
+        from tim.encoders import Autoencoder
+
+        autoencoder = Autoencoder.load(vae, dtype=dtypes[dtype], device=device)
+        with launched_group():
+            made = run(
+                images, latents, autoencoder, image_size=image_size, batch_size=batch_size,
+                pack_tokens=pack_tokens, seed=seed, num_workers=workers, **limits,
+            )  # fmt: skip
+    if os.environ.get("RANK", "0") == "0":
+        unreadable = len(made.unreadable)
+        typer.echo(
+            f"{latents}: {made.new} made, {made.there} there before"
+            + f", {unreadable} pictures cannot be read: move them away" * bool(unreadable)
+        )
+
+
+@app.command()
 def sample(
     model: Annotated[Path, typer.Argument(help="The `model` folder that `tim train` wrote.")],
     labels: Annotated[str, typer.Option(help="Class ids, comma-separated.")],
@@ -116,10 +211,7 @@ def sample(
     except ValueError:
         raise typer.BadParameter(f"labels must be like 3,1,4, got {labels!r}") from None
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
-        raise typer.BadParameter(f"device {device!r}: {str(error).splitlines()[0]}") from None
+    _check_device(device)
     with _errors_without_traceback():
         network, transport, _ = load_export(model)
         network.to(device)

@@ -69,6 +69,20 @@ def latent_file(image_file: str) -> str:
     return os.path.join(where, f"{name.partition('.')[0]}.safetensors")
 
 
+def latent_files(name: str, files: list[str]) -> list[str]:
+    """The latents of the pictures of class `name`.
+
+    Raises:
+        ValueError: two would have one.
+    """
+    latents = [latent_file(file) for file in files]
+    if len({*latents}) < len(latents):
+        raise ValueError(
+            f"pictures of class {name} have one name up to the first dot, hence one latent"
+        )
+    return latents
+
+
 def read_latent(
     path: Path, mirrored: bool, num_classes: int | None, size: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -102,12 +116,7 @@ def _check_latents(latent_dir: Path, found: dict[str, list[str]]) -> None:
     """Every picture has a latent of its own; a folder is listed once."""
     missing, listed = [], {}
     for name, files in found.items():
-        latents = {file: latent_file(file) for file in files}
-        if len({*latents.values()}) < len(files):
-            raise ValueError(
-                f"pictures of class {name} have one name up to the first dot, hence one latent"
-            )
-        for file, latent in latents.items():
+        for file, latent in zip(files, latent_files(name, files), strict=True):
             where = os.path.dirname(latent)
             if where not in listed:
                 is_there = (latent_dir / where).is_dir()

@@ -50,10 +50,11 @@ class Autoencoder:
         cls,
         folder: str | Path,
         *,
+        dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         tile: int | None = None,
     ) -> "Autoencoder":
-        """From a folder or the hub, in float32 and eval mode.
+        """From a folder or the hub, in eval mode.
 
         Pictures with a side longer than `tile` pixels go through in tiles of that size without
         overlap; as published 2048 to train on text and 2560 to sample.
@@ -62,7 +63,7 @@ class Autoencoder:
             ValueError: see the class; or a `tile` that is no multiple of `factor`.
             OSError: it is neither a folder nor to be had from the hub.
         """
-        model = diffusers.AutoModel.from_pretrained(str(folder), torch_dtype=torch.float32)
+        model = diffusers.AutoModel.from_pretrained(str(folder), torch_dtype=dtype)
         autoencoder = cls(model.to(device))
         if tile is not None:
             autoencoder._tile(whole("tile", tile, 1))
@@ -80,11 +81,13 @@ class Autoencoder:
         self.model.tile_overlap_factor = 0
 
     @torch.no_grad()
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(
+        self, images: Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] → scaled latents (B, channels, H/factor, W/factor).
 
-        Of an `AutoencoderKL` a sample of the posterior, drawn from `generator`; an `AutoencoderDC`
-        draws nothing.
+        Of an `AutoencoderKL` a sample of the posterior, drawn from `generator`, or of each image
+        from its own; an `AutoencoderDC` draws nothing.
 
         Raises:
             ValueError: the images are of another shape, or H or W is no multiple of `factor`.
