@@ -41,7 +41,7 @@ def load(
             (all are listed); or the configuration is refused by `tim.config`.
     """
     path = Path(path)
-    state = _read(path)
+    state = read_weights(path)
     cfg = _as_config(preset_or_config)
     if not any(name.startswith("projector.") for name in state):
         OmegaConf.update(cfg, "model.network.params.z_dim", None)
@@ -56,7 +56,12 @@ def load(
     return network.eval()
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The floating-point tensors of a `.safetensors` or `.bin` file, by their names in the network.
+
+    Raises:
+        ValueError: the file is missing, truncated or holds anything else.
+    """
     if path.suffix not in _READERS or not path.is_file():
         raise ValueError(f"a {' or '.join(_READERS)} file is needed, got {path}")
     try:

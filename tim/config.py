@@ -6,7 +6,7 @@ A `target:` is looked up in `TARGETS`; nothing is imported because a file names 
 import inspect
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -93,6 +93,23 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
         return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ValueError(f"the configuration cannot be resolved: {_line(error)}") from error
+
+
+def flat(cfg: DictConfig) -> dict[str, Any]:
+    """Every setting by its dotted name, such as "training.seed"."""
+    return dict(leaves(resolved(cfg)))
+
+
+def leaves(
+    tree: Mapping[Any, Any], whole: Collection[str] = (), prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Every dotted key with its value; those in `whole` are not entered."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and value and key not in whole:
+            yield from leaves(value, whole, f"{key}.")
+        else:
+            yield key, value
 
 
 def _line(error: Exception) -> str:

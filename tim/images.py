@@ -1,6 +1,6 @@
 """From tensors to pictures: grids with a label on every row and column."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -48,9 +48,20 @@ def step_label(num_steps: int) -> str:
 
 
 def step_grid(
-    network: nn.Module, transport: Transport, noise: Tensor, y: Tensor, steps: Sequence[int]
+    network: nn.Module,
+    transport: Transport,
+    noise: Tensor,
+    y: Tensor,
+    steps: Sequence[int],
+    columns: Sequence[str] | None = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
 ) -> Image.Image:
-    """Samples of labels y (B,) from one noise (B, C, H, W) of variance 1, a row a step count."""
+    """Samples of y (B, …) from one noise (B, C, H, W) of variance 1, a row a step count.
+
+    `columns` names the samples, by default by their labels y (B,); `decode` makes images of them.
+    """
     z = transport.initial_state(noise)
     rows = {step_label(count): sample(network, transport, z, y, num_steps=count) for count in steps}
-    return labelled_grid(rows, [str(label) for label in y.tolist()])
+    if decode is not None:
+        rows = {label: decode(latents) for label, latents in rows.items()}
+    return labelled_grid(rows, columns or [str(label) for label in y.tolist()])

@@ -69,6 +69,14 @@ def test_another_network_is_refused(tmp_path, change, said):
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_another_seed_is_refused(tmp_path):
+    loop.train(small(max_train_steps=1), tmp_path)
+    before = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(ValueError, match=r"cannot go on with training.seed 0 → 1: choose another"):
+        loop.train(small(max_train_steps=2, seed=1), tmp_path)
+    assert (tmp_path / "config.yaml").read_bytes() == before
+
+
 def test_fewer_steps_than_are_done_are_refused(tmp_path):
     loop.train(small(max_train_steps=4), tmp_path)
     with pytest.raises(ValueError, match="max_train_steps must be at least 4, .* got 3"):

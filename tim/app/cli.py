@@ -66,6 +66,9 @@ def train(
     output: Annotated[
         Path | None, typer.Option(help="The run's folder; runs/<config> by default.")
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Write a trace of some steps to <output>/profile.")
+    ] = False,
 ) -> None:
     """Train a network; a stopped run goes on from its latest checkpoint."""
     from tim import config as configs
@@ -73,8 +76,27 @@ def train(
 
     with _errors_without_traceback():
         cfg = configs.override(configs.load(config), overrides or [])
-        folder = run(cfg, output or Path("runs") / Path(config).stem)
+        folder = run(cfg, output or Path("runs") / Path(config).stem, profile=profile)
     typer.echo(f"network: {folder}")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's folder, whole or sharded.")],
+    output: Annotated[Path, typer.Argument(help="A .safetensors file.")],
+    average: Annotated[bool, typer.Option(help="The averaged network or the network.")] = True,
+) -> None:
+    """Write a checkpoint's weights as one file, under the published names."""
+    from tim.files import replacing
+    from tim.training import merged
+
+    if output.suffix != ".safetensors":
+        raise typer.BadParameter(f"{output} must end in .safetensors")
+    with _errors_without_traceback():
+        weights = merged(checkpoint, average)
+        with replacing(output) as path:
+            save_file(weights, path)
+    typer.echo(output)
 
 
 @app.command()

@@ -5,11 +5,7 @@ from collections.abc import Mapping
 from pkgutil import extend_path
 from typing import Any
 
-from omegaconf import DictConfig
-from torch.utils.data import Dataset, TensorDataset
-
 from tim.checks import closest
-from tim.data import mnist
 from tim.data.base import TrainingSet, UnreadableError
 from tim.data.captioned_images import CaptionedImages
 from tim.data.image_folder import ImageFolder
@@ -78,20 +74,3 @@ def make(data_type: str, dataset: Mapping[str, Any] | None = None) -> TrainingSe
         return DATA_TYPES[data_type](**given)
     except (ValueError, TypeError) as error:
         raise ValueError(f"data.dataset: {error}") from error
-
-
-def build_dataset(cfg: DictConfig) -> Dataset:
-    """The training set of `cfg.data`: items (x (C, H, W) float32, label int64), `num_classes`.
-
-    Raises:
-        ValueError: `data.data_type` names no known dataset.
-    """
-    if cfg.data.data_type == "mnist":
-        dataset = TensorDataset(*mnist.load("train"))
-        dataset.num_classes = mnist.NUM_CLASSES
-        return dataset
-    wanted = ", ".join(f"{name} {value}" for name, value in (cfg.data.get("dataset") or {}).items())
-    raise ValueError(
-        f"data.data_type must be mnist, got {cfg.data.data_type}: tim train cannot read "
-        f"data.dataset ({wanted or 'none given'}) yet"
-    )

@@ -119,6 +119,7 @@ class TransitionObjective:
         t: Tensor | None = None,
         r: Tensor | None = None,
         n_diffusion: int | None = None,
+        y_ema: Tensor | None = None,
     ) -> TransitionLoss:
         """The loss of one batch.
 
@@ -129,6 +130,8 @@ class TransitionObjective:
             ema_model, y_null: needed by an enhanced target; y_null, shaped as y, means "nothing".
             t, r: (B,) floating-point, r ≤ t; drawn unless given.
             n_diffusion: promises r = t for that many leading samples and saves their derivative.
+            y_ema: the conditioning that `ema_model` sees, shaped as y; y itself by default. As
+                published, class labels before dropping.
 
         Raises:
             ValueError: inputs that do not fit.
@@ -146,7 +149,9 @@ class TransitionObjective:
             features = prediction.features.float()
             projection = (1 - F.cosine_similarity(features, features_target.float(), dim=-1)).mean()
 
-        F_cond, F_uncond = self._enhancement(ema_model, inputs.x_t, t, y, y_null)
+        F_cond, F_uncond = self._enhancement(
+            ema_model, inputs.x_t, t, y if y_ema is None else y_ema, y_null
+        )
         terms = transition_loss(
             prediction.F, x, z, self.transport.target_coefficients(t, r),
             dF, derivative.epsilon, F_cond, F_uncond,

@@ -4,6 +4,7 @@ A resumed run therefore sees exactly the data order and the noise of an unbroken
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,19 @@ def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
     key = [whole("a seed's part", part, 0) for part in key]
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator(device=device).manual_seed(seed)
+
+
+class Draws(NamedTuple):
+    """Where a micro-batch has its chance from: on the device, and on the host for what is decided
+    there, such as which texts are dropped."""
+
+    device: torch.Generator
+    host: torch.Generator
+
+    @classmethod
+    def of(cls, *key: int, device: torch.device | str) -> "Draws":
+        """By `key`, such as (seed, rank, images seen)."""
+        return cls(generator(*key, device=device), generator(*key, 1))
 
 
 class ImageStream(Sampler[list[int]]):
@@ -40,6 +54,10 @@ class ImageStream(Sampler[list[int]]):
         self.batch_size = whole("batch_size", batch_size, 1)
         self.seed, self.start = whole("seed", seed, 0), whole("start", start, 0)
         self.rank, self.world_size = whole("rank", rank, 0), whole("world_size", world_size, 1)
+
+    def seen(self, micro_steps: int) -> int:
+        """Images that all processes have seen after so many batches of each."""
+        return self.start + micro_steps * self.batch_size * self.world_size
 
     def __iter__(self) -> Iterator[list[int]]:
         order, order_epoch = None, -1

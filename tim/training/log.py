@@ -21,9 +21,16 @@ class LossLog:
             new.write_text("".join(lines))
 
     def append(self, record: dict[str, float]) -> None:
-        """Write one line, in the file when this returns."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        """Write one line, in the file when this returns.
+
+        Raises:
+            OSError: the file cannot be written, as on a full disk.
+        """
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise OSError(f"{self.path} cannot be written: {error}") from error
 
 
 def read_log(path: Path) -> list[dict[str, float]]:

@@ -1,96 +1,123 @@
 """The training loop of `tim train`."""
 
 import contextlib
-import copy
 import logging
-import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers.training_utils import EMAModel
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tim import config
-from tim.data import build_dataset
+from tim.data import Loader
 from tim.files import locked, replacing
 from tim.images import step_grid
 from tim.models import TiMTransformer2DModel
-from tim.training import draws, settings, signals, snapshots
+from tim.training import draws, initial, profiling, settings, signals, trackers
+from tim.training.average import Average
+from tim.training.checkpoints import Checkpoints
 from tim.training.export import save_export
+from tim.training.figures import TERMS, Window
 from tim.training.log import LossLog
+from tim.training.parallel import Parallel, clip_gradients
+from tim.training.parts import Parts, Position, build
+from tim.training.state import State
 
 SAMPLE_STEPS = (1, 2, 4, 8, 32)
 _log = logging.getLogger(__name__)
 
 
-def train(cfg: DictConfig, output: str | Path) -> Path:
-    """Train as `cfg` says, resuming from the latest complete checkpoint in `output`.
+def train(
+    cfg: DictConfig, output: str | Path, *, parts: Parts | None = None, profile: bool = False
+) -> Path:
+    """Train as `cfg` says, resuming from the latest good checkpoint in `output`.
 
     `output` receives `checkpoints/`, `log.jsonl`, `samples/` and, at the end, the averaged
     network in `model/`, whose path is returned. All randomness comes from `training.seed`, the
     rank and the number of images seen: a stopped and resumed run equals an unbroken one (on a GPU
     up to the order in which attention's backward adds). What `cfg` says counts for a resumed run
-    too; a warning names what differs from before.
+    too; a warning names what differs from before. `parts` are the data and encoders, those of
+    `cfg` by default. `profile` writes a trace of some steps to `profile/`.
 
     SIGTERM and SIGINT end it after the step that it is at (of several processes, at the next line
     of the log), with a checkpoint.
 
     Raises:
         ValueError: a setting is unknown or wrong, or a checkpoint is damaged or of another network.
+        OSError: a checkpoint cannot be written, as on a full disk; those before are whole.
         FileExistsError: `output` holds checkpoints and `training.resume_from_checkpoint` is null.
         BlockingIOError: another process trains in `output`.
         FloatingPointError: a loss term or the gradient is not finite.
         Stopped: a signal ended the run; a KeyboardInterrupt.
     """
-    return Trainer(cfg, Path(output)).run()
+    return Trainer(cfg, Path(output), parts, profile).run()
 
 
 class Trainer:
-    """The state of a run: network, average, optimizer, schedule and step."""
+    """A run: its state, its parts and its log."""
 
-    def __init__(self, cfg: DictConfig, output: Path):
+    def __init__(
+        self, cfg: DictConfig, output: Path, parts: Parts | None = None, profile: bool = False
+    ):
         cfg = settings.checked(cfg)
         self.cfg, self.run_cfg, self.output = cfg, cfg.training, output
         run = self.run_cfg
-        self.dataset = build_dataset(cfg)
+        trackers.check(run)
+        # Its precision is one for the whole process: runs have their own.
         self.accelerator = Accelerator(
-            mixed_precision=run.mixed_precision or "no",
-            gradient_accumulation_steps=run.gradient_accumulation_steps,
+            mixed_precision="no", cpu=_are_many_cpus(), log_with=run.tracker, project_dir=output
         )
+        self.device, self.rank = self.accelerator.device, self.accelerator.process_index
+        self.objective = config.build_objective(cfg)
+        with torch.device("meta"):
+            plan = config.build_network(cfg)
+        self.parts = parts or build(cfg, plan.config, self.device)
+        settings.check_fit(cfg, plan, self.objective, self.parts)
+        self.parallel = Parallel(self.accelerator, run)
+        self.profiler = profiling.Profiler(output / "profile", self.rank) if profile else None
         torch.backends.cuda.matmul.allow_tf32 = run.allow_tf32
         set_seed(run.seed)
 
-        self.objective = config.build_objective(cfg)
-        network = config.build_network(cfg)
-        settings.check_fit(cfg, network, self.objective, self.dataset)
-        if network.projector is not None:  # nothing to align its features with: it stays as it is
-            network.projector.requires_grad_(False)
-        self.ema_network = copy.deepcopy(network).eval().requires_grad_(False)
-        self.ema_network.to(self.accelerator.device)
-        # The average's storage is ema_network itself, ready to be sampled from and saved.
-        decay = cfg.model.ema_decay if cfg.model.use_ema else 0.0
-        self.ema = EMAModel([], decay=decay, foreach=True)  # a few launches, not one a parameter
-        self.ema.shadow_params = list(self.ema_network.parameters())
+        network, *averages = self.parallel.place(self._fresh, 1 + cfg.model.use_ema)
+        average = None
+        if averages:
+            average = Average(averages[0], cfg.model.ema_decay, cfg.model.ema_warmup)
         optimizer = config.build_optimizer(cfg, network.parameters())
         if run.scale_lr:
             for group in optimizer.param_groups:
                 group["lr"] *= self.images_per_step / run.learning_rate_base_batch_size
-        self.scheduler = settings.build_schedule(run, optimizer)
-        self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
-        self.step = self.images = 0
+        scheduler = settings.build_schedule(run, optimizer)
+        self.state = State(network, average, optimizer, scheduler)
+        if run.compile:
+            network.compile_repeated_blocks()
+        self.model = self.parallel.wrap(network)
+
+    def _fresh(self) -> TiMTransformer2DModel:
+        """The network before the first step; where nothing aligns its features, the projector
+        stays as it is."""
+        network = config.build_network(self.cfg)
+        if self.cfg.model.ckpt is not None and network.device.type != "meta":
+            initial.start_from(network, self.cfg.model.ckpt)
+        if network.projector is not None and self.parts.repa is None:
+            network.projector.requires_grad_(False)
+        return network
 
     @property
-    def network(self) -> TiMTransformer2DModel:
-        """The trained network without wrappers."""
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.state.step
+
+    @property
+    def averaged_network(self) -> TiMTransformer2DModel:
+        """What is sampled from and exported; the network itself where there is no average."""
+        return self.state.average.network if self.state.average else self.state.network
 
     @property
     def images_per_micro_step(self) -> int:
@@ -109,6 +136,8 @@ class Trainer:
             if self.accelerator.is_main_process:
                 stack.enter_context(locked(self.output))
             self._signals = stack.enter_context(signals.noted())
+            if self.profiler is not None:
+                stack.enter_context(self.profiler)
             return self._run()
 
     def _run(self) -> Path:
@@ -116,232 +145,225 @@ class Trainer:
         run, is_main = self.run_cfg, self.accelerator.is_main_process
         if is_main:
             self.log = LossLog(self.output / "log.jsonl", self.step)
+        trackers.start(self.accelerator, self.cfg, self.output)
         batches = iter(self._loader())
-        self._open_window()
+        self._window = Window(self.device, self.state.images)
         options = dict(total=run.max_train_steps, initial=self.step, disable=not is_main)
         with tqdm(desc="train", **options) as bar:
             while self.step < run.max_train_steps:
                 try:
-                    self._window.append(self._train_step(batches))
+                    self._window.terms.append(self._train_step(batches))
                 except RuntimeError:  # a signal to the whole group ends what loads the data, too
                     time.sleep(1)
                     if not self._signals:
                         raise
                     self._stop(self._signals[0])
-                self.step += 1
-                self.images += self.images_per_step
+                self.state.step += 1
+                self.state.micro_steps += run.gradient_accumulation_steps
+                self.state.images = self._seen(self.state.micro_steps)
                 bar.update()
+                if self.profiler is not None:
+                    self.profiler.step()
+                self.checkpoints.poll()
                 is_last = self.step == run.max_train_steps
                 is_checkpoint = is_last or self.step % run.checkpointing_steps == 0
                 is_line = is_checkpoint or self.step % run.log_steps == 0
                 if is_line:
                     bar.set_postfix(self._close_window())
-                if is_main and is_checkpoint:
-                    self._save()
+                if is_checkpoint:
+                    self.checkpoints.save()
                 if not is_last and (signal := self._signal(is_line)):
                     self._stop(signal)
-                if is_main and (is_last or self.step % run.validation_steps == 0):
+                if is_last or self.step % run.validation_steps == 0:
                     self._draw_samples()
-        if is_main:
-            save_export(self.ema_network, self.cfg, self.output / "model")
-        self.accelerator.wait_for_everyone()
+        self._end()
         return self.output / "model"
+
+    def _end(self) -> None:
+        """Export what was trained."""
+        self.checkpoints.wait()
+        network = self.averaged_network
+        if self.parallel.is_sharded:
+            weights = self.parallel.whole_weights(network)
+            if self.accelerator.is_main_process:
+                network = TiMTransformer2DModel.from_config(network.config)
+                network.load_state_dict(weights)
+        if self.accelerator.is_main_process:
+            save_export(network, self.cfg, self.output / "model")
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.parallel.barrier()
 
     def _signal(self, is_line: bool) -> int:
         """The signal that ends the run now, or 0; several processes agree at lines of the log."""
         number = self._signals[0] if self._signals else 0
         if self.accelerator.num_processes == 1:
             return number
-        if not is_line:
-            return 0
-        return int(
-            self.accelerator.gather(torch.tensor([number]).to(self.accelerator.device)).max()
-        )
+        return self.parallel.any(number) if is_line else 0
 
     def _stop(self, signal: int) -> NoReturn:
         """End the run for a signal, with a checkpoint of the steps that are done."""
-        if self._window:
+        if self._window.terms:
             self._close_window()
-        is_saved = self.step in snapshots.complete(self.output / "checkpoints")
-        if self.accelerator.is_main_process and not is_saved:
-            self._save()
+        self.checkpoints.save()
+        self.checkpoints.wait()
         raise signals.Stopped(signal, self.step)
 
-    def _loader(self) -> DataLoader:
-        dataloader = self.cfg.data.dataloader
-        stream = draws.ImageStream(
-            len(self.dataset),
+    def _loader(self) -> Loader:
+        """The batches from now on; `self._seen` counts the images from here."""
+        dataloader, parts = self.cfg.data.dataloader, self.parts
+        at = Position(
             dataloader.batch_size,
-            seed=self.run_cfg.seed,
-            start=self.images,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
+            self.run_cfg.seed,
+            self.state.images,
+            self.rank,
+            self.accelerator.num_processes,
         )
-        return DataLoader(
-            self.dataset,
-            batch_sampler=stream,
+        sampler = parts.sampler(parts.dataset, at)
+        began = self.state.micro_steps
+        self._seen = lambda micro_steps: sampler.seen(micro_steps - began)
+        return Loader(
+            parts.dataset,
+            sampler,
             num_workers=dataloader.num_workers,
             worker_init_fn=signals.leave_to_parent,
-            pin_memory=self.accelerator.device.type == "cuda",
+            pin_memory=self.device.type == "cuda",
         )
 
-    def _train_step(self, batches: Iterator[list[Tensor]]) -> Tensor:
-        """One optimizer step; the loss terms and the gradient norm (4,), left on the device."""
+    def _on_device(self, loaded: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in loaded.items()
+        }
+
+    def _train_step(self, batches: Iterator[Any]) -> Tensor:
+        """One optimizer step; its terms (5,), left on the device."""
         accumulation = self.run_cfg.gradient_accumulation_steps
-        terms = torch.zeros(3, device=self.accelerator.device)
+        terms = torch.zeros(len(TERMS) - 1, device=self.device)
         for micro in range(accumulation):
-            images_seen = self.images + micro * self.images_per_micro_step
-            with self.accelerator.accumulate(self.model):
-                loss, micro_terms = self._loss(*next(batches), images_seen)
-                self.accelerator.backward(loss)
+            images_seen = self._seen(self.state.micro_steps + micro)
+            with self._window.loading.span():
+                loaded = next(batches)
+            with self.parallel.accumulating(self.model, micro == accumulation - 1):
+                batch = self._on_device(loaded)
+                loss, micro_terms = self._loss(batch, images_seen)
+                (loss / accumulation).backward()
             terms += micro_terms / accumulation
-        grad_norm = self.accelerator.clip_grad_norm_(
-            self.model.parameters(), self.run_cfg.max_grad_norm or math.inf
-        )
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
-        self.ema.step(self.network.parameters())
-        return torch.cat([terms, grad_norm.detach().reshape(1)])
+        state = self.state
+        grad_norm = clip_gradients(state.network, self.run_cfg.max_grad_norm)
+        state.optimizer.step()
+        state.scheduler.step()
+        state.optimizer.zero_grad()
+        if state.average:
+            state.average.update(state.network)
+        return torch.cat([terms, grad_norm.reshape(1)])
 
-    def _loss(self, x: Tensor, y: Tensor, images_seen: int) -> tuple[Tensor, Tensor]:
-        """The loss of a micro-batch and its detached terms (loss, weighted, denoising)."""
-        device, params = self.accelerator.device, self.cfg.model.network.params
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        generator = draws.generator(
-            self.run_cfg.seed, self.accelerator.process_index, images_seen, device=device
-        )
-        z = torch.randn(x.shape, generator=generator, device=device)
-        t, r, n_diffusion = self.objective.sample_times(len(x), generator=generator, device=device)
-        y_null = torch.full_like(y, params.num_classes)
-        is_dropped = torch.rand(len(x), generator=generator, device=device)
-        y = torch.where(is_dropped < params.class_dropout_prob, y_null, y)
-        with self.accelerator.autocast():
+    def _loss(self, batch: dict[str, Any], images_seen: int) -> tuple[Tensor, Tensor]:
+        """The loss of a micro-batch and its detached terms, `TERMS` without the last."""
+        parts, coeff = self.parts, self.cfg.model.proj_coeff
+        chance = draws.Draws.of(self.run_cfg.seed, self.rank, images_seen, device=self.device)
+        with torch.autocast(
+            self.device.type, torch.bfloat16, self.run_cfg.mixed_precision == "bf16"
+        ):
+            with self._window.encoding.span():
+                x = parts.latents(batch, chance)
+            z = torch.randn(x.shape, generator=chance.device, device=self.device)
+            t, r, n_diffusion = self.objective.sample_times(
+                len(x), generator=chance.device, device=self.device
+            )
+            with self._window.encoding.span():
+                condition = parts.conditioning(batch, chance)
+                features = None if parts.repa is None else parts.repa(batch["image"], x)
             losses = self.objective(
                 self.model,
                 x,
                 z,
-                y,
-                ema_model=self.ema_network,
-                y_null=y_null,
+                condition.y,
+                features,
+                ema_model=self.state.average and self.state.average.network,
+                y_null=condition.y_null,
                 t=t,
                 r=r,
                 n_diffusion=n_diffusion,
+                y_ema=condition.y_ema,
             )
-        loss = losses.weighted + self.cfg.model.proj_coeff * losses.projection
-        return loss, torch.stack([loss, losses.weighted, losses.denoising]).detach()
+        loss = losses.weighted + coeff * losses.projection
+        return loss, torch.stack([loss, *losses]).detach()
 
-    def _open_window(self) -> None:
-        """Begin the steps that the next line of the log averages."""
-        self._window: list[Tensor] = []
-        self._window_start = time.perf_counter()
-
-    def _close_window(self) -> dict[str, float]:
+    def _close_window(self) -> dict[str, str]:
         """Log the means since the last line and open the next window."""
-        stacked = torch.stack(self._window)
-        finite = stacked.isfinite().all(dim=1)
-        if not finite.all():
-            first = self.step - len(stacked) + 1 + int(finite.int().argmin())
+        window, stacked = self._window, torch.stack(self._window.terms)
+        if (broken := window.first_not_finite()) is not None:
             raise FloatingPointError(
-                f"loss or gradient is not finite at step {first}; "
+                f"loss or gradient is not finite at step {self.step - len(stacked) + 1 + broken}; "
                 f"the last checkpoint is from before it: {self.output / 'checkpoints'}"
             )
         means = self.accelerator.reduce(stacked.mean(dim=0), "mean").tolist()
-        seconds = time.perf_counter() - self._window_start
         record = {
             "step": self.step,
-            "images": self.images,
-            **dict(zip(("loss", "weighted", "denoising", "grad_norm"), means, strict=True)),
-            "lr": self.scheduler.get_last_lr()[0],
-            "images_per_second": round(len(stacked) * self.images_per_step / seconds, 1),
+            "images": self.state.images,
+            **dict(zip(TERMS, means, strict=True)),
+            "lr": self.state.scheduler.get_last_lr()[0],
+            **window.machine(self.state.images),
         }
         if self.accelerator.is_main_process:
             self.log.append(record)
-        self._open_window()
+        self.accelerator.log(record, step=self.step)
+        self._window = Window(self.device, self.state.images)
         return {"loss": f"{record['loss']:.4f}", "denoising": f"{record['denoising']:.4f}"}
 
     def _draw_samples(self) -> None:
         """A PNG of the averaged network's samples, from the same noise at every call."""
-        device = self.accelerator.device
-        y = torch.arange(min(10, self.cfg.model.network.params.num_classes), device=device)
-        shape = (len(y), *self.dataset[0][0].shape)
-        generator = draws.generator(self.run_cfg.seed)
-        noise = torch.randn(shape, generator=generator).to(device)
-        grid = step_grid(self.ema_network, self.objective.transport, noise, y, SAMPLE_STEPS)
-        with replacing(self.output / "samples" / f"step-{self.step:08d}.png") as path:
-            grid.save(path)
-
-    def _save(self) -> None:
-        def write(folder: Path) -> None:
-            self.network.save_pretrained(folder / "network")
-            self.ema_network.save_pretrained(folder / "ema")
-            state = {
-                "step": self.step,
-                "images": self.images,
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-            }
-            torch.save(state, folder / "state.pt")
-
-        snapshots.save(
-            self.output / "checkpoints",
-            self.step,
-            write,
-            keep=self.run_cfg.checkpoints_total_limit,
-            keep_steps=self.run_cfg.checkpoint_list or (),
-        )
+        if not (self.accelerator.is_main_process or self.parallel.is_sharded):
+            return
+        y, names = self.parts.conditioning.examples(self.device)
+        shape = (len(y), *self.parts.sample_shape)
+        noise = torch.randn(shape, generator=draws.generator(self.run_cfg.seed)).to(self.device)
+        network, transport = self.averaged_network, self.objective.transport
+        was_training = network.training
+        network.eval()
+        try:
+            grid = step_grid(network, transport, noise, y, SAMPLE_STEPS, names, self.parts.decode)
+        except OSError as error:  # training goes on without pictures
+            _log.warning("no samples: %s", " ".join(str(error).split()))
+            return
+        finally:
+            network.train(was_training)
+        if self.accelerator.is_main_process:
+            with replacing(self.output / "samples" / f"step-{self.step:08d}.png") as path:
+                grid.save(path)
 
     def _resume(self) -> None:
-        """Load the latest complete checkpoint, if there is one."""
-        found = snapshots.complete(self.output / "checkpoints")
-        if found and self.run_cfg.resume_from_checkpoint != "latest":
-            raise FileExistsError(
-                f"{self.output} holds checkpoints: set training.resume_from_checkpoint=latest "
-                "or choose another output folder"
+        """Go on from the last good checkpoint, if there is one, or from a published one."""
+        run, root = self.run_cfg, self.output / "checkpoints"
+        self.checkpoints = Checkpoints(
+            root, self.state, self.parallel, run.checkpoints_total_limit, run.checkpoint_list or []
+        )
+        found, differs, path = None, [], self.output / "config.yaml"
+        if self.checkpoints.exist():
+            if run.resume_from_checkpoint is None:
+                raise FileExistsError(
+                    f"{self.output} holds checkpoints: set training.resume_from_checkpoint=latest "
+                    "or choose another output folder"
+                )
+            if path.is_file():
+                differs = settings.changes(path, self.cfg)
+            settings.check_changes(differs, self.output)
+            found = self.checkpoints.restore(self.images_per_step)
+        elif run.resume_from_checkpoint not in (None, "latest"):
+            self.checkpoints.take_from(Path(run.resume_from_checkpoint), self.images_per_step)
+        if self.step > run.max_train_steps:
+            raise ValueError(
+                f"training.max_train_steps must be at least {self.step}, the step of {found}; "
+                f"got {run.max_train_steps}"
             )
-        if found:
-            self._load(list(found.values())[-1])
         if self.accelerator.is_main_process:
-            path = self.output / "config.yaml"
-            if found and path.is_file() and (differs := settings.changes(path, self.cfg)):
+            if differs:
                 _log.warning("goes on from step %d with %s", self.step, ", ".join(differs))
             with replacing(path) as new:
                 OmegaConf.save(self.cfg, new)
 
-    def _load(self, folder: Path) -> None:
-        """Go on from a checkpoint, with the settings of now."""
-        try:
-            was = TiMTransformer2DModel.load_config(folder / "network")
-            weights = [
-                TiMTransformer2DModel.from_pretrained(folder / name).state_dict()
-                for name in ("network", "ema")
-            ]
-            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        except Exception as error:  # a broken file may raise anything
-            raise ValueError(
-                f"{folder} is damaged ({type(error).__name__}); without it the run goes on from "
-                "the checkpoint before"
-            ) from error
-        differs = [
-            f"{name} {was[name]}, not {now}"
-            for name, now in self.network.config.items()
-            if not name.startswith("_") and name in was and was[name] != now
-        ]
-        if differs:
-            raise ValueError(f"{folder} is of a network with {', '.join(differs)}")
-        self.step = self.ema.optimization_step = state["step"]
-        self.images = state.get("images", self.step * self.images_per_step)
-        if self.step > self.run_cfg.max_train_steps:
-            raise ValueError(
-                f"training.max_train_steps must be at least {self.step}, the step of {folder}; "
-                f"got {self.run_cfg.max_train_steps}"
-            )
-        for network, loaded in zip((self.network, self.ema_network), weights, strict=True):
-            network.load_state_dict(loaded)
-        groups, rates = self.optimizer.param_groups, self.scheduler.base_lrs
-        own = [{name: group[name] for name in group if name != "params"} for group in groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"] | {"base_lrs": rates})
-        for i, group in enumerate(self.optimizer.param_groups):
-            schedule = self.scheduler.lr_lambdas[i]
-            group.update(own[i], lr=rates[i] * schedule(self.step))
+
+def _are_many_cpus() -> bool:
+    """Whether a launcher began several processes on a machine without an accelerator."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()

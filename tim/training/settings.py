@@ -3,14 +3,13 @@
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset
 from transformers import SchedulerType
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
@@ -18,6 +17,9 @@ from tim import config
 from tim.checks import closest
 from tim.models import TiMTransformer2DModel
 from tim.objective import TransitionObjective
+from tim.training.conditioning import TextConditioning
+from tim.training.parts import Parts
+from tim.training.trackers import PACKAGES
 
 _log = logging.getLogger(__name__)
 
@@ -46,12 +48,23 @@ def _one_of(*known: Any) -> _Rule:
     return _Rule(f"one of {names}", lambda value: (type(value), value) in pairs)
 
 
+def _path(needed: str, *words: str) -> _Rule:
+    def is_one(value: Any) -> bool:
+        return value is None or value in words or isinstance(value, str) and Path(value).exists()
+
+    return _Rule(needed, is_one)
+
+
 _POSITIVE = _number("a positive number", lambda value: value > 0)
 _NOT_NEGATIVE = _number("a number, 0 or more", lambda value: value >= 0)
 _SHARE = _number("a number in [0, 1]", lambda value: 0 <= value <= 1)
 _FLAG = _Rule("true or false", lambda value: isinstance(value, bool))
 _TEXT = _Rule("a text", lambda value: isinstance(value, str))
 _SECTION = _Rule("a section", lambda value: isinstance(value, dict))  # its builder checks the rest
+_TEXT_OR_NONE = _Rule("a text or null", lambda value: value is None or isinstance(value, str))
+_WHOLE_OR_NONE = _Rule(
+    "a whole number of at least 1 or null", lambda value: value is None or _whole(1).fits(value)
+)
 _SECTION_OR_NONE = _Rule("a section or null", lambda value: value is None or _SECTION.fits(value))
 _STEPS_OR_NONE = _Rule(
     "a list of steps or null",
@@ -62,14 +75,22 @@ _SCHEDULES = [  # as functions of the step
 ]
 
 RULES: dict[str, _Rule] = {
-    "model.ckpt": _Rule("null: a run starts anew or from its checkpoint", lambda v: v is None),
+    "model.ckpt": _path("null or a file of weights"),
     "model.transport": _SECTION,
     "model.transition_loss": _SECTION,
     "model.network": _SECTION,
     "model.proj_coeff": _NOT_NEGATIVE,
     "model.use_ema": _FLAG,
     "model.ema_decay": _SHARE,
+    "model.ema_warmup": _FLAG,
+    "model.vae_dir": _TEXT_OR_NONE,
+    "model.enc_dir": _TEXT_OR_NONE,
+    "model.text_encoder_dir": _TEXT_OR_NONE,
+    "model.proportion_empty_prompts": _SHARE,
+    "model.use_last_hidden_state": _FLAG,
+    "model.max_seq_length": _whole(1),
     "data.data_type": _TEXT,
+    "data.dataset": _SECTION_OR_NONE,
     "data.dataloader.num_workers": _whole(0),
     "data.dataloader.batch_size": _whole(1),
     "training.seed": _whole(0),
@@ -77,7 +98,13 @@ RULES: dict[str, _Rule] = {
     "training.checkpointing_steps": _whole(1),
     "training.checkpoints_total_limit": _whole(1),
     "training.checkpoint_list": _STEPS_OR_NONE,
-    "training.resume_from_checkpoint": _one_of("latest", None),
+    "training.resume_from_checkpoint": _path("latest, null or a checkpoint's folder", "latest"),
+    "training.parallel": _one_of("ddp", "fsdp2"),
+    "training.fsdp_group_size": _WHOLE_OR_NONE,
+    "training.compile": _FLAG,
+    "training.tracker": _one_of(None, *PACKAGES),
+    "training.tracker_project_name": _TEXT_OR_NONE,
+    "training.tracker_kwargs": _SECTION_OR_NONE,
     "training.learning_rate": _NOT_NEGATIVE,
     "training.learning_rate_base_batch_size": _whole(1),
     "training.scale_lr": _FLAG,
@@ -93,19 +120,32 @@ RULES: dict[str, _Rule] = {
     "training.validation_steps": _whole(1),
 }
 DEFAULTS = {
-    "model": {"ckpt": None},
-    "training": {"seed": 0, "log_steps": 50, "checkpoint_list": None, "lr_scheduler_params": None},
+    "model": {
+        "ckpt": None,
+        "ema_warmup": False,
+        "vae_dir": None,
+        "enc_dir": None,
+        "text_encoder_dir": None,
+        "proportion_empty_prompts": 0.1,
+        "use_last_hidden_state": True,
+        "max_seq_length": 256,
+    },
+    "data": {"dataset": None},
+    "training": {
+        "seed": 0,
+        "log_steps": 50,
+        "checkpoint_list": None,
+        "lr_scheduler_params": None,
+        "parallel": "ddp",
+        "fsdp_group_size": None,
+        "compile": False,
+        "tracker": None,
+        "tracker_project_name": None,
+        "tracker_kwargs": None,
+    },
 }
-# What published files also hold; pipelines read some of it.
-_UNUSED = {
-    "model": (
-        "vae_dir enc_dir enc_type text_encoder_dir proportion_empty_prompts use_last_hidden_state "
-        "max_seq_length"
-    ),
-    "data": "dataset",
-    "training": "tracker tracker_project_name tracker_kwargs proportion_empty_prompts fsdp_config",
-}
-UNUSED = {f"{section}.{name}" for section, names in _UNUSED.items() for name in names.split()}
+# What published files also hold.
+UNUSED = {"model.enc_type", "training.proportion_empty_prompts", "training.fsdp_config"}
 
 
 def checked(cfg: DictConfig) -> DictConfig:
@@ -123,7 +163,7 @@ def checked(cfg: DictConfig) -> DictConfig:
             given[section] = OmegaConf.merge(own, defaults, own)
     plain = config.resolved(given)
     known, problems = {*RULES, *UNUSED}, []
-    found = dict(_leaves(plain, known))
+    found = dict(config.leaves(plain, known))
     for key, value in found.items():
         if key in RULES:
             if not RULES[key].fits(value):
@@ -142,36 +182,49 @@ def checked(cfg: DictConfig) -> DictConfig:
 
 
 def check_fit(
-    cfg: DictConfig, network: TiMTransformer2DModel, objective: TransitionObjective, data: Dataset
+    cfg: DictConfig, network: TiMTransformer2DModel, objective: TransitionObjective, parts: Parts
 ) -> None:
     """Refuse a network or a loss that cannot take the data.
 
     Raises:
         ValueError: in so many words.
     """
-    has, shape, kind = network.config, tuple(data[0][0].shape), cfg.data.data_type
+    has, shape, kind = network.config, tuple(parts.sample_shape), cfg.data.data_type
     size = (has.in_channels, has.input_size, has.input_size)
+    is_text, has_text = (
+        has.cap_feat_dim is not None,
+        isinstance(parts.conditioning, TextConditioning),
+    )
+    classes = parts.dataset.num_classes or 1
+    is_enhanced = objective.transport.enhance_target
     needs = {
-        f"cap_feat_dim must be null: {kind} has labels and no text": has.cap_feat_dim is None,
+        f"cap_feat_dim must be null: {kind} has labels and no text": has_text or not is_text,
+        f"cap_feat_dim must be the text's width: {kind} has no labels": is_text or not has_text,
         f"in_channels and input_size must be those of {kind}, {shape}; got {size}": size == shape,
         f"patch_size must divide the input_size {has.input_size}, got {has.patch_size}": (
             has.input_size % has.patch_size == 0
         ),
-        f"num_classes must be at least {data.num_classes} for {kind}, got {has.num_classes}": (
-            has.num_classes >= data.num_classes
+        f"num_classes must be at least {classes} for {kind}, got {has.num_classes}": (
+            is_text or has.num_classes >= classes
         ),
         "class_dropout_prob must be positive for an enhanced target, got 0": (
-            has.class_dropout_prob > 0 or not objective.transport.enhance_target
+            is_text or has.class_dropout_prob > 0 or not is_enhanced
         ),
     }
     for need, is_met in needs.items():
         if not is_met:
             raise ValueError(f"model.network.params.{need}")
-    if cfg.model.proj_coeff:
+    if is_enhanced and not cfg.model.use_ema:
+        raise ValueError("model.use_ema must be true for an enhanced target, got False")
+    if cfg.model.proj_coeff and parts.repa is None:
         raise ValueError(
-            f"model.proj_coeff must be 0, got {cfg.model.proj_coeff}: tim train has no vision "
-            "encoder yet"
+            f"model.proj_coeff must be 0, got {cfg.model.proj_coeff}: there is no vision encoder "
+            "whose features the network's could be aligned with"
         )
+    if parts.repa is not None and network.projector is None:
+        raise ValueError("model.network.params.projector_dim must be a width for a vision encoder")
+    if cfg.training.compile and objective.derivative_type == "jvp":
+        raise ValueError("training.compile must be false for derivative_type jvp, got True")
 
 
 def build_schedule(run: DictConfig, optimizer: Optimizer) -> LambdaLR:
@@ -196,24 +249,28 @@ def build_schedule(run: DictConfig, optimizer: Optimizer) -> LambdaLR:
         ) from error
 
 
+# What all of a run is made of. (The network is compared with a checkpoint's; folders may move.)
+FIXED = ("training.seed", "data.data_type", "data.dataset.image_size")
+
+
+def check_changes(differs: list[str], output: Path) -> None:
+    """Refuse to go on with what would make it another run.
+
+    Raises:
+        ValueError: one of `changes` is of a key in `FIXED`.
+    """
+    if wrong := [change for change in differs if change.split()[0] in FIXED]:
+        raise ValueError(
+            f"the run in {output} cannot go on with {', '.join(wrong)}: choose another folder"
+        )
+
+
 def changes(before: Path, now: DictConfig) -> list[str]:
     """Each setting that differs from those in a file, as "training.seed 0 → 1"."""
     try:
-        was = dict(_leaves(config.resolved(config.load(before))))
+        was = config.flat(config.load(before))
     except ValueError as error:
         return [f"settings of now, as {error}"]
-    is_now = dict(_leaves(config.resolved(now)))
+    is_now = config.flat(now)
     keys = [key for key in {**is_now, **was} if was.get(key) != is_now.get(key)]
     return [f"{key} {was.get(key)} → {is_now.get(key)}" for key in keys]
-
-
-def _leaves(
-    tree: Mapping[Any, Any], whole: set[str] = frozenset(), prefix: str = ""
-) -> Iterator[tuple[str, Any]]:
-    """Every dotted key with its value; those in `whole` are not entered."""
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict) and value and key not in whole:
-            yield from _leaves(value, whole, f"{key}.")
-        else:
-            yield key, value

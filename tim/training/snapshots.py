@@ -1,5 +1,7 @@
 """Checkpoint folders that are either complete or ignored."""
 
+import json
+import logging
 import re
 import shutil
 from collections.abc import Callable, Collection
@@ -8,8 +10,9 @@ from pathlib import Path
 from tim.checks import whole
 from tim.files import sync
 
-_MARKER = "COMPLETE"
+_MARKER = "COMPLETE"  # holds the size of every file
 _NAME = re.compile(r"step-(\d+)")
+_log = logging.getLogger(__name__)
 
 
 def complete(root: Path) -> dict[int, Path]:
@@ -33,16 +36,40 @@ def save(
     """Have `write` fill a checkpoint folder for `step`, then delete the oldest beyond `keep`.
 
     The folder is filled under a temporary name and renamed when its completion marker is in it;
-    only then are older checkpoints deleted, save those of `keep_steps`.
+    only then are older checkpoints deleted, save those of `keep_steps`. If `write` fails, what it
+    wrote is deleted.
     """
-    step, keep = whole("step", step, 0), whole("keep", keep, 1)
-    final, partial = root / f"step-{step:08d}", root / f"partial-{step:08d}"
-    for stale in (*root.glob("partial-*"), final):
+    keep = whole("keep", keep, 1)
+    partial = begin(root, step)
+    try:
+        write(partial)
+        return finish(root, step, keep=keep, keep_steps=keep_steps)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def begin(root: Path, step: int) -> Path:
+    """An empty folder to fill; `finish` makes a checkpoint of it."""
+    for stale in root.glob("partial-*"):
         shutil.rmtree(stale, ignore_errors=True)
+    partial = partial_folder(root, step)
     partial.mkdir(parents=True)
-    write(partial)
+    return partial
+
+
+def partial_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is filled."""
+    return root / f"partial-{whole('step', step, 0):08d}"
+
+
+def finish(root: Path, step: int, *, keep: int, keep_steps: Collection[int] = ()) -> Path:
+    """Complete what `begin` began, then delete the oldest checkpoints as `save` says."""
+    partial, final = partial_folder(root, step), root / f"step-{step:08d}"
+    sizes = {str(path.relative_to(partial)): path.stat().st_size for path in sync(partial)}
+    (partial / _MARKER).write_text(json.dumps({"files": sizes}))
     sync(partial)
-    (partial / _MARKER).touch()
+    shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
 
     removable = [path for at, path in complete(root).items() if at not in keep_steps]
@@ -50,3 +77,30 @@ def save(
         (old / _MARKER).unlink()
         shutil.rmtree(old)
     return final
+
+
+def check(folder: Path) -> None:
+    """Compare a checkpoint's files with what its marker says of them; early ones say nothing.
+
+    Raises:
+        ValueError: one is missing or of another size.
+    """
+    try:
+        sizes = json.loads((folder / _MARKER).read_text() or "{}").get("files", {})
+    except (ValueError, AttributeError):
+        raise ValueError(f"{folder} is damaged: its {_MARKER} is no JSON") from None
+    for name, size in sizes.items():
+        path = folder / name
+        has = path.stat().st_size if path.is_file() else None
+        if has != size:
+            wrong = "is missing" if has is None else f"has {has} bytes, not {size}"
+            raise ValueError(f"{folder} is damaged: {name} {wrong}")
+
+
+def set_aside(folder: Path) -> Path:
+    """Take a damaged checkpoint out of the run's way, without deleting anything."""
+    place, count = folder.with_name(f"damaged-{folder.name}"), 1
+    while place.exists():
+        place, count = folder.with_name(f"damaged-{folder.name}.{count}"), count + 1
+    folder.rename(place)
+    return place

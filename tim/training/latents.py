@@ -1,0 +1,36 @@
+"""What the network learns to make of a batch: latents or pictures as given, or encoded here."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tim.training.conditioning import Batch
+from tim.training.draws import Draws
+
+Latents = Callable[[Batch, Draws], Tensor]
+# Images (B, 3, H, W) in [-1, 1] and a generator for the posterior → scaled latents (B, C, h, w).
+Autoencoder = Callable[[Tensor, torch.Generator], Tensor]
+
+
+class Given:
+    """The batch's entry of that name."""
+
+    def __init__(self, name: str = "latent"):
+        self.name = name
+
+    def __call__(self, batch: Batch, draws: Draws) -> Tensor:
+        return batch[self.name]
+
+
+class Encoded:
+    """The batch's `image` through an autoencoder, in float32 and without gradient."""
+
+    def __init__(self, encode: Autoencoder):
+        self.encode = encode
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, draws: Draws) -> Tensor:
+        image = batch["image"]
+        with torch.autocast(image.device.type, enabled=False):
+            return self.encode(image.float(), draws.device)

@@ -1,0 +1,119 @@
+"""What a run trains on and with, apart from the network: built from a configuration or given."""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from tim import config, data
+from tim.data import TrainingSet
+from tim.encoders import Autoencoder, TextEncoder, repa_targets
+from tim.models import radio
+from tim.training.conditioning import ClassConditioning, Conditioning, TextConditioning
+from tim.training.draws import ImageStream
+from tim.training.latents import Encoded, Given, Latents
+from tim.training.repa import Targets
+
+_log = logging.getLogger(__name__)
+
+
+class Position(NamedTuple):
+    """Where a process's stream of batches begins."""
+
+    batch_size: int
+    seed: int
+    start: int  # images that all processes have seen
+    rank: int
+    world_size: int
+
+
+def of_the_set(dataset: TrainingSet, at: Position) -> Sampler:
+    """The training set's own sampler."""
+    return dataset.sampler(**at._asdict())
+
+
+def shuffled(dataset: TrainingSet, at: Position) -> Sampler:
+    """Consecutive batches of a stream of images, each epoch in another order."""
+    return ImageStream(len(dataset), **at._asdict())
+
+
+@dataclass
+class Parts:
+    """Data and what is made of it.
+
+    `sample_shape` (C, h, w) is that of the noise which samples are drawn from while training;
+    `decode` makes pictures in [-1, 1] of them, as they are without it, or raises OSError.
+    `sampler` gives endless batches of indices; its `seen(n)` are the images that all processes
+    have seen after n batches of each.
+    """
+
+    dataset: TrainingSet
+    conditioning: Conditioning
+    sample_shape: tuple[int, int, int]
+    latents: Latents = Given("latent")
+    repa: Targets | None = None
+    decode: Callable[[Tensor], Tensor] | None = None
+    sampler: Callable[[TrainingSet, Position], Sampler] = of_the_set
+
+
+def build(cfg: DictConfig, network: Mapping[str, Any], device: torch.device) -> Parts:
+    """The parts of `cfg` for a network of that `config`, on the device.
+
+    Raises:
+        ValueError: `data` or a file that `model` names is wrong or missing.
+        OSError: an encoder is neither a folder nor to be had from the hub.
+    """
+    plain = config.resolved(cfg)
+    model, kind = plain["model"], plain["data"]["data_type"]
+    dataset = data.make(kind, plain["data"]["dataset"])
+    if isinstance(dataset, data.NativeLatents):
+        raise ValueError(
+            f"data.data_type must be of pictures of one size a batch, got {kind}: tim train does "
+            "not pack sizes"
+        )
+    is_bf16 = cfg.training.mixed_precision == "bf16"
+    with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):  # as in a step
+        conditioning = _conditioning(dataset, model, network, device)
+    load = functools.cache(lambda: Autoencoder.load(model["vae_dir"], device=device, tile=2048))
+    repa = None
+    if model["proj_coeff"] and model["enc_dir"] and network["projector_dim"]:
+        vision = radio.load(model["enc_dir"], device=device)
+        target = functools.partial(repa_targets, vision)
+        repa = Targets(target, network["z_dim"], network["patch_size"])
+    side = network["input_size"]
+    options: dict[str, Any] = {}
+    if model["vae_dir"] is None or "latent" in dataset.names:
+        name = "latent" if "latent" in dataset.names else "image"
+        latents, shape = Given(name), tuple(dataset[0][name].shape)
+        if model["vae_dir"] is not None:  # for pictures of samples alone
+            options["decode"] = lambda z: load().decode(z)
+    else:
+        latents, autoencoder = Encoded(load().encode), load()
+        shape, options["decode"] = (autoencoder.channels, side, side), autoencoder.decode
+        if "caption" not in dataset.names:  # all of one size
+            sides = dataset[0]["image"].shape[1:]
+            shape = (autoencoder.channels, *(n // autoencoder.factor for n in sides))
+    if kind == "mnist":
+        options["sampler"] = shuffled
+    return Parts(dataset, conditioning, shape, latents, repa, **options)
+
+
+def _conditioning(dataset, model, network, device) -> Conditioning:
+    if network["cap_feat_dim"] is None or "caption" not in dataset.names:
+        return ClassConditioning(network["num_classes"], network["class_dropout_prob"])
+    if model["text_encoder_dir"] is None:
+        raise ValueError("model.text_encoder_dir must be a text encoder's folder, got None")
+    options = {name: model[name] for name in ("max_seq_length", "use_last_hidden_state")}
+    encode = TextEncoder.load(model["text_encoder_dir"], device=device, **options)
+    if encode.width != network["cap_feat_dim"]:
+        raise ValueError(
+            f"model.network.params.cap_feat_dim must be {encode.width}, the text encoder's width, "
+            f"got {network['cap_feat_dim']}"
+        )
+    return TextConditioning(encode, encode.nothing, model["proportion_empty_prompts"])
