@@ -10,12 +10,13 @@ from omegaconf import OmegaConf
 from two_processes import assert_same, error, gradients, gradients_of_one, in_two_processes
 
 from tim import config
-from tim.training import loop
+from tim.training import loop, parts
 from tim.training.log import read_log
 
 FOLDER = GOLDEN / "training"
 PRESETS = [name for name in config.presets() if name != "mnist"]
 WAYS = "ddp", "fsdp2"
+NETWORK = {"num_classes": 1000, "class_dropout_prob": 0.1}  # what text networks have beside
 
 
 def preset(name: str, autoencoder, **training):
@@ -126,3 +127,16 @@ def test_parts_that_are_missing(tmp_path, autoencoder):
         with pytest.raises(ValueError, match=said):
             loop.train(config.override(cfg, [change]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_captions_are_escaped_as_the_configuration_says(tmp_path, autoencoder):
+    """By the text encoder, as the pipeline does that reads the run's configuration."""
+    cfg = config.override(preset("t2i", autoencoder("t2i")), ["model.escape_captions=true"])
+    loop.train(cfg, tmp_path / "run")
+    kept = config.load(tmp_path / "run/config.yaml")
+    assert kept.model.escape_captions is True
+    built = parts.build(kept, kept.model.network.params | NETWORK, torch.device("cpu"))
+    assert built.conditioning.encode.escape_captions
+    twice = config.override(cfg, ["data.dataset.escape_captions=true"])
+    with pytest.raises(ValueError, match="both escape"):
+        loop.train(twice, tmp_path / "twice")

@@ -109,7 +109,10 @@ def _conditioning(dataset, model, network, device) -> Conditioning:
         return ClassConditioning(network["num_classes"], network["class_dropout_prob"])
     if model["text_encoder_dir"] is None:
         raise ValueError("model.text_encoder_dir must be a text encoder's folder, got None")
-    options = {name: model[name] for name in ("max_seq_length", "use_last_hidden_state")}
+    names = "max_seq_length", "use_last_hidden_state", "escape_captions"
+    options = {name: model[name] for name in names}
+    if model["escape_captions"] and getattr(dataset, "escape_captions", False):
+        raise ValueError("model.escape_captions and data.dataset.escape_captions both escape: one")
     encode = TextEncoder.load(model["text_encoder_dir"], device=device, **options)
     if encode.width != network["cap_feat_dim"]:
         raise ValueError(

@@ -88,6 +88,7 @@ RULES: dict[str, _Rule] = {
     "model.text_encoder_dir": _TEXT_OR_NONE,
     "model.proportion_empty_prompts": _SHARE,
     "model.use_last_hidden_state": _FLAG,
+    "model.escape_captions": _FLAG,
     "model.max_seq_length": _whole(1),
     "data.data_type": _TEXT,
     "data.dataset": _SECTION_OR_NONE,
@@ -128,6 +129,7 @@ DEFAULTS = {
         "text_encoder_dir": None,
         "proportion_empty_prompts": 0.1,
         "use_last_hidden_state": True,
+        "escape_captions": False,  # as the released network's were, if true
         "max_seq_length": 256,
     },
     "data": {"dataset": None},
