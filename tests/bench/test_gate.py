@@ -242,7 +242,10 @@ def test_the_table_comes_last(dry):
     assert "DRY RUN" in table and "left out" in table and len(table.splitlines()) < 60
 
 
-@pytest.mark.parametrize("name, kind", [("time_ops", "op"), ("time_models", "model")])
+@pytest.mark.parametrize(
+    "name, kind",
+    [("time_ops", "op"), pytest.param("time_models", "model", marks=pytest.mark.nightly)],
+)
 def test_rows_of_a_worker(tmp_path, name, kind):
     """As the gate calls it, with the interpreter where it has kernels."""
     path = tmp_path / "rows.jsonl"
@@ -295,6 +298,7 @@ def test_a_broken_comparison_is_a_failure_and_not_the_end(tmp_path):
     assert [row["kind"] for row in others] == ["state"] * (len(cases) - 1)
 
 
+@pytest.mark.nightly
 def test_a_broken_context_is_left_for_a_new_process(tmp_path):
     """The case that broke it is a failure, and the stage goes on with the next."""
     path = tmp_path / "rows.jsonl"

@@ -210,6 +210,7 @@ def test_loops_within_loops_are_refused():
         executed(inner, trips=10)
 
 
+@pytest.mark.nightly
 def test_static_choice_goes_into_the_table(tmp_path):
     table = tmp_path / "tuning.json"
     timed = {"elements": 7, "num_warps": 7, "source": "timed on something"}

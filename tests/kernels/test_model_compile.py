@@ -36,10 +36,13 @@ def inputs(text: bool, batch: int, height: int, width: int):
 @pytest.mark.parametrize(
     "text, backend, compiler",
     [
-        pytest.param(False, "reference", "inductor", id="class-reference-inductor"),
-        pytest.param(
-            True, "reference", "inductor", id="text-reference-inductor", marks=pytest.mark.nightly
+        *(
+            pytest.param(
+                text, "reference", "inductor", id=f"{name}-inductor", marks=pytest.mark.nightly
+            )
+            for name, text in (("class", False), ("text", True))
         ),
+        pytest.param(False, "reference", "aot_eager", id="class-reference-aot_eager"),
         pytest.param(False, BACKEND, "aot_eager", id=f"class-{BACKEND}-aot_eager"),
         pytest.param(True, BACKEND, "aot_eager", id=f"text-{BACKEND}-aot_eager"),
     ],
