@@ -76,4 +76,5 @@ def test_before_an_editable_installation(published, tmp_path):
     )  # fmt: skip
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(site)
-    use(published, source, [published], f"import site; site.addsitedir({str(site)!r})\n")
+    alone = f"import site, sys; sys.path = [p for p in sys.path if p != {str(ROOT)!r}]\n"
+    use(published, source, [published], alone + f"site.addsitedir({str(site)!r})\n")
