@@ -37,12 +37,17 @@ def run(
     is_of_rows = norm == "layer" and all(row is None or row.ndim == 2 for row in (shift, scale))
     if is_of_rows and (x.dtype == torch.float32 or not _is_differentiated(x, shift, scale, weight)):
         return new, _norm_by_rows(x, shift, scale, weight, norm_bias, eps)
-    if norm == "rms":
-        y = F.rms_norm(x, x.shape[-1:], weight, eps)
-        y = y if norm_bias is None else y + norm_bias
+    if norm == "rms":  # with one factor for weight and scale
+        y, scale = F.rms_norm(x, x.shape[-1:], eps=eps), None if scale is None else 1 + _wide(scale)
+        if norm_bias is not None:
+            moved = norm_bias if scale is None else norm_bias * scale
+            shift = moved if shift is None else _wide(shift) + moved
+        if weight is not None:
+            scale = weight if scale is None else weight * scale
     else:
         y = F.layer_norm(x, x.shape[-1:], weight, norm_bias, eps)
-    y = y if scale is None else _add(shift, y, 1 + _wide(scale))
+        scale = None if scale is None else 1 + _wide(scale)
+    y = y if scale is None else _add(shift, y, scale)
     y = y if scale is not None or shift is None else y + _wide(shift)
     return new, y.to(x.dtype)
 
