@@ -133,7 +133,8 @@ def test_published_files_say_which_data_is_missing(caplog, tmp_path, preset, by_
     cfg, path = config.load(preset), tmp_path / "published.yaml"
     path.write_text(yaml.safe_dump(config.resolved(cfg)))
     line = refusal("--config", path if by_path else preset, "training.seed=0")
-    assert line.startswith("error: data.dataset: ") and "datasets/" in line
+    assert line.startswith("error: data.dataset of data_type ") and "datasets/" in line
+    assert line.endswith("tim download and tim preprocess make such folders")
     (unused,) = [record.getMessage() for record in caplog.records]
     for key in config.leaves(config.resolved(cfg), {*settings.RULES, *settings.UNUSED}):
         assert key[0] in settings.RULES or key[0] in unused, key

@@ -73,4 +73,7 @@ def make(data_type: str, dataset: Mapping[str, Any] | None = None) -> TrainingSe
     try:
         return DATA_TYPES[data_type](**given)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"data.dataset: {error}") from error
+        hint = (
+            "; tim download and tim preprocess make such folders" if "folder" in str(error) else ""
+        )
+        raise ValueError(f"data.dataset of data_type {data_type}: {error}{hint}") from error
