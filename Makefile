@@ -23,7 +23,7 @@ test-nightly: lint ## the same and longer sweeps over shapes
 #   make test-matrix ENDS=oldest PYTHON=python3.10 TESTS=tests/kernels/test_swiglu.py
 ENDS := oldest newest
 TESTS := tests/kernels tests/test_packaging.py
-oldest: VERSIONS := torch==2.11.0 triton==3.6.0
+oldest: VERSIONS := torch==2.11.0 triton==3.6.0 "numpy<2.3"
 newest: VERSIONS := torch==2.15.0 triton==3.9.0
 
 test-matrix: $(ENDS) ## test the kernels with the oldest and the newest torch and Triton
