@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 from golden_files import GOLDEN, Golden
 
@@ -18,3 +19,12 @@ def pytest_generate_tests(metafunc):
             metafunc.parametrize(
                 f"golden_{kind}", [Golden(p) for p in paths], ids=[p.stem for p in paths]
             )
+
+
+@pytest.fixture
+def one_thread():
+    """PyTorch's sums are then the same in every process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

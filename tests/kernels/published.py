@@ -1,4 +1,5 @@
-"""TiM's published tree with the layers that the published code takes from timm."""
+"""Somebody else's model of TiM's published tree: `eager.EagerTiM` shares names and shapes with TiM,
+and no code. With timm's layers it is the published implementation's tree."""
 
 import functools
 import importlib
@@ -8,9 +9,19 @@ from types import ModuleType
 
 import eager
 import pytest
+import torch
+from eager import EagerTiM, randomise
+from parity import DEVICE
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 TORCHVISION = ("torchvision", "torchvision.ops", "torchvision.ops.misc")
+
+
+TINY = dict(
+    patch_size=2, in_channels=3, hidden_size=48, encoder_depth=1, depth=2, num_heads=2,
+    num_classes=5, z_dim=6, projector_dim=10, lora_hidden_size=8,
+)  # fmt: skip
 
 
 @functools.cache
@@ -52,3 +63,42 @@ def with_timm_layers(model: eager.EagerTiM) -> eager.EagerTiM:
             twin = layers.SwiGLU(inner, hidden, module.fc2.out_features)
             model.set_submodule(name, twin)
     return model
+
+
+def problem(text: bool, timm: bool = False):
+    model = EagerTiM(**TINY | dict(cap_feat_dim=7 if text else None))
+    model = randomise(with_timm_layers(model) if timm else model)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 4, 6, generator=g)
+    y = torch.randn(2, 5, 7, generator=g) if text else torch.tensor([1, 5])
+    args = x, torch.tensor([0.9, 0.6]), torch.tensor([0.2, 0.6]), y
+    return model.to(DEVICE), tuple(argument.to(DEVICE) for argument in args)
+
+
+class Checkpointed(EagerTiM):
+    """As published: a switch, and checkpoints around blocks."""
+
+    def __init__(self, use_reentrant=False, **config):
+        super().__init__(**config)
+        self.use_checkpoint = True
+        self.blocks = nn.ModuleList(map(self.wrapped, self.blocks))
+        self.use_reentrant = use_reentrant
+
+    def wrapped(self, block):
+        own, model = type(block), self
+
+        class Wrapped(own):
+            def forward(self, *args):
+                if not getattr(model, "use_checkpoint", model.training):
+                    return own.forward(self, *args)
+                run = functools.partial(own.forward, self)
+                return checkpoint(run, *args, use_reentrant=model.use_reentrant)
+
+        block.__class__ = Wrapped
+        return block
+
+
+def idle_layers(**changes):
+    """What timm's SwiGLU has beside its three layers."""
+    idle = dict(act=nn.SiLU(), drop1=nn.Dropout(0.0), norm=nn.Identity(), drop2=nn.Dropout(0.0))
+    return idle | changes

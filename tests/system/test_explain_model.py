@@ -48,6 +48,10 @@ def hook(layer):
     layer.register_forward_hook(lambda *_: None)
 
 
+def unweighted(layer):
+    layer.register_parameter("weight", None), layer.register_parameter("bias", None)
+
+
 def replace(layer):
     layer.forward = layer.forward
 
@@ -57,6 +61,11 @@ def replace(layer):
     [
         ("blocks.1.norm2", hook, "norm2 is called, since it has hooks"),
         ("blocks.1.attn.q_norm", norm, "attn.q_norm is called, since it is a Parametrized"),
+        (
+            "blocks.0.attn.k_norm",
+            unweighted,
+            "k_norm is called, since it is a LayerNorm without",
+        ),
         ("blocks.1.attn.proj", replace, "proj is called, since its forward was replaced"),
         ("blocks.1.attn", hook, "attn: its output is made whole, since it has hooks"),
         ("blocks.1", hook, "its output is made whole, since it has hooks"),
