@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
 
 from tim.checks import whole
+from tim.data import FlatSampler
 
 
 def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -33,31 +33,12 @@ class Draws(NamedTuple):
         return cls(generator(*key, device=device), generator(*key, 1))
 
 
-class ImageStream(Sampler[list[int]]):
+class ImageStream(FlatSampler):
     """Endless batches of dataset indices, shuffled anew each epoch, starting at any image count.
 
     Image k of the stream is entry k mod N of epoch k div N; a batch may span two epochs. Of every
     `batch_size * world_size` images each rank takes its own consecutive `batch_size`.
     """
-
-    def __init__(
-        self,
-        num_images: int,
-        batch_size: int,
-        *,
-        seed: int,
-        start: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        self.num_images = whole("num_images", num_images, 1)
-        self.batch_size = whole("batch_size", batch_size, 1)
-        self.seed, self.start = whole("seed", seed, 0), whole("start", start, 0)
-        self.rank, self.world_size = whole("rank", rank, 0), whole("world_size", world_size, 1)
-
-    def seen(self, micro_steps: int) -> int:
-        """Images that all processes have seen after so many batches of each."""
-        return self.start + micro_steps * self.batch_size * self.world_size
 
     def __iter__(self) -> Iterator[list[int]]:
         order, order_epoch = None, -1

@@ -169,8 +169,8 @@ def final_rows(layer: nn.Module, c: Tensor) -> tuple[Tensor, Tensor]:
 def self_attention(attn: nn.Module, h: Tensor, shifts: Shifts, rope: Rope) -> Tensor:
     """Self-attention of tokens (B, N, C), without `shifts.bias`."""
     qkv = attn.qkv(h).unflatten(-1, (3, _heads(attn, h.shape[-1]), -1))
-    is_fused = _is_fused(attn.q_norm) and _is_fused(attn.k_norm)
-    if is_fused and attn.q_norm.__dict__.get("eps") == attn.k_norm.__dict__.get("eps"):
+    is_fused = is_head_norm(attn.q_norm) and is_head_norm(attn.k_norm)
+    if is_fused and _eps(attn.q_norm) == _eps(attn.k_norm):
         q, k, v = qkv_norm_rope(
             qkv, *_affine(attn.q_norm), *_affine(attn.k_norm), grid=rope.grid, order=rope.order,
             q_shift=shifts.q, k_shift=shifts.k, eps=_eps(attn.q_norm),
@@ -206,7 +206,7 @@ def _read(attn: nn.Module, text: Tensor) -> TextKeys:
 
 def _norm_rope(norm: nn.Module, x: Tensor, rope: Rope | None = None) -> Tensor:
     """A head norm of x (B, N, heads, head_dim), turned by its positions if there are any."""
-    if not _is_fused(norm):
+    if not is_head_norm(norm):
         x, norm = _call_norm(norm, x), None
     if rope is None and (norm is None or _affine(norm)[0] is None):
         return x
@@ -214,7 +214,7 @@ def _norm_rope(norm: nn.Module, x: Tensor, rope: Rope | None = None) -> Tensor:
     return qk_norm_rope(x, None, *_affine(norm), grid=grid, order=order, eps=_eps(norm))
 
 
-def _is_fused(norm: nn.Module) -> bool:
+def is_head_norm(norm: nn.Module) -> bool:
     """Whether a head norm is one that `qk_norm_rope` computes."""
     if is_plain(norm, nn.LayerNorm):
         return norm.weight is not None and norm.weight.ndim == 1

@@ -6,9 +6,8 @@ from torch import nn
 
 from ..dispatch.torch_private import has_global_hooks
 from .accelerate import Accelerated
-from .layers import HOOKS, PLAIN, WEIGHTLESS, is_plain, is_quiet, plain_time_mlp
-
-HEAD_NORMS = nn.LayerNorm, nn.Identity
+from .blocks import is_head_norm
+from .layers import HOOKS, PLAIN, is_plain, is_quiet, plain_time_mlp
 
 
 def explain_model(model: nn.Module) -> Iterator[str]:
@@ -41,8 +40,12 @@ def _of_block(block: nn.Module) -> list[str]:
     for name in ("attn", "cross_attn"):
         if (attn := getattr(block, name, None)) is not None:
             reasons += _looked_at(f"{name}: ", attn)
-            heads = ((norm, *HEAD_NORMS) for norm in ("q_norm", "k_norm"))
-            reasons += [f"{name}.{reason}" for reason in _called(attn, *heads)]
+            norms = ((norm, getattr(attn, norm)) for norm in ("q_norm", "k_norm"))
+            reasons += [
+                f"{name}.{norm} is called, since {_why_called(layer, nn.LayerNorm, nn.Identity)}"
+                for norm, layer in norms
+                if not is_head_norm(layer)
+            ]
             if getattr(attn, "qkv_d", None) is not None:
                 projection = _called(attn, ("proj", nn.Linear))
                 reasons += [f"{name}.{reason}, values are shifted" for reason in projection]
@@ -56,12 +59,12 @@ def _looked_at(name: str, module: nn.Module) -> list[str]:
 
 
 def _called(owner: nn.Module, *layers: tuple) -> list[str]:
-    """Those of the owner's layers that are called instead of fused, and why."""
-    children = [(name, getattr(owner, name), kinds) for name, *kinds in layers]
+    """Those of the owner's layers, of these kinds, that are called instead of fused, and why."""
+    children = [(name, getattr(owner, name), kind) for name, kind in layers]
     return [
-        f"{name} is called, since {_why_called(layer, *kinds)}"
-        for name, layer, kinds in children
-        if not any(is_plain(layer, kind) for kind in kinds)
+        f"{name} is called, since {_why_called(layer, kind)}"
+        for name, layer, kind in children
+        if not is_plain(layer, kind)
     ]
 
 
@@ -81,5 +84,4 @@ def _why_called(layer: nn.Module, *kinds: type) -> str:
     odd = [type(p).__name__ for p in kept.values() if type(p) not in PLAIN]
     if odd:
         return f"its weight is a {odd[0]}"
-    is_computed = "weight" not in kept and type(layer) not in WEIGHTLESS
-    return "its weight is computed" if is_computed else "it has a weight of its own"
+    return "it is a LayerNorm without a weight" if "weight" in kept else "its weight is computed"

@@ -103,12 +103,17 @@ def embed_patches(embedder: nn.Module, x: Tensor) -> Tensor:
     """(B, channels, H, W) → tokens (B, N, C), row-major: the patch convolution as one GEMM."""
     proj = embedder.proj
     x = x.to(compute_dtype(proj, x.dtype))
-    if not (is_plain(proj, nn.Conv2d) and proj.kernel_size == proj.stride):
+    if not (is_plain(proj, nn.Conv2d) and _cuts_patches(proj)):
         return proj(x).flatten(2).transpose(1, 2)
     p = proj.kernel_size[0]
     x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))
     patches = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, h·w, channels·p·p)
     return F.linear(patches, proj.weight.flatten(1), proj.bias)
+
+
+def _cuts_patches(proj: nn.Conv2d) -> bool:
+    is_whole = proj.padding == (0, 0) and proj.dilation == (1, 1) and proj.groups == 1
+    return proj.kernel_size == proj.stride and is_whole
 
 
 def unpatchify(x: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
