@@ -115,9 +115,7 @@ class Checkpoints:
             try:
                 snapshots.check(folder)
                 read(self.state, folder, self.parallel, images_per_step)
-            except ValueError as error:
-                if "is damaged" not in str(error):
-                    raise
+            except snapshots.Damaged as error:
                 damaged.append((folder, error))
                 continue
             self._step = self.state.step

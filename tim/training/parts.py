@@ -1,7 +1,6 @@
 """What a run trains on and with, apart from the network: built from a configuration or given."""
 
 import functools
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,8 +18,6 @@ from tim.training.conditioning import ClassConditioning, Conditioning, TextCondi
 from tim.training.draws import ImageStream
 from tim.training.latents import Encoded, Given, Latents
 from tim.training.repa import Targets
-
-_log = logging.getLogger(__name__)
 
 
 class Position(NamedTuple):

@@ -1,7 +1,6 @@
 """Checkpoint folders that are either complete or ignored."""
 
 import json
-import logging
 import re
 import shutil
 from collections.abc import Callable, Collection
@@ -12,7 +11,10 @@ from tim.files import sync
 
 _MARKER = "COMPLETE"  # holds the size of every file
 _NAME = re.compile(r"step-(\d+)")
-_log = logging.getLogger(__name__)
+
+
+class Damaged(ValueError):
+    """A checkpoint that was complete is not whole any more; the message says what of it."""
 
 
 def complete(root: Path) -> dict[int, Path]:
@@ -83,18 +85,18 @@ def check(folder: Path) -> None:
     """Compare a checkpoint's files with what its marker says of them; early ones say nothing.
 
     Raises:
-        ValueError: one is missing or of another size.
+        Damaged: one is missing or of another size.
     """
     try:
         sizes = json.loads((folder / _MARKER).read_text() or "{}").get("files", {})
     except (ValueError, AttributeError):
-        raise ValueError(f"{folder} is damaged: its {_MARKER} is no JSON") from None
+        raise Damaged(f"{folder} is damaged: its {_MARKER} is no JSON") from None
     for name, size in sizes.items():
         path = folder / name
         has = path.stat().st_size if path.is_file() else None
         if has != size:
             wrong = "is missing" if has is None else f"has {has} bytes, not {size}"
-            raise ValueError(f"{folder} is damaged: {name} {wrong}")
+            raise Damaged(f"{folder} is damaged: {name} {wrong}")
 
 
 def set_aside(folder: Path) -> Path:

@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tim.models import TiMTransformer2DModel
 from tim.training.average import Average
 from tim.training.parallel import FROM_FIRST, Parallel
+from tim.training.snapshots import Damaged
 
 SHARDS = "sharded"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -127,7 +128,8 @@ def read(state: State, folder: Path, parallel: Parallel, images_per_step: int) -
     count images: they had `images_per_step`.
 
     Raises:
-        ValueError: a file is damaged, or the checkpoint is of another network.
+        Damaged: a file cannot be read.
+        ValueError: the checkpoint is of another network.
     """
     own = [{k: v for k, v in g.items() if k != "params"} for g in state.optimizer.param_groups]
     error = None
@@ -140,7 +142,7 @@ def read(state: State, folder: Path, parallel: Parallel, images_per_step: int) -
     except Exception as problem:  # a broken file may raise anything
         error = problem
     if parallel.any(error is not None):
-        raise ValueError(f"{folder} is damaged ({error or 'says another process'})") from error
+        raise Damaged(f"{folder} is damaged ({error or 'says another process'})") from error
     _check_same_network(folder, was, state.network.config)
     if not is_whole:
         _read_shards(state, folder)
@@ -185,7 +187,7 @@ def _read_shards(state: State, folder: Path) -> None:
         parts = _sharded(state, has_average)
         dcp.load(parts, storage_reader=reader)
     except (Exception, CheckpointException) as error:  # the latter is no Exception
-        raise ValueError(f"{folder / SHARDS} is damaged ({error})") from error
+        raise Damaged(f"{folder / SHARDS} is damaged ({error})") from error
     for name, network in state.networks.items():
         weights = parts[name if has_average else "network"]
         dcp_states.set_model_state_dict(network, weights)
