@@ -73,8 +73,9 @@ def train(
     """Train a network; a stopped run goes on from its latest checkpoint."""
     from tim import config as configs
     from tim.training import train as run
+    from tim.training.parallel import leaving_together
 
-    with _errors_without_traceback():
+    with _errors_without_traceback(), leaving_together():
         cfg = configs.override(configs.load(config), overrides or [])
         folder = run(cfg, output or Path("runs") / Path(config).stem, profile=profile)
     typer.echo(f"network: {folder}")

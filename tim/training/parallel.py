@@ -7,7 +7,7 @@ others begin on the meta device and get their shares from it.
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -25,6 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tim.models import TiMTransformer2DModel
+from tim.training.signals import Stopped
 
 FROM_FIRST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 _TO_FIRST = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -116,3 +117,20 @@ def clip_gradients(network: nn.Module, most: float) -> Tensor:
     else:
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return getattr(norm, "full_tensor", lambda: norm)().detach()
+
+
+@contextlib.contextmanager
+def leaving_together() -> Iterator[None]:
+    """For a process that ends with its run: the group ends before the interpreter does, which
+    gloo's threads would abort now and then. A process that failed does not wait for the others."""
+    try:
+        yield
+    except Stopped:
+        _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
