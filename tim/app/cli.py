@@ -1,52 +1,16 @@
 """The command `tim`."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import torch
 import typer
-from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import save_file
 
-_EXPECTED = (
-    ValueError, OSError, ImportError, ArithmeticError, OmegaConfBaseException,
-    torch.OutOfMemoryError,
-)  # fmt: skip
+from tim.app.common import check_device, errors_without_traceback, fail
 
 app = typer.Typer(help="Transition Models: train, sample, demo.", no_args_is_help=True)
-
-
-@contextmanager
-def _errors_without_traceback() -> Iterator[None]:
-    from tim.training import Stopped
-    from tim_kernels import BackendUnavailable
-
-    try:
-        yield
-    except BackendUnavailable as error:
-        _fail(f"{error}; TIM_KERNELS_BACKEND=auto takes what this machine has", 2)
-    except KeyboardInterrupt as stop:
-        is_saved = isinstance(stop, Stopped)
-        typer.echo(f"{stop}; the same command goes on from it" if is_saved else "stopped", err=True)
-        raise typer.Exit(getattr(stop, "exit_code", 130)) from None
-    except _EXPECTED as error:
-        _fail(error, 1)
-
-
-def _fail(error: Exception | str, code: int) -> NoReturn:
-    """End with one line."""
-    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-    raise typer.Exit(code) from None
-
-
-def _check_device(name: str) -> None:
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
-        raise typer.BadParameter(f"device {name!r}: {str(error).splitlines()[0]}") from None
 
 
 @app.callback()
@@ -54,7 +18,7 @@ def _check_environment() -> None:
     try:
         import tim_kernels  # noqa: F401
     except ValueError as error:  # a wrong TIM_KERNELS_BACKEND
-        _fail(error, 2)
+        fail(error, 2)
 
 
 @app.command()
@@ -75,7 +39,7 @@ def train(
     from tim.training import train as run
     from tim.training.parallel import leaving_together
 
-    with _errors_without_traceback(), leaving_together():
+    with errors_without_traceback(), leaving_together():
         cfg = configs.override(configs.load(config), overrides or [])
         folder = run(cfg, output or Path("runs") / Path(config).stem, profile=profile)
     typer.echo(f"network: {folder}")
@@ -93,7 +57,7 @@ def export(
 
     if output.suffix != ".safetensors":
         raise typer.BadParameter(f"{output} must end in .safetensors")
-    with _errors_without_traceback():
+    with errors_without_traceback():
         weights = merged(checkpoint, average)
         with replacing(output) as path:
             save_file(weights, path)
@@ -113,7 +77,7 @@ def download(
     ] = False,
 ) -> None:
     """Fetch data sets and weights from the Hugging Face hub; what was cut off goes on."""
-    with _errors_without_traceback():
+    with errors_without_traceback():
         from tim.data import download as hub
 
         if not only_list:
@@ -167,8 +131,8 @@ def preprocess(
     if device is None:
         rank = os.environ.get("LOCAL_RANK", "0")
         device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
-    _check_device(device)
-    with _errors_without_traceback():
+    check_device(device)
+    with errors_without_traceback():
         from tim.data.preprocess import launched_group
         from tim.data.preprocess import preprocess as run
         from tim.encoders import Autoencoder
@@ -212,8 +176,8 @@ def sample(
     except ValueError:
         raise typer.BadParameter(f"labels must be like 3,1,4, got {labels!r}") from None
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _check_device(device)
-    with _errors_without_traceback():
+    check_device(device)
+    with errors_without_traceback():
         network, transport, _ = load_export(model)
         network.to(device)
         size, channels = network.config.input_size, network.config.in_channels
@@ -238,5 +202,5 @@ def demo(
     """Draw the digits 0 to 9 at 1, 2, 4, 8 and 32 steps with the shipped network."""
     from tim.app.demo import draw
 
-    with _errors_without_traceback():
+    with errors_without_traceback():
         typer.echo(draw(output, seed=seed).resolve())

@@ -1,0 +1,44 @@
+"""What the commands share: errors in one line, the device."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import torch
+import typer
+from omegaconf.errors import OmegaConfBaseException
+
+_EXPECTED = (
+    ValueError, OSError, ImportError, ArithmeticError, OmegaConfBaseException,
+    torch.OutOfMemoryError,
+)  # fmt: skip
+
+
+@contextmanager
+def errors_without_traceback() -> Iterator[None]:
+    from tim.training import Stopped
+    from tim_kernels import BackendUnavailable
+
+    try:
+        yield
+    except BackendUnavailable as error:
+        fail(f"{error}; TIM_KERNELS_BACKEND=auto takes what this machine has", 2)
+    except KeyboardInterrupt as stop:
+        is_saved = isinstance(stop, Stopped)
+        typer.echo(f"{stop}; the same command goes on from it" if is_saved else "stopped", err=True)
+        raise typer.Exit(getattr(stop, "exit_code", 130)) from None
+    except _EXPECTED as error:
+        fail(error, 1)
+
+
+def fail(error: Exception | str, code: int) -> NoReturn:
+    """End with one line."""
+    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+    raise typer.Exit(code) from None
+
+
+def check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
+        raise typer.BadParameter(f"device {name!r}: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,107 @@
+"""What an evaluation leaves: a JSON file, a table, and sheets of pictures."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from tim.files import replacing
+from tim.provenance import versions
+
+_LABEL = 14  # px, the height of a label's line
+
+
+def write(
+    path: str | Path,
+    benchmark: str,
+    metrics: Mapping[str, float],
+    *,
+    settings: Mapping[str, Any],
+    counts: Mapping[str, int],
+    breakdown: Mapping[str, Mapping[str, float]] | None = None,
+    run: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write a result as JSON, whole or not at all, and return it.
+
+    Args:
+        benchmark: "imagenet", "mjhq", "geneval" or "dpg".
+        metrics: the numbers by name.
+        settings: all that changes them: networks, preprocessing, options.
+        counts: what they were measured on, and what was left out.
+        breakdown: numbers by category, such as {"fid": {"animals": …}}.
+        run: `run.json` of the folder of pictures, where `tim generate` made it.
+
+    Raises:
+        ValueError: a metric is not finite.
+    """
+    wrong = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if wrong:
+        raise ValueError(f"not finite: {', '.join(f'{name} = {metrics[name]}' for name in wrong)}")
+    result = {
+        "benchmark": benchmark,
+        "metrics": dict(metrics),
+        "breakdown": {name: dict(values) for name, values in (breakdown or {}).items()},
+        "counts": dict(counts),
+        "settings": dict(settings),
+        "versions": versions(),
+        "run": dict(run) if run is not None else None,
+    }
+    with replacing(path) as new:
+        new.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return result
+
+
+def run_of(folder: str | Path) -> dict[str, Any] | None:
+    """`run.json` beside the pictures, None where `tim generate` did not make them."""
+    path = Path(folder) / "run.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers on the right."""
+    lines = [head, [":---", *["---:"] * (len(head) - 1)], *rows]
+    cells = [[_cell(value) for value in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def sheet(
+    pictures: Sequence[Image.Image], labels: Sequence[str], path: str | Path,
+    *, columns: int = 8, side: int = 256,
+) -> None:  # fmt: skip
+    """A grid of pictures, each within `side` px and with its label below, as a PNG.
+
+    Raises:
+        ValueError: there is no picture, or not a label each.
+    """
+    if not pictures or len(pictures) != len(labels):
+        raise ValueError(f"{len(pictures)} pictures and {len(labels)} labels: one each is needed")
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    cell_w, cell_h = side + 8, side + _LABEL + 12
+    canvas = Image.new("RGB", (columns * cell_w, rows * cell_h), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=_LABEL)
+    for place, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        row, column = divmod(place, columns)
+        x, y = column * cell_w + 4, row * cell_h + 4
+        small = picture.convert("RGB")
+        small.thumbnail((side, side))
+        canvas.paste(small, (x, y))
+        draw.text((x, y + side + 2), _fitting(label, font, side), fill="black", font=font)
+    with replacing(path) as new:
+        canvas.save(new, format="PNG")
+
+
+def _fitting(label: str, font: Any, width: int) -> str:
+    text = " ".join(label.split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"

@@ -1,0 +1,46 @@
+"""What a number or a picture came from: versions and hashes, for whoever repeats it."""
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+_PACKAGES = (
+    "tim-kernels", "torch", "triton", "diffusers", "transformers", "numpy", "pillow", "scipy",
+    "torch-fidelity", "torchmetrics",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of the packages that are installed, and of the device: {name: version}."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    found["torch"] = torch.__version__  # with the build, such as +cpu
+    if torch.cuda.is_available():
+        found["device"] = torch.cuda.get_device_name()
+        found["cuda"] = str(torch.version.cuda)
+    else:
+        found["device"] = f"CPU, {platform.machine()}"
+    return found
+
+
+def file_hash(*paths: Path) -> str:
+    """SHA-256 of the files' contents one after another, hexadecimal."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for block in _blocks(path):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(path: Path) -> Iterable[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            yield block
