@@ -12,7 +12,7 @@ MOST_LINES = 400
 # own __init__ is above all of them. `tim` may import `tim_kernels`, never the other way.
 LEVELS = {
     "tim": [
-        ["captions", "checks", "files", "provenance", "requirements"],
+        ["captions", "checks", "files", "processes", "provenance", "requirements"],
         ["data", "models", "transports"],
         ["encoders", "objective", "sampling"],
         ["config", "images"],

@@ -9,6 +9,7 @@ import typer
 from safetensors.torch import save_file
 
 from tim.app.common import check_device, errors_without_traceback, fail
+from tim.processes import launched_device, launched_group
 
 app = typer.Typer(help="Transition Models: train, sample, demo.", no_args_is_help=True)
 
@@ -128,12 +129,9 @@ def preprocess(
     dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
     if dtype not in dtypes:
         raise typer.BadParameter(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
-    if device is None:
-        rank = os.environ.get("LOCAL_RANK", "0")
-        device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
+    device = device or launched_device()
     check_device(device)
     with errors_without_traceback():
-        from tim.data.preprocess import launched_group
         from tim.data.preprocess import preprocess as run
         from tim.encoders import Autoencoder
 

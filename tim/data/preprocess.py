@@ -11,7 +11,6 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -20,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, distributed
+from torch import Tensor
 from tqdm import tqdm
 
 from tim.checks import check_computed, whole
@@ -30,6 +29,7 @@ from tim.data.files import Names, class_pictures, existing, some
 from tim.data.latent_images import latent_files
 from tim.data.native_latents import NATIVE, longest_first
 from tim.files import filling, locked, replacing
+from tim.processes import Processes
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -126,43 +126,22 @@ def preprocess(
         image_size, min_image_size, max_image_size, whole("batch_size", batch_size, 1),
         whole("seed", seed, 0), whole("num_workers", num_workers, 1),
     )  # fmt: skip
-    is_group = distributed.is_available() and distributed.is_initialized()
-    rank = distributed.get_rank() if is_group else 0
-    world_size = distributed.get_world_size() if is_group else 1
+    processes = Processes.here()
     job.latent_dir.mkdir(parents=True, exist_ok=True)
-    with locked(job.latent_dir) if rank == 0 else contextlib.nullcontext():
-        if rank == 0:
+    with locked(job.latent_dir) if processes.is_first else contextlib.nullcontext():
+        if processes.is_first:
             job.prepare()
-        if is_group:
-            distributed.barrier()
-        parts = [job.run(rank, world_size)]
-        if is_group:
-            parts *= world_size
-            distributed.all_gather_object(parts, parts[0])
-        made = Made.together(parts)
-        if rank == 0:
+        processes.wait()
+        made = Made.together(processes.gather(job.run(*processes)))
+        if processes.is_first:
             job.write_metadata(made.sizes, pack_tokens)
-        if is_group:
-            distributed.barrier()
+        processes.wait()
     if len(made.unreadable) > most_unreadable * max(len(job.images), 1000):
         raise UnreadableError(
             f"{len(made.unreadable)} of {len(job.images)} pictures cannot be read, more than "
             f"{most_unreadable:.2g}: {some(made.unreadable)}"
         )
     return made
-
-
-@contextlib.contextmanager
-def launched_group() -> Iterator[None]:
-    """The group of the processes that torchrun or accelerate launched; nothing for one alone."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield
-        return
-    distributed.init_process_group("gloo", timeout=timedelta(days=7))
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
 
 
 class _Picture(NamedTuple):
