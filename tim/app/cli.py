@@ -193,6 +193,22 @@ def sample(
 
 
 @app.command()
+def compare(
+    results: Annotated[list[Path], typer.Argument(help="JSON files that `tim evaluate` wrote.")],
+    output: Annotated[Path | None, typer.Option(help="A .png of steps against score.")] = None,
+) -> None:
+    """Put results side by side, with the published figures: a table, and a plot."""
+    with errors_without_traceback():
+        from tim.evaluation import compare as comparison
+
+        read = [comparison.read(path) for path in results]
+        typer.echo(comparison.tables(read))
+        if output is not None:
+            comparison.plot(read, output)
+            typer.echo(output)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("tim-demo.png"),
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
