@@ -19,6 +19,9 @@ from tim.files import locked
 from tim.processes import Processes
 
 
+_WORK = "judged"  # what is done, in a result's folder
+
+
 @contextmanager
 def output_folder(folder: str | Path) -> Iterator[Path]:
     """The folder of a result, made if need be; one run at a time writes to it.
@@ -32,13 +35,18 @@ def output_folder(folder: str | Path) -> Iterator[Path]:
         yield folder
 
 
+def is_result(path: Path, output: Path) -> bool:
+    """Whether a folder among pictures is that of this or another result."""
+    return path.resolve() == output.resolve() or (path / _WORK).is_dir()
+
+
 def refuse(folder: Path, problems: Sequence[str], wanted: str) -> None:
     """Raises:
     ValueError: there are problems; it names the first and says how many there are.
     """
     if problems:
         raise ValueError(
-            f"{folder} is not {wanted}: {some(problems)} ({len(problems)} in all); "
+            f"{folder} must hold {wanted}: {some(problems)} ({len(problems)} in all); "
             "--allow-missing judges what there is and counts the rest"
         )
 
@@ -72,17 +80,17 @@ def without_damaged(
 def judged(
     pictures: Mapping[str, Path],
     judge: Callable[[str, Image.Image], Any],
-    folder: Path,
+    output: Path,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What `judge(name, picture)` says of each picture, by its name, in the order given.
 
     Every process of torch.distributed's default group takes a share. Each judgement, anything that
-    JSON holds, is on the disk in `folder` before the next begins: a run that was stopped goes on,
+    JSON holds, is on the disk in `output/judged` before the next begins: a run that was stopped goes on,
     by as many processes as there are then. A judgement is taken from there only if the file (its
     size and time) and the settings are the same.
     """
-    here = Processes.here()
+    here, folder = Processes.here(), output / _WORK
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     stamps = {name: _stamp(path, digest) for name, path in pictures.items()}

@@ -87,7 +87,7 @@ def evaluate(
             prompt = found.prompts[name]
             return rules.judge(prompt.metadata, detector(image), colours_of)._asdict()
 
-        judged = judging.judged(pictures, judge, output / "judged", settings)
+        judged = judging.judged(pictures, judge, output, settings)
         result = None
         if here.is_first:
             rows = [_row(pictures[name], found.prompts[name], judged[name]) for name in judged]

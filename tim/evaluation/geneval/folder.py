@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tim.data.prompts import Prompt
+from tim.evaluation.judging import is_result
 
 WANTED = "FOLDER/00000/{metadata.jsonl, samples/00000.png …}, a folder a prompt"
 
@@ -18,9 +19,9 @@ class Found(NamedTuple):
 
 
 def find(folder: Path, prompts: Sequence[Prompt], per_prompt: int, output: Path) -> Found:
-    """All that is there of each prompt, whose folder is its number; `output` is passed over.
+    """All that is there of each prompt, whose folder is its number.
 
-    Hidden files, and files beside the prompts' folders, are passed over too.
+    Hidden files, files beside the prompts' folders, and results are passed over.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -31,7 +32,7 @@ def find(folder: Path, prompts: Sequence[Prompt], per_prompt: int, output: Path)
     found = Found({}, {}, [])
     of_number: dict[int, list[Path]] = {}
     for path in _entries(folder):
-        if not path.is_dir() or path.resolve() == output.resolve():
+        if not path.is_dir() or is_result(path, output):
             continue
         if re.fullmatch("[0-9]+", path.name) and int(path.name) < len(prompts):
             of_number.setdefault(int(path.name), []).append(path)
