@@ -18,7 +18,6 @@ from tim.evaluation.reading import picture
 from tim.files import locked
 from tim.processes import Processes
 
-
 _WORK = "judged"  # what is done, in a result's folder
 
 
@@ -86,9 +85,9 @@ def judged(
     """What `judge(name, picture)` says of each picture, by its name, in the order given.
 
     Every process of torch.distributed's default group takes a share. Each judgement, anything that
-    JSON holds, is on the disk in `output/judged` before the next begins: a run that was stopped goes on,
-    by as many processes as there are then. A judgement is taken from there only if the file (its
-    size and time) and the settings are the same.
+    JSON holds, is on the disk in `output/judged` before the next begins: a run that was stopped
+    goes on, by as many processes as there are then. A judgement is taken from there only if the
+    file (its size and time) and the settings are the same.
     """
     here, folder = Processes.here(), output / _WORK
     folder.mkdir(parents=True, exist_ok=True)
