@@ -104,6 +104,7 @@ def test_the_table(drawn, tmp_path):
     lines = table(run(folder, prompts, tmp_path)).splitlines()
     assert "| colors | 25.00 |" in lines
     assert "| overall, mean of the tags | 50.00 |" in lines
+    assert lines[-2] == "detector rectangles"
     assert lines[-1] == f"{WANTED} of {WANTED} pictures judged"
 
 
@@ -252,6 +253,13 @@ def test_any_number_of_digits_and_a_result_within(mine):
     for _ in range(2):
         result = run(folder, prompts, folder / "judged")
         assert result["counts"]["images"] == WANTED and result["counts"]["left_out"] == 0
+
+
+def test_prompts_of_ones_own_must_be_judgeable(drawn, tmp_path):
+    wrong = '{"tag": "colors", "include": [{"class": "dog"}], "prompt": "a dog"}'
+    (tmp_path / "wrong.jsonl").write_text(wrong)
+    with pytest.raises(ValueError, match="prompt 00000, 'a dog': no 'count'"):
+        run(drawn[0], tmp_path / "wrong.jsonl", tmp_path / "out")
 
 
 def test_the_same_folder_twice(mine, tmp_path):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tim.data.prompts import GENEVAL_TAGS, geneval
 from tim.evaluation.geneval import detector
 from tim.evaluation.geneval.colours import colour_logits, crop, pixels
-from tim.evaluation.geneval.judge import judge
+from tim.evaluation.geneval.judge import check, judge
 from tim.evaluation.geneval.objects import CLASSES, COLOURS, Detection
 from tim.evaluation.geneval.summary import summary
 
@@ -54,6 +54,26 @@ def test_summary():
     assert f"{without['overall']:.5f}" in expected["printed_without_counting"]
     with pytest.raises(ValueError, match="no picture was judged"):
         summary([])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"count": 0}, "the count of dog must be at least 1, got 0"),
+        ({"count": "two"}, "the count of dog must be a whole number"),
+        ({"color": "blu"}, "color must be of red, .* got 'blu'"),
+        ({"position": ["beside", 0]}, "position must be one of left of, .* got .'beside', 0."),
+        ({"position": ["above", 1]}, "the number of an earlier include, got .'above', 1."),
+        ({"position": ["above", -1]}, "the number of an earlier include, got .'above', -1."),
+        ({"position": "above"}, "too many values"),
+    ],
+)
+def test_rules_that_cannot_be_judged_are_refused(change, message):
+    prompt = geneval()[0].metadata | {
+        "include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 1} | change]
+    }
+    with pytest.raises(ValueError, match=message):
+        check(prompt)
 
 
 def test_every_class_and_colour_of_the_prompts_is_known():

@@ -169,6 +169,7 @@ def test_tim_evaluate_geneval(saved, tmp_path):
     command = [*few(tmp_path), *networks]
     result = tim(*command)
     assert result.exit_code == 0, result.output
+    assert "mask2former: not mmdetection's weights: scores are near" in result.stdout
     assert "| colors | 0.00 |" in result.stdout and "2 of 2 pictures judged" in result.stdout
     assert result.stdout.strip().endswith(str(tmp_path / "out/result.json"))
     written = json.loads((tmp_path / "out/result.json").read_text())

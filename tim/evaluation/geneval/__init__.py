@@ -66,7 +66,7 @@ def evaluate(
         evaluate("samples", "geneval", Mask2Former.load(), ClipColours.load())
     """
     folder, here = Path(folder), Processes.here()
-    listed = read_prompts(prompts)
+    listed = _listed(prompts)
     found = folders.find(folder, listed, whole("per_prompt", per_prompt, 1), Path(output))
     settings = {
         **settings_of("detector", detector, detector_name),
@@ -101,7 +101,7 @@ def check(
     prompts: str | Path | None = None, per_prompt: int = 4, allow_missing: bool = False,
 ) -> None:  # fmt: skip
     """Raises what `evaluate` would for the names in a folder, before any network is loaded."""
-    listed = read_prompts(prompts)
+    listed = _listed(prompts)
     found = folders.find(Path(folder), listed, whole("per_prompt", per_prompt, 1), Path(output))
     if not allow_missing:
         judging.refuse(Path(folder), found.problems, _wanted(per_prompt))
@@ -118,10 +118,25 @@ def table(result: Mapping[str, Any]) -> str:
         ("prompts with a correct picture", _per_cent(metrics["correct_prompts"])),
     ]
     lines = [report.table(("GenEval", "%"), rows)]
-    lines.append(f"\n{counts['images']} of {counts['images_wanted']} pictures judged")
-    if missing := result["settings"]["tags_missing"]:
+    settings = result["settings"]
+    note = f": {settings['detector_note']}" if "detector_note" in settings else ""
+    lines.append(f"\ndetector {settings['detector']}{note}")
+    lines.append(f"{counts['images']} of {counts['images_wanted']} pictures judged")
+    if missing := settings["tags_missing"]:
         lines.append(f"the mean is without {', '.join(missing)}: not GenEval's score")
     return "\n".join(lines)
+
+
+def _listed(path: str | Path | None) -> list[Prompt]:
+    """The prompts, each with rules that can be judged."""
+    listed = read_prompts(path)
+    for prompt in listed:
+        try:
+            rules.check(prompt.metadata)
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"prompt {prompt.name}, {prompt.text!r}: {reason}") from error
+    return listed
 
 
 def _wanted(per_prompt: int) -> str:

@@ -18,6 +18,7 @@ _SHORT, _LONG, _UNIT = 800, 1333, 32  # px of the input: shorter side, most of t
 _MEAN = torch.tensor((123.675, 116.28, 103.53)).view(3, 1, 1)
 _STD = torch.tensor((58.395, 57.12, 57.375)).view(3, 1, 1)
 _MOST = 100  # objects of a picture
+_NOTE = "not mmdetection's weights: scores are near the published ones, not equal"
 _AT_ONCE = 16  # masks at the picture's size
 
 
@@ -41,7 +42,7 @@ class Mask2Former:
         if (num_classes := model.config.num_labels) != len(CLASSES):
             raise ValueError(f"{name} must have COCO's {len(CLASSES)} classes, got {num_classes}")
         self.model = model
-        self.settings = described("detector", name, model)
+        self.settings = described("detector", name, model) | {"detector_note": _NOTE}
 
     @classmethod
     def load(

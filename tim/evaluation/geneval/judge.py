@@ -5,11 +5,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tim.checks import whole
 from tim.evaluation.geneval.objects import CLASSES, COLOURS, Detection, Metadata
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # scores below or at it are no objects
 MOST = 16  # objects of a class
 NEAR = 0.1  # of both sizes: an offset that is no relation
+RELATIONS = ("left of", "right of", "above", "below")
 SETTINGS = {
     "threshold": THRESHOLD, "counting_threshold": COUNTING_THRESHOLD, "max_objects": MOST,
     "position_threshold": NEAR,
@@ -20,6 +22,25 @@ class Judgement(NamedTuple):
     correct: bool
     reason: str  # a line for each rule that failed
     details: dict[str, list[list[float]]]  # {class: [[x1, y1, x2, y2, score], …]}, best first
+
+
+def check(metadata: Metadata) -> None:
+    """Raises:
+    ValueError, KeyError, TypeError: a rule of the prompt is none that can be judged.
+    """
+    for place, wanted in enumerate(metadata["include"]):
+        whole(f"the count of {wanted['class']}", wanted["count"], 1)
+        if wanted.get("color", COLOURS[0]) not in COLOURS:
+            raise ValueError(f"color must be of {', '.join(COLOURS)}, got {wanted['color']!r}")
+        if "position" in wanted:
+            relation, index = wanted["position"]
+            if relation not in RELATIONS or not 0 <= whole("its target", index) < place:
+                raise ValueError(
+                    f"position must be one of {', '.join(RELATIONS)} and the number of an earlier "
+                    f"include, got {wanted['position']!r}"
+                )
+    for unwanted in metadata.get("exclude", []):
+        whole(f"the count of {unwanted['class']}", unwanted["count"], 1)
 
 
 def judge(
@@ -72,8 +93,8 @@ def relations(a: Detection, b: Detection) -> list[str]:
     if (abs(gap) < 1e-3).all():
         return []
     x, y = gap / np.linalg.norm(offset)
-    holds = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
-    return [name for name, is_so in holds.items() if is_so]
+    holds = x < -0.5, x > 0.5, y < -0.5, y > 0.5
+    return [name for name, is_so in zip(RELATIONS, holds, strict=True) if is_so]
 
 
 def _failure(
