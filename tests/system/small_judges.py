@@ -84,8 +84,10 @@ def save_blip(folder: Path) -> Path:
     model = transformers.BlipForQuestionAnswering(config)
     spread(model)
     model.save_pretrained(folder)
-    images = transformers.BlipImageProcessor(size={"height": 16, "width": 16})
-    transformers.BlipProcessor(images, tokenizer()).save_pretrained(folder)
+    transformers.BlipImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS[5:]]
+    (folder / "vocab.txt").write_text("\n".join(words))  # as the released ones come
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     return folder
 
 

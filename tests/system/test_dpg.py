@@ -301,6 +301,11 @@ def test_no_folder_and_an_empty_one(tmp_path):
         run(tmp_path / "empty", tmp_path / "out", allow_missing=True)
 
 
+def test_results_do_not_go_among_the_pictures(folder):
+    with pytest.raises(ValueError, match="the results need a folder of their own"):
+        run(folder, folder)
+
+
 def test_nothing_left_to_judge(folder, tmp_path):
     for path in folder.glob("*.png"):
         cut(path)

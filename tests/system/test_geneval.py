@@ -277,11 +277,18 @@ def test_no_folder_and_an_empty_one(tmp_path):
         run(tmp_path / "empty", None, tmp_path / "out")
 
 
+def test_results_do_not_go_among_the_pictures(drawn):
+    with pytest.raises(ValueError, match="the results need a folder of their own"):
+        run(drawn[0], drawn[1], drawn[0])
+    assert not (drawn[0] / "judged").exists()
+
+
 def test_a_function_needs_a_name(drawn, tmp_path):
     with pytest.raises(ValueError, match="a detector of your own needs detector_name="):
         evaluate(drawn[0], tmp_path, detect, mean_colours, prompts=drawn[1])
 
 
+@pytest.mark.nightly
 def test_all_553_prompts(tmp_path):
     truth = drawn_objects.save(tmp_path / "pictures", None)
     result = run(tmp_path / "pictures", None, tmp_path / "out")

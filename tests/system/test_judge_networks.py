@@ -89,7 +89,8 @@ def test_colours_are_clips(saved):
             ]  # fmt: skip
             units = 0
             for text in texts:
-                output = model(**words(text, return_tensors="pt"), pixel_values=pixels)
+                tokens = words(text, return_tensors="pt")
+                output = model(tokens.input_ids, pixels, tokens.attention_mask)
                 units = units + output.text_embeds
             unit = units / units.norm()
             similarity.append(float((unit * output.image_embeds).sum().detach()))

@@ -34,6 +34,17 @@ def output_folder(folder: str | Path) -> Iterator[Path]:
         yield folder
 
 
+def check_folders(folder: Path, output: Path) -> None:
+    """Raises:
+    FileNotFoundError: there is no folder of pictures.
+    ValueError: the result would lie among them.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    if folder.resolve() == output.resolve():
+        raise ValueError(f"the results need a folder of their own, not {folder} of the pictures")
+
+
 def is_result(path: Path, output: Path) -> bool:
     """Whether a folder among pictures is that of this or another result."""
     return path.resolve() == output.resolve() or (path / _WORK).is_dir()

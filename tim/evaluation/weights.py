@@ -35,18 +35,18 @@ def load(
         ValueError: weights are missing or of other shapes.
     """
     _say_licence(str(name))
-    with_reason = f"{name} cannot be loaded as {cls.__name__}"
+    what = f"{name} cannot be loaded as {cls.__name__}"
     try:
         model, info = cls.from_pretrained(name, output_loading_info=True, **options)
     except OSError as error:
         raise not_found(name) from error
     except RuntimeError as error:
-        raise ValueError(f"{with_reason}: {error}") from error
+        raise ValueError(f"{what}: {error}") from error
     parameters = {key for key, _ in model.named_parameters()}
     missing = sorted(parameters & {*info["missing_keys"]})
     wrong = [*missing, *map(str, info["mismatched_keys"])]
     if wrong:
-        raise ValueError(f"{with_reason}: {len(wrong)} weights are missing, such as {wrong[0]}")
+        raise ValueError(f"{what}: {len(wrong)} weights are missing, such as {wrong[0]}")
     return model.to(device).eval()
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from tim.evaluation.judging import is_result
+from tim.evaluation.judging import check_folders, is_result
 
 
 def find(folder: Path, items: Collection[str], output: Path) -> tuple[dict[str, Path], list[str]]:
@@ -15,10 +15,9 @@ def find(folder: Path, items: Collection[str], output: Path) -> tuple[dict[str, 
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: there is no picture in it.
+        ValueError: there is no picture in it, or the result would lie beside them.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
+    check_folders(folder, output)
     kinds = Image.registered_extensions()
     found: dict[str, Path] = {}
     problems = []

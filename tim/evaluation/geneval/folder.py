@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tim.data.prompts import Prompt
-from tim.evaluation.judging import is_result
+from tim.evaluation.judging import check_folders, is_result
 
 WANTED = "FOLDER/00000/{metadata.jsonl, samples/00000.png …}, a folder a prompt"
 
@@ -25,10 +25,9 @@ def find(folder: Path, prompts: Sequence[Prompt], per_prompt: int, output: Path)
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: there is no folder of a prompt in it.
+        ValueError: there is no folder of a prompt in it, or the result would lie in it.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
+    check_folders(folder, output)
     found = Found({}, {}, [])
     of_number: dict[int, list[Path]] = {}
     for path in _entries(folder):
