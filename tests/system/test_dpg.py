@@ -313,6 +313,11 @@ def test_nothing_left_to_judge(folder, tmp_path):
         run(folder, tmp_path / "out", allow_missing=True)
 
 
+def test_an_answer_is_a_text(folder, tmp_path):
+    with pytest.raises(ValueError, match="vqa must answer with a text, got True"):
+        run(folder, tmp_path / "out", lambda picture, question: True)
+
+
 def test_a_function_needs_a_name(folder, tmp_path):
     with pytest.raises(ValueError, match="a vqa of your own needs vqa_name="):
         evaluate(folder, QUESTIONS, tmp_path, answer)

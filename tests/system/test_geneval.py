@@ -283,6 +283,21 @@ def test_results_do_not_go_among_the_pictures(drawn):
     assert not (drawn[0] / "judged").exists()
 
 
+def test_nothing_left_to_judge(mine, tmp_path):
+    folder, prompts = mine
+    for path in folder.glob("*/samples/*.png"):
+        cut(path)
+    with pytest.raises(ValueError, match="no picture was judged"):
+        run(folder, prompts, tmp_path / "out", allow_missing=True)
+    assert not (tmp_path / "out/results.jsonl").exists()
+
+
+def test_an_object_has_one_colour(drawn, tmp_path):
+    with pytest.raises(ValueError, match="colours must be one for each of 1 objects, got .'red', "):
+        names = dict(NAMES, prompts=drawn[1])
+        evaluate(drawn[0], tmp_path, detect, lambda *_: ["red", "blue"], **names)
+
+
 def test_a_function_needs_a_name(drawn, tmp_path):
     with pytest.raises(ValueError, match="a detector of your own needs detector_name="):
         evaluate(drawn[0], tmp_path, detect, mean_colours, prompts=drawn[1])

@@ -98,6 +98,14 @@ def test_colours_are_clips(saved):
     assert classify(picture, found, "object") == expected
 
 
+def test_pixels_are_those_of_clips_own_processor():
+    own = small_judges.transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+    for size in ((40, 30), (30, 72), (16, 16), (9, 12)):
+        picture = noise(*size)
+        expected = torch.as_tensor(np.array(own(picture).pixel_values[0]))
+        assert torch.allclose(colours.pixels(picture, 16), expected, atol=1e-5), size
+
+
 def test_features_of_transformers_4_and_5():
     features = torch.ones(2, 3)
     output = small_judges.transformers.modeling_outputs.BaseModelOutputWithPooling(

@@ -78,7 +78,7 @@ def evaluate(
 
         def judge(item: str, image: Image.Image) -> list[list[str]]:
             crops = [image.crop(box) for box in boxes(image.size, pictures)]
-            return [[vqa(crop, question.text) for question in of_item[item]] for crop in crops]
+            return [[_text_of(vqa(crop, each.text)) for each in of_item[item]] for crop in crops]
 
         answers = judging.judged(files, judge, output, asked)
         result = None
@@ -106,9 +106,7 @@ def boxes(size: tuple[int, int], pictures: int) -> list[tuple[int, int, int, int
     if pictures == 1:
         return [(0, 0, width, height)]
     x, y = width // 2, height // 2
-    return [
-        (left, top, left + x, top + y) for top in (0, y) for left in (0, x)
-    ]  # fmt: skip
+    return [(left, top, left + x, top + y) for top in (0, y) for left in (0, x)]
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -125,6 +123,12 @@ def table(result: Mapping[str, Any]) -> str:
 
 def _two(value: float) -> str:
     return f"{value:.2f}"
+
+
+def _text_of(answer: str) -> str:
+    if not isinstance(answer, str):
+        raise ValueError(f"vqa must answer with a text, got {answer!r}")
+    return answer
 
 
 def _uneven(image: Image.Image) -> str | None:
@@ -153,8 +157,10 @@ def _write(
     lines += ["L2 category scores:", *(f"\t{name}: {v}" for name, v in categories["l2"].items())]
     lines += [f"Image path: {folder}", f"Save results to: {output / 'result.txt'}"]
     lines += [f"DPG-Bench score: {total}"]
-    _text(output / "result.txt", lines)
-    _text(output / "result_detail.txt", _details(files, questions, answers, settings["pictures"]))
+    _write_lines(output / "result.txt", lines)
+    _write_lines(
+        output / "result_detail.txt", _details(files, questions, answers, settings["pictures"])
+    )
     by_score = sorted(means, key=lambda item: means[item])
     for name, shown in (("worst.png", by_score), ("best.png", by_score[::-1])):
         labels = [f"{100 * means[item]:.0f} {item}" for item in shown[:_SHOWN]]
@@ -186,6 +192,6 @@ def _details(
     return lines
 
 
-def _text(path: Path, lines: Sequence[str]) -> None:
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
     with replacing(path) as new:
         new.write_text("\n".join(lines) + "\n", encoding="utf-8")

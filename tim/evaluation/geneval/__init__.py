@@ -160,10 +160,10 @@ def _write(
     folder: Path, output: Path, rows: list[Row], settings: dict[str, Any],
     prompts: Sequence[Prompt], per_prompt: int,
 ) -> dict[str, Any]:  # fmt: skip
+    of_all = summary(rows)
     with replacing(output / "results.jsonl") as new:
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         new.write_text("".join(lines), encoding="utf-8")
-    of_all = summary(rows)
     tasks = of_all["tasks"]
     tags = dict.fromkeys(prompt.metadata["tag"] for prompt in prompts)
     settings["tags_missing"] = [tag for tag in tags if tag not in tasks]

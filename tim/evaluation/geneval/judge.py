@@ -53,6 +53,9 @@ def judge(
     Args:
         metadata: of the prompt, with "tag", "include" and maybe "exclude".
         colours: the objects and their class → a colour each.
+
+    Raises:
+        ValueError: there are more or fewer colours than objects.
     """
     found = objects(metadata["tag"], detections)
     failures: list[str] = []
@@ -108,6 +111,8 @@ def _failure(
         return f"expected {name}>={count}, found {len(taken)}"
     if (colour := wanted.get("color")) is not None:
         seen = list(colours(taken, name))
+        if len(seen) != len(taken):
+            raise ValueError(f"colours must be one for each of {len(taken)} objects, got {seen}")
         if seen.count(colour) < count:
             others = ", ".join(f"{seen.count(each)} {each}" for each in COLOURS if each in seen)
             return (
