@@ -188,7 +188,8 @@ def _details(
             crops = boxes(image.size, pictures)
         for crop, of_picture in zip(crops, of_item, strict=True):
             for question, answer in zip(questions[item], of_picture, strict=True):
-                lines.append(f"{files[item]}, {crop}, {question.text}, {answer}")
+                said = " ".join(answer.split())
+                lines.append(f"{files[item]}, {crop}, {question.text}, {said}")
     return lines
 
 

@@ -196,6 +196,9 @@ def _sheet(rows: Sequence[Row], path: Path) -> None:
         if of_tag[row["tag"]] <= _SHOWN:
             shown.append(row)
     if shown:
-        labels = [f"{row['prompt'].removeprefix('a photo of ')}: {row['reason']}" for row in shown]
+        labels = [
+            row["prompt"].removeprefix("a photo of ") + ": " * bool(row["reason"]) + row["reason"]
+            for row in shown
+        ]
         images = [picture(row["filename"]) for row in shown]
         report.sheet(images, labels, path, columns=_SHOWN)
