@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import platform
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -38,6 +39,14 @@ def file_hash(*paths: Path) -> str:
         for block in _blocks(path):
             digest.update(block)
     return digest.hexdigest()
+
+
+def weights_hash(network: torch.nn.Module) -> str:
+    """CRC-32 of all weights and buffers, hexadecimal."""
+    value = 0
+    for tensor in network.state_dict().values():
+        value = zlib.crc32(tensor.cpu().reshape(-1).view(torch.uint8).numpy(), value)
+    return f"{value:08x}"
 
 
 def _blocks(path: Path) -> Iterable[bytes]:

@@ -1,0 +1,95 @@
+"""`tim evaluate geneval` and `tim evaluate dpg`: pictures judged by what their prompts ask for."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tim.app.common import check_device, errors_without_traceback
+from tim.processes import Processes, launched_device, launched_group
+
+app = typer.Typer(help="Measure pictures.", no_args_is_help=True)
+
+_Output = Annotated[Path, typer.Option(help="A folder for the results; a stopped run goes on.")]
+_AllowMissing = Annotated[
+    bool,
+    typer.Option("--allow-missing", help="Judge what there is; the counts say what is not."),
+]
+_Device = Annotated[
+    str | None, typer.Option(help="cuda, cpu, …; by default a GPU for each process.")
+]
+
+
+@app.command()
+def geneval(
+    pictures: Annotated[Path, typer.Argument(help="A folder with one for each prompt: 00000, …")],
+    output: _Output,
+    detector: Annotated[
+        str, typer.Option(help="A Mask2Former of COCO's 80 classes: a folder or a name on the hub.")
+    ] = "facebook/mask2former-swin-small-coco-instance",
+    clip: Annotated[
+        str, typer.Option(help="The CLIP that tells colours: a folder or a name on the hub.")
+    ] = "openai/clip-vit-large-patch14",
+    prompts: Annotated[
+        Path | None, typer.Option(help="Other prompts than GenEval's 553, as its JSONL.")
+    ] = None,
+    per_prompt: Annotated[int, typer.Option(help="Pictures of each prompt.")] = 4,
+    allow_missing: _AllowMissing = False,
+    device: _Device = None,
+) -> None:
+    """GenEval: whether pictures show the objects asked for; torchrun shares the work."""
+    device = device or launched_device()
+    check_device(device)
+    with errors_without_traceback(), launched_group():
+        from tim.evaluation.geneval import check, evaluate, table
+        from tim.evaluation.geneval.colours import ClipColours
+        from tim.evaluation.geneval.detector import Mask2Former
+
+        options = dict(prompts=prompts, per_prompt=per_prompt, allow_missing=allow_missing)
+        check(pictures, output, **options)
+        networks = Mask2Former.load(detector, device), ClipColours.load(clip, device)
+        result = evaluate(pictures, output, *networks, **options)
+        _say(table(result), output)
+
+
+@app.command()
+def dpg(
+    pictures: Annotated[Path, typer.Argument(help="A folder of ITEM.png.")],
+    questions: Annotated[Path, typer.Option(help="dpg_bench.csv.")],
+    output: _Output,
+    vqa: Annotated[
+        str,
+        typer.Option(
+            help="blip, qwen2.5-vl, or another of these kinds: a folder or a name on the hub."
+        ),
+    ] = "blip",
+    per_file: Annotated[
+        int, typer.Option("--pictures", help="In a file: 4 as its quarters, or 1.")
+    ] = 4,
+    published_categories: Annotated[
+        bool,
+        typer.Option(
+            "--published-categories", help="Category scores of each item's last picture alone."
+        ),
+    ] = False,
+    allow_missing: _AllowMissing = False,
+    device: _Device = None,
+) -> None:
+    """DPG-Bench: questions about pictures, answered by a network; torchrun shares the work."""
+    device = device or launched_device()
+    check_device(device)
+    with errors_without_traceback(), launched_group():
+        from tim.evaluation.dpg import check, evaluate, table
+        from tim.evaluation.dpg.vqa import load_vqa
+
+        check(pictures, questions, output, allow_missing=allow_missing)
+        result = evaluate(
+            pictures, questions, output, load_vqa(vqa, device), pictures=per_file,
+            published_categories=published_categories, allow_missing=allow_missing,
+        )  # fmt: skip
+        _say(table(result), output)
+
+
+def _say(table: str, output: Path) -> None:
+    if Processes.here().is_first:
+        typer.echo(f"{table}\n{output / 'result.json'}")
