@@ -31,7 +31,7 @@ PUBLISHED = (
     Figure("imagenet", 512, "fid", 4.79, "1 step"),
     Figure("imagenet", 512, "fid", 1.69, "250 guided steps"),
 )
-_LINE = {"geneval": "overall", "imagenet": "fid", "mjhq": "fid", "dpg": "score"}  # what is drawn
+_LINE = {"geneval": "overall", "imagenet": "fid", "mjhq": "fid", "dpg": "dpg_score"}  # what is drawn
 
 
 class Result(NamedTuple):
