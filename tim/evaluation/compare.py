@@ -31,7 +31,7 @@ PUBLISHED = (
     Figure("imagenet", 512, "fid", 4.79, "1 step"),
     Figure("imagenet", 512, "fid", 1.69, "250 guided steps"),
 )
-_LINE = {"geneval": "overall", "imagenet": "fid", "mjhq": "fid", "dpg": "dpg_score"}  # what is drawn
+_DRAWN = {"geneval": "overall", "imagenet": "fid", "mjhq": "fid", "dpg": "dpg_score"}
 
 
 class Result(NamedTuple):
@@ -76,8 +76,8 @@ def read(path: str | Path) -> Result:
         numbers = {name: float(value) for name, value in metrics.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no result of tim evaluate: {error!r}") from error
-    if benchmark not in _LINE:
-        raise ValueError(f"{path}: benchmark must be one of {', '.join(_LINE)}, got {benchmark!r}")
+    if benchmark not in _DRAWN:
+        raise ValueError(f"{path}: benchmark must be one of {', '.join(_DRAWN)}, got {benchmark!r}")
     return Result(path.stem, benchmark, numbers, generated)
 
 
@@ -122,7 +122,7 @@ def plot(results: Sequence[Result], path: str | Path) -> None:
     for axes, (benchmark, group) in zip(
         canvas.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True
     ):
-        metric = _LINE[benchmark]
+        metric = _DRAWN[benchmark]
         ticks = sorted({result.steps for result in group})
         for curve in dict.fromkeys(result.curve for result in group):
             points = sorted((r.steps, r.metrics[metric]) for r in group if r.curve == curve)
@@ -144,9 +144,9 @@ def plot(results: Sequence[Result], path: str | Path) -> None:
 def _by_benchmark(results: Sequence[Result]) -> Mapping[str, list[Result]]:
     groups: dict[str, list[Result]] = {}
     for result in results:
-        if _LINE[result.benchmark] not in result.metrics:
+        if _DRAWN[result.benchmark] not in result.metrics:
             raise ValueError(
-                f"{result.name} has no {_LINE[result.benchmark]}, got {', '.join(result.metrics)}"
+                f"{result.name} has no {_DRAWN[result.benchmark]}, got {', '.join(result.metrics)}"
             )
         groups.setdefault(result.benchmark, []).append(result)
     return groups
