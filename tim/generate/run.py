@@ -1,0 +1,189 @@
+"""A benchmark's folder of pictures, drawn by as many processes as there are."""
+
+import contextlib
+import copy
+import os
+import shutil
+import signal
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from tim.data.prompts import Prompt
+from tim.files import filling, locked
+from tim.generate.benchmarks import Benchmark
+from tim.generate.drawing import Drawer, Picture, arithmetic
+from tim.generate.record import NAME, record
+from tim.generate.settings import folder_name
+from tim.generate.sources import Source
+from tim.processes import Processes
+from tim.training.signals import noted
+
+_WRITERS = 4  # threads, each process
+_SUFFIXES = (".png", ".jpg", ".safetensors")  # of what is made of pictures
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run; what was drawn is written."""
+
+    def __init__(self, number: int, folder: Path):
+        name = signal.Signals(number).name
+        super().__init__(f"{name} stopped the run, what it has drawn is in {folder}")
+        self.exit_code = 128 + number
+
+
+def generate(benchmark: Benchmark, source: Source, output: str | Path) -> Path:
+    """Draw what is not there yet of a benchmark's pictures, and return their folder.
+
+    The folder, of the published name, lies in `output`, and `run.json` in it says what the pictures
+    depend on. Each depends on the seed, its item and its number alone: not on how many processes
+    share the work (every one of torch.distributed's default group takes its share), on the batch
+    size, or on what was there before. Files appear whole.
+
+    Raises:
+        ValueError: settings or networks do not fit, or the folder holds other pictures.
+        BlockingIOError: another run writes to the folder.
+        FloatingPointError: what a network computes is not finite; the picture is named.
+        OSError: a file cannot be written. The others are whole.
+        Interrupted: SIGINT or SIGTERM came. What was drawn is written.
+
+    Example::
+
+        source = sources.load("c2i_model_256.safetensors", "xl-256").to("cuda")
+        generate(ImageNet(settings.make("imagenet", "imagenet-256-1")), source, "samples")
+    """
+    benchmark = copy.copy(benchmark)
+    benchmark.settings = settings = source.filled(benchmark.settings)
+    drawer, processes = Drawer(source, benchmark), Processes.here()
+    folder = Path(output) / folder_name(settings, source.name, benchmark.data_type)
+    with contextlib.ExitStack() as stack:
+        received = stack.enter_context(noted())
+        stack.enter_context(arithmetic(settings, source.device))
+        work = _prepared(folder, benchmark, source, processes, stack)
+        mine = work[processes.rank :: processes.world_size]
+        _Run(folder, benchmark, drawer, received).make(mine, processes)
+        processes.wait()
+    return folder
+
+
+@dataclass
+class _Work:
+    """An item of which files are absent."""
+
+    item: Prompt
+    absent: set[str]
+    wanted: Sequence[int]  # pictures to draw
+    drawn: dict[int, Tensor] = field(default_factory=dict)
+
+
+def _prepared(
+    folder: Path, benchmark: Benchmark, source: Source, processes: Processes,
+    stack: contextlib.ExitStack,
+) -> list[_Work]:  # fmt: skip
+    """What is to be done, as the first process sees it, which holds the folder's lock from then on;
+    its refusal is that of all."""
+    found: list[_Work] | Exception | None = None
+    if processes.is_first:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder))
+            for left in folder.glob(".partial-*"):  # by a killed run
+                shutil.rmtree(left)
+            there = _files(folder)
+            _refuse_foreign(folder, there, benchmark)
+            found = list(_work(benchmark, there))
+            record(folder, benchmark, source, processes, draws=bool(found))
+        except Exception as error:
+            found = error
+    found = processes.gather(found)[0]
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _files(folder: Path) -> set[str]:
+    """Paths of all files under `folder`, as benchmarks name them."""
+    walk = os.walk(folder)
+    return {
+        Path(at, name).relative_to(folder).as_posix() for at, _, names in walk for name in names
+    }
+
+
+def _refuse_foreign(folder: Path, there: set[str], benchmark: Benchmark) -> None:
+    ours = {file for item in benchmark.items for file in benchmark.files(item)}
+    pictures = sorted(file for file in there if file.endswith(_SUFFIXES))
+    if foreign := [file for file in pictures if file not in ours]:
+        raise ValueError(
+            f"{folder} has {len(foreign)} files that are not of this run, such as {foreign[0]}: "
+            "give another --output"
+        )
+    if pictures and NAME not in there:
+        raise ValueError(f"{folder} has pictures but no {NAME}: give another --output")
+
+
+def _work(benchmark: Benchmark, there: set[str]) -> Iterator[_Work]:
+    for item in benchmark.items:
+        if absent := set(benchmark.files(item)) - there:
+            yield _Work(item, absent, benchmark.wanted(item, absent))
+
+
+class _Run:
+    """This process's share."""
+
+    def __init__(self, folder: Path, benchmark: Benchmark, drawer: Drawer, received: list[int]):
+        self.folder, self.benchmark, self.drawer = folder, benchmark, drawer
+        self.received = received  # signals
+        self.open: dict[str, _Work] = {}  # by the item's name: not all drawn yet
+        self.writes: deque[Future[None]] = deque()
+
+    def make(self, work: list[_Work], processes: Processes) -> None:
+        """Draw and write it all; files are written while others are drawn."""
+        of = f"process 1 of {processes.world_size}" if processes.world_size > 1 else None
+        bar = tqdm(
+            total=sum(len(each.wanted) for each in work), unit=" pictures",
+            disable=not processes.is_first, desc=of, smoothing=0.05,
+        )  # fmt: skip
+        with bar, ThreadPoolExecutor(_WRITERS) as pool:  # which ends what it has begun
+            self.open = {each.item.name: each for each in work if each.wanted}
+            for each in work:
+                if not each.wanted:
+                    self._submit(pool, each)
+            for batch in self._batches(work):
+                for picture, kept in self.drawer(batch, lambda: bool(self.received)):
+                    self._keep(pool, picture, kept)
+                    bar.update()
+                if self.received:
+                    break
+            self._wait(0)
+        if self.received:
+            raise Interrupted(self.received[0], self.folder)
+
+    def _batches(self, work: list[_Work]) -> Iterator[list[Picture]]:
+        pictures = (Picture(each.item, index) for each in work for index in each.wanted)
+        while batch := list(islice(pictures, self.benchmark.settings.per_proc_batch_size)):
+            yield batch
+
+    def _keep(self, pool: ThreadPoolExecutor, picture: Picture, kept: Tensor) -> None:
+        work = self.open[picture.item.name]
+        work.drawn[picture.index] = kept
+        if len(work.drawn) == len(work.wanted):
+            self._submit(pool, self.open.pop(picture.item.name))
+
+    def _submit(self, pool: ThreadPoolExecutor, work: _Work) -> None:
+        self.writes.append(pool.submit(self._write, work))
+        self._wait(4 * _WRITERS)
+
+    def _wait(self, most: int) -> None:
+        """Until at most so many writes are left; what they raise is raised here."""
+        while len(self.writes) > most:
+            self.writes.popleft().result()
+
+    def _write(self, work: _Work) -> None:
+        with filling(self.folder) as new:
+            self.benchmark.write(work.item, work.drawn, work.absent, new, self.folder)
