@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,12 @@ class Picture(NamedTuple):
 
     item: Prompt
     index: int
+    place: int  # in the list of all pictures
+
+
+class _Row(NamedTuple):
+    picture: Picture
+    condition: Condition
 
 
 class Drawer:
@@ -55,44 +61,55 @@ class Drawer:
             FloatingPointError: what a network computes is not finite.
         """
         conditions = self._conditions([picture.item for picture in batch])
-        for group, conditions_of_group in self._groups(batch, conditions):
-            with _named(group):
-                x = self._sampled(group, conditions_of_group, should_stop)
+        for rows in self._groups(list(map(_Row, batch, conditions))):
+            with _named([row.picture for row in rows]):
+                lot, places = self._lot(rows)
+                x = self._sampled(lot, should_stop)[places]
                 if should_stop():
                     return
                 kept = x.float() if self._benchmark.keeps_latents else self._levels(x)
-            yield from zip(group, kept.cpu(), strict=True)
+            yield from zip((row.picture for row in rows), kept.cpu(), strict=True)
 
-    def _groups(
-        self, batch: Sequence[Picture], conditions: list[Condition]
-    ) -> Iterator[tuple[list[Picture], list[Condition]]]:
-        """What goes through the network at once: features of one length, or one picture."""
+    def _groups(self, rows: list[_Row]) -> Iterable[list[_Row]]:
+        """What goes through the network at once: features of one length, of one lot."""
+        settings = self._benchmark.settings
         groups = defaultdict(list)
-        for place, (picture, condition) in enumerate(zip(batch, conditions, strict=True)):
-            alone = self._benchmark.settings.batch_invariant
-            groups[place if alone else condition.y.shape[1:]].append((picture, condition))
-        for group in groups.values():
-            pictures, of_pictures = zip(*group, strict=True)
-            yield list(pictures), list(of_pictures)
+        for row in rows:
+            lot = row.picture.place // settings.lot_size if settings.batch_invariant else None
+            groups[lot, row.condition.y.shape].append(row)
+        return groups.values()
 
-    def _sampled(
-        self, pictures: list[Picture], conditions: list[Condition], should_stop: Callable[[], bool]
-    ) -> Tensor:
+    def _lot(self, rows: list[_Row]) -> tuple[list[_Row], list[int]]:
+        """What the network runs, and where the rows are in it.
+
+        A picture has its place in a lot of a fixed size, and the first one fills the gaps: what a
+        row is computed by hangs on the shape and the place alone.
+        """
+        settings = self._benchmark.settings
+        if not settings.batch_invariant:
+            return rows, list(range(len(rows)))
+        by_place = {row.picture.place % settings.lot_size: row for row in rows}
+        lot = [by_place.get(place, rows[0]) for place in range(settings.lot_size)]
+        return lot, list(by_place)
+
+    def _sampled(self, rows: list[_Row], should_stop: Callable[[], bool]) -> Tensor:
         """The states at T_min, (B, C, h, w)."""
         source, s = self._source, self._benchmark.settings
-        keys = [(s.global_seed, picture.item.name, picture.index) for picture in pictures]
+        keys = [(s.global_seed, row.picture.item.name, row.picture.index) for row in rows]
         noise = torch.stack([draws.noise(*key, source.shape(s)) for key in keys])
-        y, y_null = (torch.cat(each) for each in zip(*conditions, strict=True))
+        y = torch.cat([row.condition.y for row in rows])
+        y_null = torch.cat([row.condition.y_null for row in rows]) if s.cfg_scale > 1 else None
         return sample(
             source.network, source.transport, source.transport.initial_state(noise.to(y.device)),
-            y, y_null if s.cfg_scale > 1 else None, num_steps=s.num_steps, T_max=s.T_max,
-            T_min=s.T_min, cfg_scale=s.cfg_scale, cfg_low=s.guidance_low, cfg_high=s.guidance_high,
+            y, y_null, num_steps=s.num_steps, T_max=s.T_max, T_min=s.T_min,
+            cfg_scale=s.cfg_scale, cfg_low=s.guidance_low, cfg_high=s.guidance_high,
             stochasticity_ratio=s.stochasticity_ratio, sample_type=s.sample_type,
             generator=[draws.step_generator(*key) for key in keys], should_stop=should_stop,
         )  # fmt: skip
 
     def _levels(self, x: Tensor) -> Tensor:
-        parts = x.split(1) if self._benchmark.settings.slice_vae else [x]
+        settings = self._benchmark.settings
+        parts = x.split(1) if settings.slice_vae or settings.batch_invariant else [x]
         images = torch.cat([self._source.decode(part) for part in parts])
         check_computed("the pictures", images, "the autoencoder", images.dtype)
         return self._benchmark.levels(images)
@@ -104,8 +121,9 @@ def _named(pictures: Sequence[Picture]) -> Iterator[None]:
     try:
         yield
     except FloatingPointError as error:
-        names = ", ".join(f"{item.name} ({index})" for item, index in pictures)
-        raise FloatingPointError(f"{names}: {error}") from error
+        names = ", ".join(f"{item.name} ({index})" for item, index, _ in pictures)
+        one_of = "one of " if len(pictures) > 1 else ""
+        raise FloatingPointError(f"{one_of}{names}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -58,6 +58,8 @@ def _pictures(benchmark: Benchmark, source: Source) -> dict[str, Any]:
         settings["per_proc_batch_size"] = size  # prompts are padded to the longest of so many
     if benchmark.settings.batch_invariant:
         settings.pop("slice_vae")
+    else:
+        settings.pop("lot_size")
     run = {"benchmark": benchmark.name, "settings": settings, **source.described()}
     if not isinstance(benchmark, ImageNet):
         run["prompts"] = _hash([(item.name, item.text) for item in benchmark.items])

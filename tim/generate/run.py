@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby
 from pathlib import Path
 
 from torch import Tensor
@@ -66,8 +66,9 @@ def generate(benchmark: Benchmark, source: Source, output: str | Path) -> Path:
         received = stack.enter_context(noted())
         stack.enter_context(arithmetic(settings, source.device))
         work = _prepared(folder, benchmark, source, processes, stack)
-        mine = work[processes.rank :: processes.world_size]
-        _Run(folder, benchmark, drawer, received).make(mine, processes)
+        share = _shares(work, benchmark)[processes.rank :: processes.world_size]
+        run = _Run(folder, benchmark, drawer, received)
+        run.make([each for part in share for each in part], processes)
         processes.wait()
     return folder
 
@@ -77,6 +78,7 @@ class _Work:
     """An item of which files are absent."""
 
     item: Prompt
+    place: int  # of its first picture in the list of all
     absent: set[str]
     wanted: Sequence[int]  # pictures to draw
     drawn: dict[int, Tensor] = field(default_factory=dict)
@@ -128,9 +130,16 @@ def _refuse_foreign(folder: Path, there: set[str], benchmark: Benchmark) -> None
 
 
 def _work(benchmark: Benchmark, there: set[str]) -> Iterator[_Work]:
-    for item in benchmark.items:
+    for number, item in enumerate(benchmark.items):
         if absent := set(benchmark.files(item)) - there:
-            yield _Work(item, absent, benchmark.wanted(item, absent))
+            place = number * benchmark.pictures
+            yield _Work(item, place, absent, benchmark.wanted(item, absent))
+
+
+def _shares(work: list[_Work], benchmark: Benchmark) -> list[list[_Work]]:
+    """What one process should have to itself: items whose pictures are in one lot."""
+    size = benchmark.settings.lot_size
+    return [list(share) for _, share in groupby(work, lambda each: each.place // size)]
 
 
 class _Run:
@@ -165,8 +174,17 @@ class _Run:
             raise Interrupted(self.received[0], self.folder)
 
     def _batches(self, work: list[_Work]) -> Iterator[list[Picture]]:
-        pictures = (Picture(each.item, index) for each in work for index in each.wanted)
-        while batch := list(islice(pictures, self.benchmark.settings.per_proc_batch_size)):
+        """Of so many pictures; lots, if there are any, stay whole."""
+        settings, batch = self.benchmark.settings, []
+        unit = settings.lot_size if settings.batch_invariant else 1
+        pictures = (Picture(w.item, index, w.place + index) for w in work for index in w.wanted)
+        for _, group in groupby(pictures, lambda picture: picture.place // unit):
+            lot = list(group)
+            if batch and len(batch) + len(lot) > settings.per_proc_batch_size:
+                yield batch
+                batch = []
+            batch += lot
+        if batch:
             yield batch
 
     def _keep(self, pool: ThreadPoolExecutor, picture: Picture, kept: Tensor) -> None:

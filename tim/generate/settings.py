@@ -16,6 +16,10 @@ def _option(default: Any, help: str, *names: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "names": names})
 
 
+def _lot(size: int) -> Any:
+    return _option(size, "Pictures in a lot, on which their last bits depend.")
+
+
 @dataclass(frozen=True)
 class Settings:
     """What all four samplers take, with the defaults of the published ones.
@@ -40,10 +44,12 @@ class Settings:
     )
     batch_invariant: bool = _option(
         True,
-        "Networks run picture by picture: bytes are the same at any batch size and number of "
-        "processes (on a CPU with one thread each). Without it whole batches run, faster on a GPU, "
-        "and a picture may differ in its last bits with the batch it was in.",
+        "Bytes are the same at any batch size and number of processes: the network runs lots of "
+        "one shape, in which a picture has its place, text encoder and autoencoder picture by "
+        "picture, on a CPU with one thread. Without it whole batches run, somewhat faster on a "
+        "GPU, and a picture may differ in its last bits with the batch that it was in.",
     )
+    lot_size: int = _lot(4)  # the pictures of a prompt
     slice_vae: bool = _option(
         False, "Decode picture by picture, to save memory; so it is when batch-invariant."
     )
@@ -57,7 +63,7 @@ class Settings:
             value = getattr(self, field.name)
             if field.type in (float, float | None) and value is not None:
                 object.__setattr__(self, field.name, float(value))  # as the folder's name has it
-        self._whole(1, "height", "width", "num_steps", "per_proc_batch_size")
+        self._whole(1, "height", "width", "num_steps", "per_proc_batch_size", "lot_size")
         self._whole(0, "global_seed")
         _check("cfg_scale", self.cfg_scale, "at least 1", lambda scale: scale >= 1)
         _check("stochasticity_ratio", self.stochasticity_ratio, "at least 0", lambda s: s >= 0)
@@ -97,6 +103,7 @@ class DPGSettings(TextSettings):
 class MJHQSettings(TextSettings):
     """Of MJHQ-30K's sampler."""
 
+    lot_size: int = _lot(1)
     quality: int = _option(75, "Of the JPEG files, 1 to 95; published is Pillow's default.")
 
     def __post_init__(self):
@@ -109,6 +116,7 @@ class MJHQSettings(TextSettings):
 class ClassSettings(Settings):
     """Of ImageNet's sampler."""
 
+    lot_size: int = _lot(16)
     num_fid_samples: int = _option(50_000, "Pictures in all.", "--num-samples")
     num_classes: int | None = _option(None, "Labels are below it; the network's by default.")
     balanced: bool = _option(
