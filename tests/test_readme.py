@@ -200,7 +200,11 @@ def test_commands_exist():
             case ["python", "-m", module, *_]:
                 assert importlib.util.find_spec(module), command
             case ["tim", name, *options] if name != "…":
-                known = {option for param in cli[name].params for option in param.opts}
+                called = cli[name]
+                if isinstance(called, typer.main.TyperGroup) and options:
+                    called = called.commands[options[0]]
+                params = called.params
+                known = {o for param in params for o in (*param.opts, *param.secondary_opts)}
                 assert {o for o in options if o.startswith("--")} <= known, command
                 found["tim"].add(name)
     assert found["make"] >= {"demo", "test", "bench", "gpu"}
