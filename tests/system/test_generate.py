@@ -305,6 +305,26 @@ def test_run_json_says_what_the_pictures_depend_on(tmp_path):
     assert made["processes"] == 1 and made["per_proc_batch_size"] == 3
 
 
+def test_a_folder_without_pictures_is_nobody_s(tmp_path):
+    folder = drawn("imagenet", tmp_path / "a", num_fid_samples=1)
+    (folder / "000000.png").unlink()
+    drawn("imagenet", tmp_path / "a", num_fid_samples=1, global_seed=1)
+    assert json.loads((folder / "run.json").read_text())["settings"]["global_seed"] == 1
+
+
+def test_pictures_that_are_written_are_let_go(tmp_path, monkeypatch):
+    write, held = ImageNet.write, []
+
+    def noted(self, item, drawn, absent, new, old):
+        held.append(drawn)
+        assert drawn.keys() == {0}
+        write(self, item, drawn, absent, new, old)
+
+    monkeypatch.setattr(ImageNet, "write", noted)
+    drawn("imagenet", tmp_path / "a", num_fid_samples=3)
+    assert held == [{}, {}, {}]
+
+
 @pytest.mark.parametrize(
     "change, said",
     [

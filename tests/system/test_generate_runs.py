@@ -14,7 +14,7 @@ import small_pipelines
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from small_folders import TEXTS, captions, contents
+from small_folders import TEXTS, captions, contents, drawn
 from two_processes import in_two_processes
 from typer.testing import CliRunner
 
@@ -22,6 +22,8 @@ from tim.app.cli import app
 from tim.app.demo import WEIGHTS
 from tim.files import locked
 from tim.generate import drawing
+from tim.generate.run import Interrupted
+from tim.processes import Processes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MNIST = ["--checkpoint", WEIGHTS, "--dtype", "float32", "--steps", 2]
@@ -226,3 +228,17 @@ def test_a_signal_ends_a_run_with_all_that_it_drew(tmp_path, number, code):
     assert 3 <= len(there) < 400 and not [name for name in there if "partial" in name]
     for name in there:
         Image.open(folder / name).load()
+
+
+@pytest.mark.parametrize("is_signalled", [True, False])
+def test_another_process_that_leaves_first(tmp_path, monkeypatch, is_signalled):
+    """Of a signal that both get this is a part; else it is an error."""
+
+    def left(self):
+        if is_signalled:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(Processes, "wait", left)
+    with pytest.raises(Interrupted if is_signalled else RuntimeError):
+        drawn("imagenet", tmp_path / "a", num_fid_samples=1)

@@ -55,8 +55,9 @@ def _command(name: str) -> Callable[..., None]:
         checkpoint: Path, output: Path, config: str | None, device: str | None, preset: str | None,
         caption_dir: Path | None = None, **given: Any,
     ) -> None:  # fmt: skip
-        device = device or launched_device()
-        check_device(device)
+        check_device(device or "cpu")
+        if device in (None, "cuda"):
+            device = launched_device()
         changes = {field: value for field, value in given.items() if value is not None}
         with errors_without_traceback():
             from tim.generate.benchmarks import BENCHMARKS

@@ -133,11 +133,13 @@ def arithmetic(settings: Settings, device: torch.device) -> Iterator[None]:
     tf32, cudnn = cuda.allow_tf32, torch.backends.cudnn
     cuda.allow_tf32 = settings.tf32
     invariant = settings.batch_invariant
+    convolutions = cudnn.flags(
+        enabled=cudnn.enabled, benchmark=cudnn.benchmark and not invariant,
+        deterministic=cudnn.deterministic or invariant, allow_tf32=cudnn.allow_tf32,
+    )  # fmt: skip
+    here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     try:
-        with cudnn.flags(
-            enabled=cudnn.enabled, benchmark=cudnn.benchmark and not invariant,
-            deterministic=cudnn.deterministic or invariant, allow_tf32=cudnn.allow_tf32,
-        ):  # fmt: skip
+        with convolutions, here:
             if invariant and device.type == "cpu":  # sums depend on how many threads share them
                 torch.set_num_threads(1)
             yield

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +22,26 @@ _log = logging.getLogger(__name__)
 
 
 def record(
-    folder: Path, benchmark: Benchmark, source: Source, processes: Processes, *, draws: bool
-) -> None:
+    folder: Path, benchmark: Benchmark, source: Source, processes: Processes, *,
+    adds_to: Collection[str], draws: bool,
+) -> None:  # fmt: skip
     """Write the run's record, or see that the one that is there is of the same pictures.
 
-    With `draws` this run makes some of them itself, and is noted.
+    Args:
+        adds_to: the pictures that are there.
+        draws: whether this run makes some itself, and is to be noted.
 
     Raises:
-        ValueError: the folder is of other settings, or of unknown ones.
+        ValueError: the pictures are of other settings, or of unknown ones.
     """
     path, made_with = folder / NAME, _made_with(benchmark, source, processes)
     run = _plain({**_pictures(benchmark, source), "made_with": [made_with]})
-    if path.is_file():
+    if adds_to:
         before = _read(path)
         _refuse_others(folder, before, run)
         run["made_with"] = list(before["made_with"])
         if draws and made_with not in run["made_with"]:
-            if _only(made_with) not in map(_only, run["made_with"]):
+            if _exact(made_with) not in map(_exact, run["made_with"]):
                 _log.warning(
                     "%s has pictures made with other versions or on another device: theirs may "
                     "differ in their last bits", folder,
@@ -62,7 +66,7 @@ def _pictures(benchmark: Benchmark, source: Source) -> dict[str, Any]:
         settings.pop("lot_size")
     run = {"benchmark": benchmark.name, "settings": settings, **source.described()}
     if not isinstance(benchmark, ImageNet):
-        run["prompts"] = _hash([(item.name, item.text) for item in benchmark.items])
+        run["prompts"] = _hash([list(item) for item in benchmark.items])
     run["pictures"] = len(benchmark.items) * benchmark.pictures
     return run
 
@@ -77,7 +81,7 @@ def _made_with(benchmark: Benchmark, source: Source, processes: Processes) -> di
     }
 
 
-def _only(made_with: dict[str, Any]) -> dict[str, Any]:
+def _exact(made_with: dict[str, Any]) -> dict[str, Any]:
     """What a picture's last bits may depend on."""
     return {name: made_with.get(name) for name in ("versions", "device", "backend")}
 
@@ -98,6 +102,8 @@ def _refuse_others(folder: Path, before: dict[str, Any], run: dict[str, Any]) ->
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path.parent} has pictures but no {NAME}: give another --output")
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

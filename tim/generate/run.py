@@ -19,14 +19,14 @@ from tim.data.prompts import Prompt
 from tim.files import filling, locked
 from tim.generate.benchmarks import Benchmark
 from tim.generate.drawing import Drawer, Picture, arithmetic
-from tim.generate.record import NAME, record
+from tim.generate.record import record
 from tim.generate.settings import folder_name
 from tim.generate.sources import Source
 from tim.processes import Processes
 from tim.training.signals import noted
 
 _WRITERS = 4  # threads, each process
-_SUFFIXES = (".png", ".jpg", ".safetensors")  # of what is made of pictures
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".safetensors")  # of what is made of pictures
 
 
 class Interrupted(KeyboardInterrupt):
@@ -69,7 +69,10 @@ def generate(benchmark: Benchmark, source: Source, output: str | Path) -> Path:
         share = _shares(work, benchmark)[processes.rank :: processes.world_size]
         run = _Run(folder, benchmark, drawer, received)
         run.make([each for part in share for each in part], processes)
-        processes.wait()
+        if not received:
+            _wait_for_others(processes, received)
+        if received:
+            raise Interrupted(received[0], folder)
     return folder
 
 
@@ -98,9 +101,10 @@ def _prepared(
             for left in folder.glob(".partial-*"):  # by a killed run
                 shutil.rmtree(left)
             there = _files(folder)
-            _refuse_foreign(folder, there, benchmark)
+            pictures = {file for file in there if file.lower().endswith(_SUFFIXES)}
+            _refuse_foreign(folder, pictures, benchmark)
             found = list(_work(benchmark, there))
-            record(folder, benchmark, source, processes, draws=bool(found))
+            record(folder, benchmark, source, processes, adds_to=pictures, draws=bool(found))
         except Exception as error:
             found = error
     found = processes.gather(found)[0]
@@ -109,24 +113,27 @@ def _prepared(
     return found
 
 
+def _wait_for_others(processes: Processes, received: list[int]) -> None:
+    try:
+        processes.wait()
+    except RuntimeError:  # one has left: the signal reached it first
+        if not received:
+            raise
+
+
 def _files(folder: Path) -> set[str]:
     """Paths of all files under `folder`, as benchmarks name them."""
-    walk = os.walk(folder)
-    return {
-        Path(at, name).relative_to(folder).as_posix() for at, _, names in walk for name in names
-    }
+    paths = (Path(at, name) for at, _, names in os.walk(folder) for name in names)
+    return {path.relative_to(folder).as_posix() for path in paths}
 
 
-def _refuse_foreign(folder: Path, there: set[str], benchmark: Benchmark) -> None:
+def _refuse_foreign(folder: Path, pictures: set[str], benchmark: Benchmark) -> None:
     ours = {file for item in benchmark.items for file in benchmark.files(item)}
-    pictures = sorted(file for file in there if file.endswith(_SUFFIXES))
-    if foreign := [file for file in pictures if file not in ours]:
+    if foreign := sorted(pictures - ours):
         raise ValueError(
             f"{folder} has {len(foreign)} files that are not of this run, such as {foreign[0]}: "
             "give another --output"
         )
-    if pictures and NAME not in there:
-        raise ValueError(f"{folder} has pictures but no {NAME}: give another --output")
 
 
 def _work(benchmark: Benchmark, there: set[str]) -> Iterator[_Work]:
@@ -152,7 +159,8 @@ class _Run:
         self.writes: deque[Future[None]] = deque()
 
     def make(self, work: list[_Work], processes: Processes) -> None:
-        """Draw and write it all; files are written while others are drawn."""
+        """Draw and write it all, or what there is time for until a signal comes; files are
+        written while others are drawn."""
         of = f"process 1 of {processes.world_size}" if processes.world_size > 1 else None
         bar = tqdm(
             total=sum(len(each.wanted) for each in work), unit=" pictures",
@@ -170,8 +178,6 @@ class _Run:
                 if self.received:
                     break
             self._wait(0)
-        if self.received:
-            raise Interrupted(self.received[0], self.folder)
 
     def _batches(self, work: list[_Work]) -> Iterator[list[Picture]]:
         """Of so many pictures; lots, if there are any, stay whole."""
@@ -205,3 +211,4 @@ class _Run:
     def _write(self, work: _Work) -> None:
         with filling(self.folder) as new:
             self.benchmark.write(work.item, work.drawn, work.absent, new, self.folder)
+        work.drawn.clear()  # the list of all work is kept
