@@ -22,7 +22,7 @@ class Picture(NamedTuple):
     """One of an item."""
 
     item: Prompt
-    index: int
+    number: int  # of the item's
     place: int  # in the list of all pictures
 
 
@@ -95,7 +95,7 @@ class Drawer:
     def _sampled(self, rows: list[_Row], should_stop: Callable[[], bool]) -> Tensor:
         """The states at T_min, (B, C, h, w)."""
         source, s = self._source, self._benchmark.settings
-        keys = [(s.global_seed, row.picture.item.name, row.picture.index) for row in rows]
+        keys = [(s.global_seed, row.picture.item.name, row.picture.number) for row in rows]
         noise = torch.stack([draws.noise(*key, source.shape(s)) for key in keys])
         y = torch.cat([row.condition.y for row in rows])
         y_null = torch.cat([row.condition.y_null for row in rows]) if s.cfg_scale > 1 else None
@@ -121,7 +121,7 @@ def _named(pictures: Sequence[Picture]) -> Iterator[None]:
     try:
         yield
     except FloatingPointError as error:
-        names = ", ".join(f"{item.name} ({index})" for item, index, _ in pictures)
+        names = ", ".join(f"{item.name} ({number})" for item, number, _ in pictures)
         one_of = "one of " if len(pictures) > 1 else ""
         raise FloatingPointError(f"{one_of}{names}: {error}") from error
 

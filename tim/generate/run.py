@@ -195,7 +195,7 @@ class _Run:
 
     def _keep(self, pool: ThreadPoolExecutor, picture: Picture, kept: Tensor) -> None:
         work = self.open[picture.item.name]
-        work.drawn[picture.index] = kept
+        work.drawn[picture.number] = kept
         if len(work.drawn) == len(work.wanted):
             self._submit(pool, self.open.pop(picture.item.name))
 

@@ -181,7 +181,7 @@ def make(benchmark: str, preset: str | None = None, **changes: Any) -> Settings:
     known = PRESETS[benchmark]
     if preset is not None and preset not in known:
         raise ValueError(f"the preset must be one of {', '.join(known)}, got {preset!r}")
-    return KINDS[benchmark](**{**known.get(preset, {}), **changes})
+    return KINDS[benchmark](**{**known.get(preset or "", {}), **changes})
 
 
 def folder_name(settings: Settings, name: str, data_type: str = "") -> str:

@@ -126,7 +126,7 @@ class Source:
         return 1 if self.autoencoder is None else self.autoencoder.factor
 
     def _modules(self) -> dict[str, nn.Module]:
-        parts = {"network": self.network}
+        parts: dict[str, nn.Module] = {"network": self.network}
         if self.autoencoder is not None:
             parts["autoencoder"] = self.autoencoder.model
         if self.text is not None:
