@@ -1,11 +1,11 @@
 """`tim generate` as a command: its sources, several processes, runs that are killed or stopped."""
 
+import itertools
 import json
 import os
 import re
 import signal
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from tim.app.cli import app
 from tim.app.demo import WEIGHTS
 from tim.files import locked
-from tim.generate import drawing
+from tim.generate.benchmarks import ImageNet
 from tim.generate.run import Interrupted
 from tim.processes import Processes
 
@@ -63,7 +63,7 @@ def test_the_shipped_network(tmp_path):
     file = WEIGHTS / "diffusion_pytorch_model.safetensors"
     other = made(
         "imagenet", "--ckpt", file, "--config", "mnist", "--dtype", "float32", "--num-steps", 2,
-        "--sample-dir", tmp_path / "a", "--num-fid-samples", 3,
+        "--sample-dir", tmp_path / "a", "--num-fid-samples", 3, "--slice_vae",
     )  # fmt: skip
     assert other.name.startswith("diffusion_pytorch_model-28x28-")
     assert contents(other) == contents(folder)
@@ -166,20 +166,22 @@ def test_two_processes_make_the_folder_of_one(tmp_path, text_folder):
     in_two_processes(tmp_path, refuse)
 
 
-def started(output: Path, *arguments) -> int:
-    """A process of its own, slow, whose words go to a file."""
+def struck(output: Path, *arguments, at: int, by: int) -> int:
+    """How a process ends that gets a signal in its `at`-th write; what it says goes to a file."""
     if pid := os.fork():
-        return pid
-    status = 1
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    status, write, writes = 1, ImageNet.write, itertools.count(1)
+
+    def strike(self, item, drawn, absent, new, old):
+        if next(writes) == at:
+            (new / "half.png").write_bytes(b"half of a pict")
+            os.kill(os.getpid(), by)
+            (new / "half.png").unlink()
+        write(self, item, drawn, absent, new, old)
+
     try:
         sys.stdout = sys.stderr = output.with_suffix(".txt").open("w")
-        sample = drawing.sample
-
-        def slow(*args, **options):
-            time.sleep(0.02)
-            return sample(*args, **options)
-
-        drawing.sample = slow
+        ImageNet.write = strike
         app(["generate", *map(str, arguments), "--output", str(output)])
     except SystemExit as end:
         status = end.code or 0
@@ -188,27 +190,19 @@ def started(output: Path, *arguments) -> int:
         os._exit(status)
 
 
-def ended(pid: int, output: Path, pictures: int, by: int) -> int:
-    """How a process ends that gets a signal once there are so many pictures."""
-    deadline = time.monotonic() + 60
-    while len(list(output.glob("*/*.png"))) < pictures:
-        assert time.monotonic() < deadline and os.waitpid(pid, os.WNOHANG) == (0, 0)
-        time.sleep(0.005)
-    os.kill(pid, by)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def test_a_run_killed_three_times_goes_on_to_the_same_bytes(tmp_path):
-    command = "imagenet", *MNIST, "--num-fid-samples", 24, "--stochasticity-ratio", 0.2
+    command = "imagenet", *MNIST, "--num-fid-samples", 40, "--stochasticity-ratio", 0.2
     expected = contents(made(*command, "--output", tmp_path / "whole"))
-    output = tmp_path / "killed"
-    for pictures, batch in ((3, 4), (10, 1), (17, 32)):
-        pid = started(output, *command, "--batch-size", batch)
-        assert ended(pid, output, pictures, signal.SIGKILL) == -signal.SIGKILL
+    output, before = tmp_path / "killed", 0
+    for at, batch in ((8, 4), (9, 1), (10, 32)):
+        end = struck(output, *command, "--batch-size", batch, at=at, by=signal.SIGKILL)
+        assert end == -signal.SIGKILL
         (folder,) = output.iterdir()
+        assert list(folder.glob(".partial-*/*/half.png"))
         there = list(folder.glob("*.png"))
-        assert pictures <= len(there) < 24
+        assert before < len(there) < 40
         assert all(path.read_bytes() == expected[path.name] for path in there)
+        before = len(there)
     folder = made(*command, "--output", output)
     assert contents(folder) == expected
     assert not list(folder.glob(".partial-*"))
@@ -217,15 +211,15 @@ def test_a_run_killed_three_times_goes_on_to_the_same_bytes(tmp_path):
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_with_all_that_it_drew(tmp_path, number, code):
     output = tmp_path / "stopped"
-    pid = started(output, "imagenet", *MNIST, "--num-fid-samples", 400)
-    assert ended(pid, output, 3, number) == code
+    assert struck(output, "imagenet", *MNIST, "--num-fid-samples", 400, at=3, by=number) == code
     last = output.with_suffix(".txt").read_text().strip().splitlines()[-1]
     (folder,) = output.iterdir()
     name = signal.Signals(number).name
     said = f"{name} stopped the run, what it has drawn is in {folder}; the same command goes on"
     assert said in last
     there = contents(folder)
-    assert 3 <= len(there) < 400 and not [name for name in there if "partial" in name]
+    assert 16 <= len(there) < 400 and len(there) % 16 == 0
+    assert not [name for name in there if "partial" in name]
     for name in there:
         Image.open(folder / name).load()
 

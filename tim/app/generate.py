@@ -105,11 +105,10 @@ def _option(field: dataclasses.Field) -> inspect.Parameter:
     """Of a field of the settings; None, where it is not given, leaves it to the preset."""
     name, default, help = field.name.replace("_", "-"), field.default, field.metadata["help"]
     if field.type is bool:
-        names, help = [f"--{name}/--no-{name}"], f"{help} {'On' if default else 'Off'} by default."
-    else:
-        names = [f"--{name}", *field.metadata["names"]]
-        help += f" By default {default}." if default is not None else ""
-    option = typer.Option(*names, help=help)
+        name, help = f"{name}/--no-{name}", f"{help} {'On' if default else 'Off'} by default."
+    elif default is not None:
+        help = f"{help} By default {default}."
+    option = typer.Option(f"--{name}", *field.metadata["names"], help=help)
     return _parameter(field.name, Annotated[field.type | None, option], None)
 
 

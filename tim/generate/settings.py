@@ -51,7 +51,9 @@ class Settings:
     )
     lot_size: int = _lot(4)  # the pictures of a prompt
     slice_vae: bool = _option(
-        False, "Decode picture by picture, to save memory; so it is when batch-invariant."
+        False,
+        "Decode picture by picture, to save memory; so it is when batch-invariant.",
+        "--slice_vae/--no-slice_vae",
     )
     dtype: str = _option("bfloat16", f"Of network and text encoder: {', '.join(DTYPES)}.")
     tf32: bool = _option(True, "TF32 in float32 matrix products on a GPU, as published.")
