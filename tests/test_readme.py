@@ -182,12 +182,11 @@ def _paths_of_tree(block: str):
 
 
 def _every_command(group, prefix=""):
-    """By the words that call it."""
+    """By the words that call it; a group of commands too."""
     for name, command in group.commands.items():
+        yield f"{prefix}{name}", command
         if hasattr(command, "commands"):
             yield from _every_command(command, f"{prefix}{name} ")
-        else:
-            yield f"{prefix}{name}", command
 
 
 def test_commands_exist():
@@ -209,8 +208,9 @@ def test_commands_exist():
             case ["python", "-m", module, *_]:
                 assert importlib.util.find_spec(module), command
             case ["tim", name, *options] if name != "…":
-                name = f"{name} {options[0]}" if name not in cli else name
-                known = {option for param in cli[name].params for option in param.opts}
+                name = next(n for n in (" ".join([name, *options[:1]]), name) if n in cli)
+                params = cli[name].params
+                known = {o for param in params for o in (*param.opts, *param.secondary_opts)}
                 assert {o for o in options if o.startswith("--")} <= known, command
                 found["tim"].add(name)
     assert found["make"] >= {"demo", "test", "bench", "gpu"}

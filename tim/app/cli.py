@@ -8,11 +8,14 @@ import torch
 import typer
 from safetensors.torch import save_file
 
-from tim.app import judge
+from tim.app import generate, judge
 from tim.app.common import check_device, errors_without_traceback, fail
 from tim.processes import launched_device, launched_group
 
-app = typer.Typer(help="Transition Models: train, sample, demo.", no_args_is_help=True)
+app = typer.Typer(
+    help="Transition Models: train, sample, generate, evaluate, demo.", no_args_is_help=True
+)
+app.add_typer(generate.app, name="generate")
 app.add_typer(judge.app, name="evaluate")
 
 

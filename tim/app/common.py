@@ -16,7 +16,6 @@ _EXPECTED = (
 
 @contextmanager
 def errors_without_traceback() -> Iterator[None]:
-    from tim.training import Stopped
     from tim_kernels import BackendUnavailable
 
     try:
@@ -24,7 +23,7 @@ def errors_without_traceback() -> Iterator[None]:
     except BackendUnavailable as error:
         fail(f"{error}; TIM_KERNELS_BACKEND=auto takes what this machine has", 2)
     except KeyboardInterrupt as stop:
-        is_saved = isinstance(stop, Stopped)
+        is_saved = hasattr(stop, "exit_code")  # a run's own, which leaves what it has done
         typer.echo(f"{stop}; the same command goes on from it" if is_saved else "stopped", err=True)
         raise typer.Exit(getattr(stop, "exit_code", 130)) from None
     except _EXPECTED as error:
