@@ -8,10 +8,12 @@ import torch
 import typer
 from safetensors.torch import save_file
 
+from tim.app import evaluate
 from tim.app.common import check_device, errors_without_traceback, fail
 from tim.processes import launched_device, launched_group
 
 app = typer.Typer(help="Transition Models: train, sample, demo.", no_args_is_help=True)
+app.add_typer(evaluate.app, name="evaluate")
 
 
 @app.callback()

@@ -15,7 +15,7 @@ _LABEL = 14  # px, the height of a label's line
 
 
 def write(
-    path: str | Path,
+    path: str | Path | None,
     benchmark: str,
     metrics: Mapping[str, float],
     *,
@@ -27,6 +27,7 @@ def write(
     """Write a result as JSON, whole or not at all, and return it.
 
     Args:
+        path: None writes nothing.
         benchmark: "imagenet", "mjhq", "geneval" or "dpg".
         metrics: the numbers by name.
         settings: all that changes them: networks, preprocessing, options.
@@ -35,11 +36,14 @@ def write(
         run: `run.json` of the folder of pictures, where `tim generate` made it.
 
     Raises:
-        ValueError: a metric is not finite.
+        ValueError: a number is not finite.
     """
-    wrong = [name for name, value in metrics.items() if not math.isfinite(value)]
+    numbers = dict(metrics)
+    for name, values in (breakdown or {}).items():
+        numbers |= {f"{name} of {part}": value for part, value in values.items()}
+    wrong = [f"{name} = {value}" for name, value in numbers.items() if not math.isfinite(value)]
     if wrong:
-        raise ValueError(f"not finite: {', '.join(f'{name} = {metrics[name]}' for name in wrong)}")
+        raise ValueError(f"not finite: {', '.join(wrong)}")
     result = {
         "benchmark": benchmark,
         "metrics": dict(metrics),
@@ -49,8 +53,10 @@ def write(
         "versions": versions(),
         "run": dict(run) if run is not None else None,
     }
-    with replacing(path) as new:
-        new.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if path is not None:
+        text = json.dumps(result, indent=2, ensure_ascii=False)
+        with replacing(path) as new:
+            new.write_text(text + "\n", encoding="utf-8")
     return result
 
 
