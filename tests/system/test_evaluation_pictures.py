@@ -184,7 +184,9 @@ def test_features_that_are_not_finite_are_bad(folder):
     found, rows = measured(Folder(folder), network, leave_out=True)
     assert (rows.argmax(1) != 0).all() and len(rows) + len(found.bad) == 12
     with pytest.raises(ValueError, match="none of 12 pictures can be measured"):
-        measured(Folder(folder), lambda p: Features(p.float()[:, :, 0, 0] * torch.nan), leave_out=True)
+        measured(
+            Folder(folder), lambda p: Features(p.float()[:, :, 0, 0] * torch.nan), leave_out=True
+        )
 
 
 def test_a_network_that_loses_rows_is_refused(folder):
