@@ -2,7 +2,8 @@
 
 import json
 import math
-import resource
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -239,26 +240,28 @@ def test_clip_score_is_golden():
         cosines(images, texts[:, :4])
 
 
-def peak_gib():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 @pytest.mark.nightly
-def test_fid_of_fifty_thousand_takes_seconds():
+def test_fid_of_fifty_thousand_takes_seconds(one_thread):
+    """Of one core; what else runs does not count."""
     rows = torch.randn(1000, 2048)
-    started, found = time.monotonic(), Moments()
+    started, found = time.process_time(), Moments()
     for shift in range(50):
         found.add(rows + shift)
-    assert distance(found, found) == pytest.approx(0, abs=1e-6)
-    assert time.monotonic() - started < 30
+    assert distance(found, found) == pytest.approx(0, abs=1e-6 * float(found.covariance.trace()))
+    assert time.process_time() - started < 30
 
 
 @pytest.mark.nightly
-def test_precision_and_recall_of_fifty_thousand_stay_small():
-    """Features included, and all that PyTorch itself holds aside."""
-    before = peak_gib()
-    generator = torch.Generator().manual_seed(0)
-    reference, samples = (torch.randn(n, 2048, generator=generator) for n in (10_000, 50_000))
-    found = precision_recall(reference, samples)
-    assert peak_gib() - before < 2
-    assert 0 <= found.precision <= 1
+def test_precision_and_recall_of_fifty_thousand_stay_small(tmp_path):
+    """In a process of its own, features and libraries included."""
+    script = """
+import resource, torch
+from tim.evaluation import precision_recall
+reference, samples = torch.randn(10_000, 2048), torch.randn(50_000, 2048)
+found = precision_recall(reference, samples)
+assert 0 <= found.precision <= 1 and 0 <= found.recall <= 1
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < 2  # GiB
