@@ -244,6 +244,9 @@ def test_nothing_to_measure_with_is_refused(set_up):
         evaluate("samples", "meta_data.json")
     with pytest.raises(ValueError, match="give one or both"):
         evaluate("samples", "meta_data.json", reference="real")
+    with pytest.raises(ValueError, match="text_features are for the CLIP score"):
+        given = dict(reference="real", inception=Colours())
+        evaluate("samples", "meta_data.json", text_features="texts.safetensors", **given)
     with pytest.raises(FileNotFoundError, match="see docs/evaluation.md"):
         evaluate("samples", "nowhere.json", reference="real", inception=Colours())
 

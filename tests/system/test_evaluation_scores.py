@@ -21,6 +21,7 @@ from tim.evaluation import (
 from tim.evaluation.clip import cosines
 from tim.evaluation.clip import preprocessed as for_clip
 from tim.evaluation.inception import antialiased_bilinear, preprocessed, tensorflow_bilinear
+from tim.evaluation.scores import squared_radii
 from tim.evaluation.statistics import Moments, distance
 
 FOLDER = GOLDEN / "evaluation"
@@ -153,6 +154,10 @@ def test_precision_and_recall_are_golden(name, monkeypatch):
         found = precision_recall(*sets)
         assert found.precision == EXPECTED[f"pr_{name}precision_exact"]
         assert found.recall == EXPECTED[f"pr_{name}recall_exact"]
+        if name:
+            for kind, rows in zip(("ref", "sample"), sets, strict=True):
+                golden = ARRAYS[f"pr_{name}radii_{kind}"].double()
+                assert torch.allclose(squared_radii(rows), golden, rtol=1e-5, atol=0)
 
 
 def by_hand(reference, samples, k):

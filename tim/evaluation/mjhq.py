@@ -84,6 +84,8 @@ def evaluate(
     """
     if (reference is None) != (inception is None) or (inception is None and clip is None):
         raise ValueError("FID needs reference and inception, the CLIP score clip: give one or both")
+    if text_features is not None and clip is None:
+        raise ValueError("text_features are for the CLIP score, which needs clip")
     batch_size = whole("batch_size", batch_size, 1)
     prompts = {prompt.name: prompt for prompt in read_prompts(meta_data)}
     samples = Folder(pictures, convert=convert)
@@ -94,29 +96,24 @@ def evaluate(
         work = Path(output).with_suffix(".work")
     options: dict[str, Any] = dict(batch_size=batch_size, leave_out=leave_out)
     with work_folder(work) as folder:
-        in_inception = in_clip = None
+        seen: dict[str, Measured] = {}
         if inception is not None:
-            in_inception = measure(samples, inception, folder, label="samples", **options)
+            seen["fid"] = measure(samples, inception, folder, label="samples", **options)
             if isinstance(real, Folder):
                 real = measure(real, inception, folder, label="reference", **options)
         if clip is not None:
-            in_clip = measure(samples, clip, folder, label="CLIP", **options)
+            seen["clip_score"] = measure(samples, clip, folder, label="CLIP", **options)
         result = None
         if Processes.here().is_first:
             numbers: dict[str, _Number] = {}
-            if in_inception is not None:
-                numbers["fid"] = _fid(in_inception, real)
-            if in_clip is not None:
-                texts = _texts(in_clip.names, prompts, clip, folder) if stored is None else stored
-                scores = _scores(in_clip, texts)
+            if inception is not None:
+                numbers["fid"] = _fid(seen["fid"], real)
+            if clip is not None:
+                texts = stored or _texts(samples.names, prompts, clip, folder)
+                scores = _scores(seen["clip_score"], texts)
                 numbers["clip_score"] = _means(scores)
                 if output is not None:
                     _sheets(samples, scores, prompts, Path(output))
-            bad = {each.name for part in (in_inception, in_clip) if part for each in part.bad}
-            counts |= {"pictures": len(samples.names) - len(bad), "unmeasured": len(bad)}
-            if isinstance(real, Measured):
-                counts["reference_pictures"] = len(real.names)
-                counts["reference_unmeasured"] = len(real.bad)
             result = report.write(
                 output, "mjhq", {name: number.overall for name, number in numbers.items()},
                 settings={
@@ -127,11 +124,20 @@ def evaluate(
                     "text_features": "of the prompts" if stored is None else str(text_features),
                     "grey_and_transparent": "made RGB" if convert else "refused",
                 },
-                counts=counts,
+                counts=counts | _measured(samples, seen, real),
                 breakdown={name: number.by_category for name, number in numbers.items()},
                 run=report.run_of(samples.path),
             )  # fmt: skip
         return Processes.here().gather(result)[0]
+
+
+def _measured(samples: Folder, seen: dict[str, Measured], real: Any) -> dict[str, int]:
+    """How many samples and references were measured, and how many could not be."""
+    bad = {each.name for measured in seen.values() for each in measured.bad}
+    counts = {"pictures": len(samples.names) - len(bad), "unmeasured": len(bad)}
+    if isinstance(real, Measured):
+        counts |= {"reference_pictures": len(real.names), "reference_unmeasured": len(real.bad)}
+    return counts
 
 
 def _name(network: FeatureNetwork | None) -> str | None:

@@ -66,7 +66,7 @@ def precision_recall(reference: Tensor, samples: Tensor, k: int = 3) -> Precisio
     A row's ball reaches to the k-th nearest other row of its set, edge included. Precision is the
     share of samples within some reference ball, recall that of references within some sample
     ball. Distances are float64; near an edge they are taken again from the difference of the two
-    rows, so equal distances are equal. Memory is two blocks of 128 MiB beside the features.
+    rows, so equal distances are equal. Beside the features it takes about 1 GiB.
 
     Returns:
         Both shares, and each sample's realism (equation 3 there): the largest radius / distance
@@ -86,13 +86,12 @@ def precision_recall(reference: Tensor, samples: Tensor, k: int = 3) -> Precisio
         raise ValueError(
             f"both must have as many features, got {reference.shape[1]} and {samples.shape[1]}"
         )
-    centre = reference.double().mean(0)  # distances stay, rounding shrinks
-    of_reference, of_samples = _radii(reference, centre, k), _radii(samples, centre, k)
+    of_reference, of_samples = squared_radii(reference, k), squared_radii(samples, k)
     recalled = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
     precise = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
     nearest = torch.zeros(len(samples), dtype=torch.float64, device=samples.device)
     small = torch.where(of_reference <= of_reference.median(), of_reference, 0)
-    for rows, columns, distances, doubt in _blocks(reference, samples, centre):
+    for rows, columns, distances, doubt in _blocks(reference, samples):
         a, b = reference[rows], samples[columns]
         edges = of_reference[rows, None], of_samples[None, columns]
         precise[columns] |= _within(distances, edges[0], doubt, a, b).any(0)
@@ -103,10 +102,26 @@ def precision_recall(reference: Tensor, samples: Tensor, k: int = 3) -> Precisio
     return PrecisionRecall(precision, recall, nearest.sqrt())
 
 
-def _blocks(
-    one: Tensor, other: Tensor, centre: Tensor
-) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+def squared_radii(rows: Tensor, k: int = 3) -> Tensor:
+    """Squared distances (N,), float64, of rows (N, D) to the k-th nearest other row."""
+    radii = rows.new_empty(len(rows), dtype=torch.float64)
+    values = indices = radii.new_empty(0)
+    for block, columns, distances, _ in _blocks(rows, rows):
+        places = torch.arange(columns.start, columns.stop, device=rows.device)
+        places = places.expand_as(distances)
+        if columns.start:
+            distances = torch.cat([values, distances], 1)
+            places = torch.cat([indices, places], 1)
+        values, nearest = distances.topk(min(k + 1, distances.shape[1]), largest=False)
+        indices = places.gather(1, nearest)
+        if columns.stop == len(rows):
+            radii[block] = _exact(rows[block, None], rows[indices]).amax(1)
+    return radii
+
+
+def _blocks(one: Tensor, other: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """Rows of both, their squared distances, and how far off those may be."""
+    centre = one.float().mean(0).double()  # distances stay, rounding shrinks
     for i in range(0, len(one), _ROWS):
         a = one[i : i + _ROWS].double() - centre
         for j in range(0, len(other), _COLUMNS):
@@ -121,23 +136,6 @@ def _blocks(
 def _exact(one: Tensor, other: Tensor) -> Tensor:
     """Squared distances of row to row (…, D), each a sum in the same order."""
     return (one.double() - other.double()).square().sum(-1)
-
-
-def _radii(rows: Tensor, centre: Tensor, k: int) -> Tensor:
-    """Squared distances (N,) to the k-th nearest other row."""
-    radii = rows.new_empty(len(rows), dtype=torch.float64)
-    best: tuple[Tensor, Tensor] | None = None
-    for block, columns, distances, _ in _blocks(rows, rows, centre):
-        places = torch.arange(columns.start, columns.stop, device=rows.device)
-        places = places.expand_as(distances)
-        if columns.start:
-            distances = torch.cat([best[0], distances], 1)
-            places = torch.cat([best[1], places], 1)
-        nearest = distances.topk(min(k + 1, distances.shape[1]), largest=False)
-        best = nearest.values, places.gather(1, nearest.indices)
-        if columns.stop == len(rows):
-            radii[block] = _exact(rows[block, None], rows[best[1]]).amax(1)
-    return radii
 
 
 def _within(distances: Tensor, edges: Tensor, doubt: Tensor, one: Tensor, other: Tensor) -> Tensor:
