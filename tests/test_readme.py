@@ -181,10 +181,19 @@ def _paths_of_tree(block: str):
         folders = {i: folder for i, folder in folders.items() if i < indent} | {indent: names[0]}
 
 
+def _every_command(group, prefix=""):
+    """By the words that call it."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _every_command(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
+
+
 def test_commands_exist():
     makefile = (ROOT / "Makefile").read_text()
     reports = re.findall(r'case "(\w+)"', (ROOT / "benchmarks/__main__.py").read_text())
-    cli = typer.main.get_command(app).commands
+    cli = dict(_every_command(typer.main.get_command(app)))
     found = {"make": set(), "benchmarks": set(), "tim": set()}
     for command in commands():
         words = command.partition("  #")[0].partition("    ")[0].split()
@@ -200,6 +209,7 @@ def test_commands_exist():
             case ["python", "-m", module, *_]:
                 assert importlib.util.find_spec(module), command
             case ["tim", name, *options] if name != "…":
+                name = f"{name} {options[0]}" if name not in cli else name
                 known = {option for param in cli[name].params for option in param.opts}
                 assert {o for o in options if o.startswith("--")} <= known, command
                 found["tim"].add(name)

@@ -71,8 +71,8 @@ def evaluate(
     """
     count, split = whole("count", count, 1), whole("split", split, 1)
     batch_size, k = whole("batch_size", batch_size, 1), whole("k", k, 1)
-    if not metrics or (unknown := [name for name in metrics if name not in METRICS]):
-        raise ValueError(f"metrics must be some of {', '.join(METRICS)}, got {unknown or metrics}")
+    if not metrics or not {*metrics} <= {*METRICS}:
+        raise ValueError(f"metrics must be some of {', '.join(METRICS)}, got {', '.join(metrics)}")
     source = opened(pictures, count, convert=convert)
     wanted = _Reference(reference, metrics)
     path = getattr(source, "path", None)
