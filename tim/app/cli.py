@@ -195,6 +195,32 @@ def sample(
 
 
 @app.command()
+def compare(
+    results: Annotated[list[Path], typer.Argument(help="What `tim evaluate` wrote, of one kind.")],
+    output: Annotated[Path, typer.Option(help="A .png.")] = Path("tim-compare.png"),
+    metric: Annotated[str | None, typer.Option(help="Plot this one alone.")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="Of each result; equal ones are one line.")
+    ] = None,
+    steps: Annotated[
+        list[int] | None, typer.Option(help="Of each result, where its run.json does not say.")
+    ] = None,
+) -> None:
+    """Results over the number of sampling steps, beside the published figures."""
+    if output.suffix != ".png":
+        raise typer.BadParameter(f"{output} must end in .png")
+    with errors_without_traceback():
+        from tim.evaluation import compare as comparison
+
+        found = comparison.read(results, labels=label or (), steps=steps or ())
+        comparison.plot(found, output, metric)
+        typer.echo(comparison.table(found))
+        if different := comparison.differences(found):
+            typer.echo(f"not measured alike, so not to be compared: {', '.join(different)}")
+    typer.echo(output)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("tim-demo.png"),
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,

@@ -24,7 +24,7 @@ from tim.data.prompts import PAGE
 
 _log = logging.getLogger(__name__)
 _THREADS = 8
-_AHEAD = 256  # pictures decoded before they are needed
+_AHEAD = 64  # pictures decoded before they are needed
 _CONVERTIBLE = {"1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr"}  # RGB holds their 8 bits
 _KINDS = Image.registered_extensions()
 _ALONGSIDE = {"run.json"}  # what `tim generate` leaves beside its pictures

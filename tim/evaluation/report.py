@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from tim.files import replacing
 from tim.provenance import versions
@@ -81,7 +81,7 @@ def sheet(
     pictures: Sequence[Image.Image], labels: Sequence[str], path: str | Path,
     *, columns: int = 8, side: int = 256,
 ) -> None:  # fmt: skip
-    """A grid of pictures, each within `side` px and with its label below, as a PNG.
+    """A grid of pictures, each fitted into `side` px and with its label below, as a PNG.
 
     Raises:
         ValueError: there is no picture, or not a label each.
@@ -96,9 +96,9 @@ def sheet(
     for place, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
         row, column = divmod(place, columns)
         x, y = column * cell_w + 4, row * cell_h + 4
-        small = picture.convert("RGB")
-        small.thumbnail((side, side))
-        canvas.paste(small, (x, y))
+        is_small = max(picture.size) < side
+        method = Image.Resampling.NEAREST if is_small else Image.Resampling.LANCZOS
+        canvas.paste(ImageOps.contain(picture.convert("RGB"), (side, side), method), (x, y))
         draw.text((x, y + side + 2), _fitting(label, font, side), fill="black", font=font)
     with replacing(path) as new:
         canvas.save(new, format="PNG")
