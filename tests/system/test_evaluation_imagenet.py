@@ -229,6 +229,12 @@ def test_the_command_refuses_in_one_line(tiny, some, adm, tmp_path, change, mess
     assert not (tmp_path / "result.json").exists()
 
 
+def test_results_lie_apart_from_the_pictures(some, adm, network):
+    with pytest.raises(ValueError, match="must lie outside the pictures' folder"):
+        evaluate(some, adm, network, count=100, output=some / "results/result.json")
+    assert not (some / "results").exists()
+
+
 def test_missing_weights_point_to_the_page(some, adm, tmp_path):
     command = ["imagenet", some, adm, "--output", tmp_path / "result.json"]
     refused = tim(*command, "--inception-weights", tmp_path / "nowhere.pth", "--device", "cpu")

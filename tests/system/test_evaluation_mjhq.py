@@ -244,6 +244,8 @@ def test_nothing_to_measure_with_is_refused(set_up):
         evaluate("samples", "meta_data.json")
     with pytest.raises(ValueError, match="give one or both"):
         evaluate("samples", "meta_data.json", reference="real")
+    with pytest.raises(ValueError, match="must lie outside the pictures' folder"):
+        evaluate("samples", "meta_data.json", clip=Colours(), output="samples/art/result.json")
     with pytest.raises(ValueError, match="text_features are for the CLIP score"):
         given = dict(reference="real", inception=Colours())
         evaluate("samples", "meta_data.json", text_features="texts.safetensors", **given)

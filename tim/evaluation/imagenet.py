@@ -76,6 +76,8 @@ def evaluate(
     source = opened(pictures, count, convert=convert)
     wanted = _Reference(reference, metrics)
     path = getattr(source, "path", None)
+    if path is not None:
+        report.apart(output, path)
     if work is None and output is not None:
         work = Path(output).with_suffix(".work")
     with work_folder(work) as folder:

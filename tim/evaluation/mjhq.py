@@ -87,6 +87,7 @@ def evaluate(
     if text_features is not None and clip is None:
         raise ValueError("text_features are for the CLIP score, which needs clip")
     batch_size = whole("batch_size", batch_size, 1)
+    report.apart(output, pictures)
     prompts = {prompt.name: prompt for prompt in read_prompts(meta_data)}
     samples = Folder(pictures, convert=convert)
     counts = _items_alone(samples, prompts, leave_out)

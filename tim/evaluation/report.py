@@ -60,6 +60,15 @@ def write(
     return result
 
 
+def apart(output: str | Path | None, pictures: str | Path) -> None:
+    """Raises:
+    ValueError: `output` lies among the pictures, where a rerun would take its sheets for some.
+    """
+    folder = Path(pictures).resolve()
+    if output is not None and folder in Path(output).resolve().parents:
+        raise ValueError(f"{output} must lie outside the pictures' folder {pictures}")
+
+
 def run_of(folder: str | Path) -> dict[str, Any] | None:
     """`run.json` beside the pictures, None where `tim generate` did not make them."""
     path = Path(folder) / "run.json"
