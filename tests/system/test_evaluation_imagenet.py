@@ -191,7 +191,7 @@ def test_the_command(tiny, some, tmp_path, real):
     network = inception.Inception(tmp_path / "weights.pth", "adm")
     adm = reference(real[::25], network, tmp_path / "adm.npz")
     output = tmp_path / "result.json"
-    command = ["imagenet", some, adm, "--output", output, "--num", 40, "--device", "cpu"]
+    command = ["imagenet", some, adm, "--output", output, "--num-samples", 40, "--device", "cpu"]
     refused = tim(*command)
     assert refused.exit_code == 1 and "--download-weights" in refused.stderr
     command += ["--inception-weights", tmp_path / "weights.pth", "--split", 20]
@@ -210,15 +210,16 @@ def test_the_command(tiny, some, tmp_path, real):
     [
         ({"pictures": "nowhere"}, "there is no folder nowhere"),
         ({"reference": "nowhere.npz"}, "there is no file nowhere.npz"),
-        ({"--num": 101}, "holds 100 of 101"),
+        ({"--num-samples": 101}, "holds 100 of 101"),
         ({"--metrics": "fid,kid"}, "metrics are fid, sfid,"),
         ({"--batch-size": 0}, "batch_size must be at least 1"),
     ],
 )
 def test_the_command_refuses_in_one_line(tiny, some, adm, tmp_path, change, message):
     options = {
-        "pictures": some, "reference": adm, "--output": tmp_path / "result.json", "--num": 100,
-        "--inception-weights": tmp_path / "weights.pth", "--device": "cpu",
+        "pictures": some, "reference": adm, "--num-samples": 100,
+        "--output": tmp_path / "result.json", "--device": "cpu",
+        "--inception-weights": tmp_path / "weights.pth",
     } | change  # fmt: skip
     pictures, reference_file = options.pop("pictures"), options.pop("reference")
     flat = [part for option in options.items() for part in option]

@@ -47,9 +47,9 @@ def imagenet(
     output: Output,
     inception_weights: Weights = None,
     download_weights: DownloadWeights = False,
-    num: Annotated[int, typer.Option(help="The first so many pictures; fewer are refused.")] = (
-        50_000
-    ),
+    num_samples: Annotated[  # torchrun would take --num for an option of its own
+        int, typer.Option(help="The first so many pictures; fewer are refused.")
+    ] = 50_000,
     metrics: Metrics = None,
     split: Annotated[int, typer.Option(help="Pictures of a split of the Inception score.")] = 5000,
     neighbour: Annotated[int, typer.Option(help="The k of precision and recall.")] = 3,
@@ -68,8 +68,8 @@ def imagenet(
         with launched_group():
             network = _inception(inception_weights, download_weights, "adm", device)
             result = evaluate(
-                pictures, reference, network, count=num, metrics=chosen, output=output, work=work,
-                batch_size=batch_size, split=split, k=neighbour, leave_out=leave_out,
+                pictures, reference, network, count=num_samples, metrics=chosen, output=output,
+                work=work, batch_size=batch_size, split=split, k=neighbour, leave_out=leave_out,
                 convert=convert,
             )  # fmt: skip
     _print(result, output)

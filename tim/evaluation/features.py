@@ -23,7 +23,7 @@ from tim.evaluation.statistics import Moments
 from tim.files import replacing
 from tim.processes import Processes
 
-CHUNK = 1000  # pictures whose features are one file
+CHUNK = 500  # pictures whose features are one file
 
 
 class Features(NamedTuple):
