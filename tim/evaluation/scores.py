@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tim.checks import check_finite, whole
 
-_ROWS, _COLUMNS = 2048, 8192  # of distances at once: 128 MiB in float64
+_ROWS, _COLUMNS = 1024, 8192  # of distances at once: 64 MiB in float64
 _CHANNELS = 7  # of a spatial map
 
 
@@ -66,7 +66,7 @@ def precision_recall(reference: Tensor, samples: Tensor, k: int = 3) -> Precisio
     A row's ball reaches to the k-th nearest other row of its set, edge included. Precision is the
     share of samples within some reference ball, recall that of references within some sample
     ball. Distances are float64; near an edge they are taken again from the difference of the two
-    rows, so equal distances are equal. Beside the features it takes about 1 GiB.
+    rows, so equal distances are equal. Beside the features it takes less than 1 GiB.
 
     Returns:
         Both shares, and each sample's realism (equation 3 there): the largest radius / distance
