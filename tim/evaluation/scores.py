@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from tim.checks import check_finite, whole
 
@@ -122,7 +123,8 @@ def squared_radii(rows: Tensor, k: int = 3) -> Tensor:
 def _blocks(one: Tensor, other: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """Rows of both, their squared distances, and how far off those may be."""
     centre = one.float().mean(0).double()  # distances stay, rounding shrinks
-    for i in range(0, len(one), _ROWS):
+    is_quick = len(one) * len(other) < 10**8
+    for i in tqdm(range(0, len(one), _ROWS), desc="distances", disable=is_quick):
         a = one[i : i + _ROWS].double() - centre
         for j in range(0, len(other), _COLUMNS):
             b = other[j : j + _COLUMNS].double() - centre
