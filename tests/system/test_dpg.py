@@ -270,7 +270,7 @@ def test_what_is_wrong_is_named_and_left_out_only_when_told(folder, tmp_path, da
     damage(folder / "12.png")
     with pytest.raises(ValueError, match=message):
         run(folder, tmp_path / "out")
-    result = run(folder, tmp_path / "out", allow_missing=True)
+    result = run(folder, tmp_path / "out", leave_out=True)
     counts = result["counts"]
     assert counts["items"] == 7 and counts["items_wanted"] == 8 and counts["questions"] == 45
     assert counts["left_out"] == len(result["settings"]["left_out"]) > 0
@@ -290,7 +290,7 @@ def test_foreign_things_in_the_folder(folder, tmp_path):
     (folder / "more").mkdir()
     with pytest.raises(ValueError, match="12.png is 12.jpg once more, more is a folder .2 in all"):
         check(folder, QUESTIONS, tmp_path / "out")
-    check(folder, QUESTIONS, tmp_path / "out", allow_missing=True)
+    check(folder, QUESTIONS, tmp_path / "out", leave_out=True)
 
 
 def test_no_folder_and_an_empty_one(tmp_path):
@@ -298,7 +298,7 @@ def test_no_folder_and_an_empty_one(tmp_path):
         run(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has no picture of an item; it must be FOLDER/ITEM.png"):
-        run(tmp_path / "empty", tmp_path / "out", allow_missing=True)
+        run(tmp_path / "empty", tmp_path / "out", leave_out=True)
 
 
 def test_results_do_not_go_among_the_pictures(folder):
@@ -310,7 +310,7 @@ def test_nothing_left_to_judge(folder, tmp_path):
     for path in folder.glob("*.png"):
         cut(path)
     with pytest.raises(ValueError, match="no picture was judged"):
-        run(folder, tmp_path / "out", allow_missing=True)
+        run(folder, tmp_path / "out", leave_out=True)
 
 
 def test_an_answer_is_a_text(folder, tmp_path):
@@ -339,5 +339,5 @@ def test_tim_evaluate_dpg(folder, tmp_path):
     assert missing.startswith("error: ") and missing.endswith("see docs/evaluation.md")
     (folder / "12.png").unlink()
     left = tim("--vqa", blip)
-    assert left.exit_code == 1 and "12 is missing (1 in all); --allow-missing" in left.stderr
-    assert "7 of 8 items" in tim("--vqa", blip, "--allow-missing").stdout
+    assert left.exit_code == 1 and "12 is missing (1 in all); --leave-out" in left.stderr
+    assert "7 of 8 items" in tim("--vqa", blip, "--leave-out").stdout

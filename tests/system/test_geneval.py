@@ -215,7 +215,7 @@ def test_what_is_wrong_is_named_and_left_out_only_when_told(
     with pytest.raises(ValueError, match=message):
         run(folder, prompts, tmp_path / "out")
     assert not (tmp_path / "out/result.json").exists()
-    result = run(folder, prompts, tmp_path / "out", allow_missing=True)
+    result = run(folder, prompts, tmp_path / "out", leave_out=True)
     assert result["counts"]["images"] == WANTED - lost
     assert result["counts"]["left_out"] == len(result["settings"]["left_out"]) > 0
     assert len(rows(tmp_path / "out")) == WANTED - lost
@@ -225,7 +225,7 @@ def test_more_pictures_than_asked(mine, tmp_path):
     folder, prompts = mine
     with pytest.raises(ValueError, match="00000 has 4 of 2 pictures, .*18 in all"):
         run(folder, prompts, tmp_path / "out", per_prompt=2)
-    result = run(folder, prompts, tmp_path / "out", per_prompt=2, allow_missing=True)
+    result = run(folder, prompts, tmp_path / "out", per_prompt=2, leave_out=True)
     assert result["counts"]["images"] == WANTED // 2
     assert result["breakdown"]["accuracy"]["counting"] == 1  # the first two
     with pytest.raises(ValueError, match="per_prompt must be at least 1"):
@@ -238,8 +238,8 @@ def test_a_missing_tag_is_said(mine, tmp_path):
         shutil.rmtree(folder / f"{number:05d}")
     with pytest.raises(ValueError, match="00006 is missing, 00007 is missing, 00008 is missing"):
         check(folder, tmp_path / "out", prompts=prompts)
-    check(folder, tmp_path / "out", prompts=prompts, allow_missing=True)
-    result = run(folder, prompts, tmp_path / "out", allow_missing=True)
+    check(folder, tmp_path / "out", prompts=prompts, leave_out=True)
+    result = run(folder, prompts, tmp_path / "out", leave_out=True)
     assert result["settings"]["tags_missing"] == ["counting"]
     assert result["counts"]["tags_missing"] == 1
     assert "the mean is without counting: not GenEval's score" in table(result)
@@ -288,7 +288,7 @@ def test_nothing_left_to_judge(mine, tmp_path):
     for path in folder.glob("*/samples/*.png"):
         cut(path)
     with pytest.raises(ValueError, match="no picture was judged"):
-        run(folder, prompts, tmp_path / "out", allow_missing=True)
+        run(folder, prompts, tmp_path / "out", leave_out=True)
     assert not (tmp_path / "out/results.jsonl").exists()
 
 

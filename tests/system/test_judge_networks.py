@@ -189,8 +189,8 @@ def test_tim_evaluate_geneval(saved, tmp_path):
     (tmp_path / "pictures/00000/samples/00001.png").unlink()
     result = tim(*command)
     assert result.exit_code == 1 and result.stderr.count("\n") == 1
-    assert "00000 has 1 of 2 pictures (1 in all); --allow-missing" in result.stderr
-    assert "1 of 2 pictures judged" in tim(*command, "--allow-missing").stdout
+    assert "00000 has 1 of 2 pictures (1 in all); --leave-out" in result.stderr
+    assert "1 of 2 pictures judged" in tim(*command, "--leave-out").stdout
 
 
 @pytest.mark.parametrize("missing", ["--detector", "--clip"])

@@ -8,7 +8,7 @@ import torch
 import typer
 from safetensors.torch import save_file
 
-from tim.app import generate, judge
+from tim.app import evaluate, generate
 from tim.app.common import check_device, errors_without_traceback, fail
 from tim.processes import launched_device, launched_group
 
@@ -16,7 +16,7 @@ app = typer.Typer(
     help="Transition Models: train, sample, generate, evaluate, demo.", no_args_is_help=True
 )
 app.add_typer(generate.app, name="generate")
-app.add_typer(judge.app, name="evaluate")
+app.add_typer(evaluate.app, name="evaluate")
 
 
 @app.callback()
@@ -199,18 +199,28 @@ def sample(
 
 @app.command()
 def compare(
-    results: Annotated[list[Path], typer.Argument(help="JSON files that `tim evaluate` wrote.")],
-    output: Annotated[Path | None, typer.Option(help="A .png of steps against score.")] = None,
+    results: Annotated[list[Path], typer.Argument(help="What `tim evaluate` wrote, of one kind.")],
+    output: Annotated[Path, typer.Option(help="A .png.")] = Path("tim-compare.png"),
+    metric: Annotated[str | None, typer.Option(help="Plot this one alone.")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="Of each result; equal ones are one line.")
+    ] = None,
+    steps: Annotated[
+        list[int] | None, typer.Option(help="Of each result, where its run.json does not say.")
+    ] = None,
 ) -> None:
-    """Put results side by side, with the published figures: a table, and a plot."""
+    """Results over the number of sampling steps, beside the published figures."""
+    if output.suffix != ".png":
+        raise typer.BadParameter(f"{output} must end in .png")
     with errors_without_traceback():
         from tim.evaluation import compare as comparison
 
-        read = [comparison.read(path) for path in results]
-        typer.echo(comparison.tables(read))
-        if output is not None:
-            comparison.plot(read, output)
-            typer.echo(output)
+        found = comparison.read(results, labels=label or (), steps=steps or ())
+        comparison.plot(found, output, metric)
+        typer.echo(comparison.table(found))
+        if different := comparison.differences(found):
+            typer.echo(f"not measured alike, so not to be compared: {', '.join(different)}")
+    typer.echo(output)
 
 
 @app.command()

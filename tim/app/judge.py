@@ -8,19 +8,16 @@ import typer
 from tim.app.common import check_device, errors_without_traceback
 from tim.processes import Processes, launched_device, launched_group
 
-app = typer.Typer(help="Measure pictures.", no_args_is_help=True)
-
 _Output = Annotated[Path, typer.Option(help="A folder for the results; a stopped run goes on.")]
-_AllowMissing = Annotated[
+_LeaveOut = Annotated[
     bool,
-    typer.Option("--allow-missing", help="Judge what there is; the counts say what is not."),
+    typer.Option("--leave-out", help="Judge what there is; the counts say what is not."),
 ]
 _Device = Annotated[
     str | None, typer.Option(help="cuda, cpu, …; by default a GPU for each process.")
 ]
 
 
-@app.command()
 def geneval(
     pictures: Annotated[Path, typer.Argument(help="A folder with one for each prompt: 00000, …")],
     output: _Output,
@@ -34,7 +31,7 @@ def geneval(
         Path | None, typer.Option(help="Other prompts than GenEval's 553, as its JSONL.")
     ] = None,
     per_prompt: Annotated[int, typer.Option(help="Pictures of each prompt.")] = 4,
-    allow_missing: _AllowMissing = False,
+    leave_out: _LeaveOut = False,
     device: _Device = None,
 ) -> None:
     """GenEval: whether pictures show the objects asked for; torchrun shares the work."""
@@ -45,14 +42,13 @@ def geneval(
         from tim.evaluation.geneval.colours import ClipColours
         from tim.evaluation.geneval.detector import Mask2Former
 
-        options = dict(prompts=prompts, per_prompt=per_prompt, allow_missing=allow_missing)
+        options = dict(prompts=prompts, per_prompt=per_prompt, leave_out=leave_out)
         check(pictures, output, **options)
         networks = Mask2Former.load(detector, device), ClipColours.load(clip, device)
         result = evaluate(pictures, output, *networks, **options)
         _say(table(result), output)
 
 
-@app.command()
 def dpg(
     pictures: Annotated[Path, typer.Argument(help="A folder of ITEM.png.")],
     questions: Annotated[Path, typer.Option(help="dpg_bench.csv.")],
@@ -72,7 +68,7 @@ def dpg(
             "--published-categories", help="Category scores of each item's last picture alone."
         ),
     ] = False,
-    allow_missing: _AllowMissing = False,
+    leave_out: _LeaveOut = False,
     device: _Device = None,
 ) -> None:
     """DPG-Bench: questions about pictures, answered by a network; torchrun shares the work."""
@@ -82,10 +78,10 @@ def dpg(
         from tim.evaluation.dpg import check, evaluate, table
         from tim.evaluation.dpg.vqa import load_vqa
 
-        check(pictures, questions, output, allow_missing=allow_missing)
+        check(pictures, questions, output, leave_out=leave_out)
         result = evaluate(
             pictures, questions, output, load_vqa(vqa, device), pictures=per_file,
-            published_categories=published_categories, allow_missing=allow_missing,
+            published_categories=published_categories, leave_out=leave_out,
         )  # fmt: skip
         _say(table(result), output)
 

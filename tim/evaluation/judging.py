@@ -57,7 +57,7 @@ def refuse(folder: Path, problems: Sequence[str], wanted: str) -> None:
     if problems:
         raise ValueError(
             f"{folder} must hold {wanted}: {some(problems)} ({len(problems)} in all); "
-            "--allow-missing judges what there is and counts the rest"
+            "--leave-out judges what there is and counts the rest"
         )
 
 

@@ -30,7 +30,7 @@ def evaluate(
     vqa_name: str | None = None,
     pictures: int = 4,
     published_categories: bool = False,
-    allow_missing: bool = False,
+    leave_out: bool = False,
 ) -> dict[str, Any]:
     """Ask the questions of `dpg_bench.csv` about FOLDER/ITEM.png.
 
@@ -45,7 +45,7 @@ def evaluate(
         vqa_name: for a function of your own, what it is called in the result.
         pictures: 4 in a file, as its quarters, or 1.
         published_categories: category scores of the last picture of each item alone.
-        allow_missing: judge what there is; the counts and settings say what is not.
+        leave_out: judge what there is; the counts and settings say what is not.
 
     Returns:
         What `result.json` holds.
@@ -73,7 +73,7 @@ def evaluate(
             found, _uneven if pictures == 4 else lambda _: None
         )
         problems += damaged
-        if not allow_missing:
+        if not leave_out:
             judging.refuse(folder, problems, _WANTED)
 
         def judge(item: str, image: Image.Image) -> list[list[str]]:
@@ -92,11 +92,11 @@ def evaluate(
 
 
 def check(
-    folder: str | Path, questions: str | Path, output: str | Path, *, allow_missing: bool = False
+    folder: str | Path, questions: str | Path, output: str | Path, *, leave_out: bool = False
 ) -> None:
     """Raises what `evaluate` would for the names in a folder, before any network is loaded."""
     _, problems = folders.find(Path(folder), read(questions), Path(output))
-    if not allow_missing:
+    if not leave_out:
         judging.refuse(Path(folder), problems, _WANTED)
 
 

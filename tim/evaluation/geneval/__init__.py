@@ -35,7 +35,7 @@ def evaluate(
     colours_name: str | None = None,
     prompts: str | Path | None = None,
     per_prompt: int = 4,
-    allow_missing: bool = False,
+    leave_out: bool = False,
 ) -> dict[str, Any]:
     """Judge FOLDER/00000/{metadata.jsonl, samples/00000.png …}, four pictures of each prompt.
 
@@ -51,7 +51,7 @@ def evaluate(
         detector_name, colours_name: for functions of your own, what they are called in the result.
         prompts: a JSONL file of another list than GenEval's 553.
         per_prompt: pictures of each prompt.
-        allow_missing: judge what there is; the counts and settings say what is not.
+        leave_out: judge what there is; the counts and settings say what is not.
 
     Returns:
         What `result.json` holds.
@@ -77,7 +77,7 @@ def evaluate(
     with judging.output_folder(output) as output:
         pictures, damaged = judging.without_damaged(found.pictures)
         problems = [*found.problems, *damaged]
-        if not allow_missing:
+        if not leave_out:
             judging.refuse(folder, problems, _wanted(per_prompt))
 
         def judge(name: str, image: Image.Image) -> Row:
@@ -98,12 +98,12 @@ def evaluate(
 
 def check(
     folder: str | Path, output: str | Path, *,
-    prompts: str | Path | None = None, per_prompt: int = 4, allow_missing: bool = False,
+    prompts: str | Path | None = None, per_prompt: int = 4, leave_out: bool = False,
 ) -> None:  # fmt: skip
     """Raises what `evaluate` would for the names in a folder, before any network is loaded."""
     listed = _listed(prompts)
     found = folders.find(Path(folder), listed, whole("per_prompt", per_prompt, 1), Path(output))
-    if not allow_missing:
+    if not leave_out:
         judging.refuse(Path(folder), found.problems, _wanted(per_prompt))
 
 
