@@ -10,8 +10,8 @@ from tim.evaluation import report
 from tim.files import replacing
 
 SOURCE = "arXiv 2509.04394"
-# Steps → value, by benchmark, metric and the side of its pictures in px (None is any). A single step
-# is not guided, more are: 4 and 64 are what the paper calls 8 and 128 evaluations.
+# Steps → value, by benchmark, metric and the side of its pictures in px (None is any). A single
+# step is not guided, more are: 4 and 64 are what the paper calls 8 and 128 evaluations.
 PUBLISHED: dict[tuple[str, str, int | None], dict[int, float]] = {
     ("geneval", "overall", None): {1: 0.67, 4: 0.76, 64: 0.83},
     ("imagenet", "fid", 256): {1: 6.14, 250: 1.65},

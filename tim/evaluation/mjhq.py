@@ -116,7 +116,8 @@ def evaluate(
                 if output is not None:
                     _sheets(samples, scores, prompts, Path(output))
             result = report.write(
-                report.result_in(output), "mjhq", {name: number.overall for name, number in numbers.items()},
+                report.result_in(output), "mjhq",
+                {name: number.overall for name, number in numbers.items()},
                 settings={
                     "pictures": str(samples.path),
                     "reference": None if reference is None else str(reference),
