@@ -29,7 +29,7 @@ def test_run_json_says_what_the_pictures_depend_on(tmp_path):
     assert run["text"] == {"max_seq_length": 8, "use_last_hidden_state": True}
     (made,) = run["made_with"]
     assert made["device"] == "cpu" and made["versions"]["torch"] == torch.__version__
-    assert made["processes"] == 1 and made["per_proc_batch_size"] == 3
+    assert "processes" not in made  # no picture depends on them
 
 
 def test_a_folder_without_pictures_is_nobody_s(tmp_path):
@@ -87,8 +87,15 @@ def test_other_versions_are_warned_of_and_noted(tmp_path, monkeypatch, caplog):
     drawn("imagenet", tmp_path / "a", num_fid_samples=3)
     assert "made with other versions" in caplog.text
     made = json.loads((folder / "run.json").read_text())["made_with"]
-    assert made[2]["versions"] == {"torch": "9.9"}
-    assert [each["per_proc_batch_size"] for each in made] == [3, 9, 3]
+    assert len(made) == 2 and made[1]["versions"] == {"torch": "9.9"}
+
+
+def test_whole_batches_are_noted(tmp_path):
+    given = dict(batch_invariant=False, num_fid_samples=1)
+    folder = drawn("imagenet", tmp_path / "a", **given)
+    drawn("imagenet", tmp_path / "a", per_proc_batch_size=9, **given | {"num_fid_samples": 2})
+    made = json.loads((folder / "run.json").read_text())["made_with"]
+    assert [(each["processes"], each["per_proc_batch_size"]) for each in made] == [(1, 3), (1, 9)]
 
 
 def test_pictures_of_nobody_are_refused(tmp_path):

@@ -72,13 +72,13 @@ def _pictures(benchmark: Benchmark, source: Source) -> dict[str, Any]:
 
 
 def _made_with(benchmark: Benchmark, source: Source, processes: Processes) -> dict[str, Any]:
-    return {
-        "versions": versions(),
-        "device": source.device.type,
-        "backend": backend.requested(),
-        "processes": processes.world_size,
-        "per_proc_batch_size": benchmark.settings.per_proc_batch_size,
-    }
+    made_with = {
+        "versions": versions(), "device": source.device.type, "backend": backend.requested()
+    }  # fmt: skip
+    if not benchmark.settings.batch_invariant:
+        made_with["processes"] = processes.world_size
+        made_with["per_proc_batch_size"] = benchmark.settings.per_proc_batch_size
+    return made_with
 
 
 def _exact(made_with: dict[str, Any]) -> dict[str, Any]:
