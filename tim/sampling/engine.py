@@ -83,11 +83,12 @@ class Engine:
     ) -> Tensor:
         """See `tim.sampling.sample`, which has the same arguments."""
         options = Options(**options)
+        steps = options.steps(self.transport)
         if options.is_guided:
             check_guidance(options.cfg_scale, y, y_null)
-        scales = [options.cfg_scale] * len(z)
+        given = z, y, y_null if options.is_guided else None, [options.cfg_scale] * len(z)
         hooks = progress, on_step, should_stop
-        return self._carry(z, y, y_null, options, scales, generator, return_trajectory, *hooks)
+        return self._carry(steps, *given, generator, return_trajectory, *hooks)
 
     def stream(
         self,
@@ -115,13 +116,13 @@ class Engine:
         waiting = whole("max_waiting", max_waiting, 1)
         for batch in in_batches(requests, largest, waiting):
             options = batch[0].options
+            steps = options.steps(self.transport)
             z, y = (torch.stack([getattr(r, name) for r in batch]) for name in ("z", "y"))
             y_null = torch.stack([r.y_null for r in batch]) if options.is_guided else None
             generators = [r.generator for r in batch] if options.stochasticity_ratio else None
             scales = [r.options.cfg_scale for r in batch]
-            yield from zip(
-                batch, self._carry(z, y, y_null, options, scales, generators), strict=True
-            )
+            pictures = self._carry(steps, z, y, y_null, scales, generators)
+            yield from zip(batch, pictures, strict=True)
 
     def explain(self) -> str:
         """Print, and return, what was formed ahead in the latest run, and why not the rest."""
@@ -132,18 +133,17 @@ class Engine:
 
     @torch.no_grad()
     def _carry(
-        self, z: Tensor, y: Tensor, y_null: Tensor | None, options: Options, scales: list[float],
+        self, steps: list[Step], z: Tensor, y: Tensor, y_null: Tensor | None, scales: list[float],
         generator: Generators = None, return_trajectory: bool = False, progress: bool = False,
         on_step: StepCallback | None = None, should_stop: Callable[[], bool] | None = None,
     ) -> Tensor:  # fmt: skip
-        steps = options.steps(self.transport)
         check_finite("the initial state z", z)
         batch, x = len(z), z.to(torch.float64)
         more = next((size - batch for size in self._sizes if size >= batch), 0)
         is_one = len(set(scales)) == 1
         guidance = x.new_full((batch,), scales[0]) if is_one else x.new_tensor(scales)
         guidance = _padded(guidance, more)
-        conditions = _padded(y, more), _padded(y_null, more) if options.is_guided else None
+        conditions = _padded(y, more), _padded(y_null, more)
 
         def draw(stochasticity: float) -> Tensor | None:
             if not stochasticity:
@@ -175,8 +175,11 @@ class Engine:
         """The one that forms most ahead of what may be."""
         self._latest_graphs = graphs
         args = self.model, self.transport, y, y_null, guidance
-        device = guidance.device.type
-        together = device != "cpu" if self._together is None else self._together
+        device = guidance.device
+        together = device.type != "cpu" if self._together is None else self._together
+        if len(steps) == 1 and graphs.obstacle(device):
+            self._latest = "one step: nothing is formed twice"
+            return StepByStep(*args)
         if why := obstacle(self.model):
             self._latest = f"step by step: {why}"
             return StepByStep(*args)

@@ -137,7 +137,7 @@ class Ahead(ReadOnce):
 
     def advance(self, x: Tensor, step: Step, draw: Draw) -> Tensor:
         if step.index not in self._formed:
-            self._form(step, x)
+            self.form(step, x)
         formed, guided = self._formed.pop(step.index), step.is_guided
         if guided not in self._shared:
             text = self._condition(guided) if is_text(self.model) else None
@@ -170,7 +170,7 @@ class Ahead(ReadOnce):
             self._keys[False] = [TextKeys(k[:half], v[:half]) for k, v in keys]
         return self._keys[False]
 
-    def _form(self, step: Step, x: Tensor) -> None:
+    def form(self, step: Step, x: Tensor) -> None:
         """Rows of the steps of this kind that come and that there is room for."""
         tokens = _tokens(x, step.is_guided, self.dtype)
         self._check(tokens, *self._times([step], len(tokens)), step.is_guided)

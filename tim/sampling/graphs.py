@@ -42,7 +42,7 @@ class Graphs:
         """A run begins, of a model whose weights lie at `places`."""
         if places != self._places:
             self._replays, self._first, self._places = {}, {}, places
-        self._run, self.reasons = self._run + 1, {}
+        self._run += 1
 
     @contextlib.contextmanager
     def held(self) -> Iterator["Graphs"]:
@@ -51,6 +51,7 @@ class Graphs:
             yield Graphs("another run has the graphs")
             return
         try:
+            self.reasons = {}
             yield self
         finally:
             self._lock.release()
@@ -103,8 +104,10 @@ class Replay:
     """A function captured on buffers of its own."""
 
     def __init__(self, function: Function, shared, inputs):
-        self._shared, self._inputs = (pytree.tree_map(_clone, tree) for tree in (shared, inputs))
-        self._replay, self._out = capture(lambda: function(self._shared, self._inputs))
+        # Zeros: so that what a replay gives cannot be what was there when it was captured.
+        self._shared, self._inputs = (pytree.tree_map(_zeros, tree) for tree in (shared, inputs))
+        device = inputs[0].device
+        self._replay, self._out = capture(lambda: function(self._shared, self._inputs), device)
         self._run = None
 
     def __call__(self, shared, inputs, run: int) -> Tensor:
@@ -116,16 +119,19 @@ class Replay:
         return self._out.clone()
 
 
-def capture(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """What replays `function` as captured on the current device, and where its result then lies."""
-    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        function()  # what libraries set up at their first call on a stream
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        out = function()
-    current.wait_stream(stream)
+def capture(
+    function: Callable[[], Tensor], device: torch.device
+) -> tuple[Callable[[], None], Tensor]:
+    """What replays `function`, whose tensors are on `device`, and where its result then lies."""
+    with torch.cuda.device(device):
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            function()  # what libraries set up at their first call on a stream
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            out = function()
+        current.wait_stream(stream)
     return graph.replay, out
 
 
@@ -161,8 +167,8 @@ def kinds(tree) -> Hashable:
     )
 
 
-def _clone(leaf):
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+def _zeros(leaf):
+    return torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf
 
 
 def _copy(own, tree) -> None:
