@@ -52,10 +52,10 @@ def costs(name: str, model: Model, batch: int, gpus: dict[str, Limits]) -> list[
     plain, ahead = StepByStep(*args), Ahead(*args, steps=steps, budget=CACHE, graphs=Graphs())
 
     def formed() -> None:
-        ahead.form(steps[0], x)
+        ahead.form(steps[0])
 
     def formed_and_advanced() -> None:
-        ahead.form(steps[0], x)
+        ahead.form(steps[0])
         ahead.advance(x, steps[0], lambda: None)
 
     once = _count(formed)

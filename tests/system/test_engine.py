@@ -260,3 +260,17 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="cache_bytes"):
         Engine(model, transport, cache_bytes=1.5)
     assert "nothing was sampled" in Engine(Called(model), transport).explain()
+
+
+@pytest.mark.parametrize("kind", ["class", "text"])
+@pytest.mark.parametrize("together", [None, True])
+def test_what_a_callback_returns_must_fit(kind, together):
+    """As where the network is called at each step."""
+    model, args = tiny(kind), given(kind)
+    for run in (
+        Engine(model, make("OT_FM"), together=together).sample,
+        functools.partial(step_by_step, model, "OT_FM"),
+    ):
+        for cut, message in ((lambda x: x[..., :5], "patch size"), (lambda x: x[:, :2], "latents")):
+            with pytest.raises(ValueError, match=message):
+                run(*args, num_steps=3, on_step=lambda step, time, x, cut=cut: cut(x))

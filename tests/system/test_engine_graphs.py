@@ -147,6 +147,24 @@ def test_where_nothing_can_be_captured():
     assert "no replay: CUDA graphs need a CUDA device" in engine.explain()
 
 
+def test_graphs_captured_where_tensors_are_made_to_infer(captures):
+    model, args = tiny("text"), given("text")
+    engine = Engine(model, make("OT_FM"), together=True)
+    with torch.inference_mode():
+        expected = twice(engine, *args, **GUIDED)
+    assert torch.equal(engine.sample(*args, **GUIDED), expected) and len(captures) == 2
+    with torch.inference_mode():
+        assert torch.equal(engine.sample(*args, **GUIDED), expected)
+
+
+def test_the_graphs_used_last_are_kept(captures, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST", 2)
+    engine, (z, y, _) = Engine(tiny("class"), make("OT_FM"), together=True), given("class", batch=3)
+    for batch, captured in ((1, 1), (2, 2), (1, 2), (3, 3), (1, 3), (2, 4)):
+        twice(engine, z[:batch], y[:batch], num_steps=2)
+        assert len(captures) == captured
+
+
 def test_one_run_at_a_time_has_the_graphs(captures):
     """One within a callback of the other, and in another thread."""
     model, args = tiny("class"), given("class")

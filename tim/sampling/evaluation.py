@@ -97,20 +97,28 @@ class ReadOnce(StepByStep):
         super().__init__(*args)
         self.names, self._made_of = names_of(self.model), fingerprint(self.model)
         self._keys: dict[bool, list[TextKeys]] = {}
-        self._checked: set[bool] = set()
+        self._checked: set[tuple] = set()
 
     def is_stale(self) -> bool:
         return not is_quiet(self.model) or fingerprint(self.model) != self._made_of
 
-    def _network(self, x: Tensor, t: Tensor, r: Tensor, is_guided: bool) -> Tensor:
-        self._check(x, t, r, is_guided)
-        return predict(self.model, x, t, r, self._condition(is_guided), **self.names._asdict())[0]
+    def advance(self, x: Tensor, step: Step, draw: Draw) -> Tensor:
+        if (key := (step.is_guided, x.shape)) not in self._checked:
+            self._check(x, step)
+            self._checked.add(key)
+        return self._advance(x, step, draw)
 
-    def _check(self, x: Tensor, t: Tensor, r: Tensor, is_guided: bool) -> None:
-        """What the model checks at each call, once."""
-        if is_guided not in self._checked and hasattr(self.model, "_check_inputs"):
-            self.model._check_inputs(x, t, r, self.y[is_guided], False)
-        self._checked.add(is_guided)
+    def _advance(self, x: Tensor, step: Step, draw: Draw) -> Tensor:
+        return super().advance(x, step, draw)
+
+    def _check(self, x: Tensor, step: Step) -> None:
+        """What the model checks at each call, once for each shape."""
+        if hasattr(self.model, "_check_inputs"):
+            x, y = _tokens(x, step.is_guided, self.dtype), self.y[step.is_guided]
+            self.model._check_inputs(x, *self._times([step], len(x)), y, False)
+
+    def _network(self, x: Tensor, t: Tensor, r: Tensor, is_guided: bool) -> Tensor:
+        return predict(self.model, x, t, r, self._condition(is_guided), **self.names._asdict())[0]
 
     def _condition(self, is_guided: bool) -> Tensor | list[TextKeys]:
         """Labels, or every block's keys and values: with and without guidance each for itself,
@@ -135,9 +143,9 @@ class Ahead(ReadOnce):
         self._shared: dict[bool, Shared] = {}  # with guidance and without
         graphs.begin(self._made_of.places)
 
-    def advance(self, x: Tensor, step: Step, draw: Draw) -> Tensor:
+    def _advance(self, x: Tensor, step: Step, draw: Draw) -> Tensor:
         if step.index not in self._formed:
-            self.form(step, x)
+            self.form(step)
         formed, guided = self._formed.pop(step.index), step.is_guided
         if guided not in self._shared:
             text = self._condition(guided) if is_text(self.model) else None
@@ -170,19 +178,17 @@ class Ahead(ReadOnce):
             self._keys[False] = [TextKeys(k[:half], v[:half]) for k, v in keys]
         return self._keys[False]
 
-    def form(self, step: Step, x: Tensor) -> None:
+    def form(self, step: Step) -> None:
         """Rows of the steps of this kind that come and that there is room for."""
-        tokens = _tokens(x, step.is_guided, self.dtype)
-        self._check(tokens, *self._times([step], len(tokens)), step.is_guided)
         has_text, batch = is_text(self.model), len(self.guidance)
-        rows = 1 if has_text else len(tokens)  # text is not in what modulates
+        rows = 1 if has_text else batch * (1 + step.is_guided)  # text is not in what modulates
         room = max(1, self._budget // most_bytes(self.model, rows, self.dtype))
         steps = [s for s in self._steps[step.index :] if s.kind == step.kind][:room]
         condition = [] if has_text else self.y[step.is_guided].repeat(len(steps))
         times, names = self._times(steps, rows), self.names
         prepared = prepare(self.model, *times, condition, new_condition=names.new_condition)
         known, count = (prepared, self._coefficients(steps, batch)), len(steps)
-        if self._graphs.obstacle(x.device) is None:
+        if self._graphs.obstacle(self.guidance.device) is None:
             layout = Layout(known, count)
             packed = layout.pack(known, count)
             trees = zip(layout.trees(packed), packed, [layout] * count, strict=True)

@@ -21,6 +21,7 @@ from tim_kernels.dispatch.torch_private import (
     pytree,
 )
 
+MOST = 16  # graphs that are kept, each with the memory of its step
 Function = Callable[[object, object], Tensor]  # of what a run and what a step has, trees of tensors
 Eager = Callable[[], Tensor]
 
@@ -30,7 +31,7 @@ class Graphs:
 
     def __init__(self, why_not: str | None = None):
         self._why_not, self._lock = why_not, threading.Lock()
-        self._replays: dict[Hashable, Replay] = {}
+        self._replays: dict[Hashable, Replay | str] = {}
         self._first: dict[Hashable, int] = {}  # the run in which a key came first
         self._places, self._run = None, 0
         self.reasons: dict[str, None] = {}  # why a step of the latest run was no replay
@@ -72,12 +73,14 @@ class Graphs:
         why = self.obstacle(inputs[0].device)
         if why is None and self._first.setdefault(key, self._run) == self._run:
             why = "a step is captured when its shape comes in a second run"
-        if why is None and key not in self._replays:
-            self._replays[key] = self._captured(eager, function, shared, inputs)
-        replay = why or self._replays[key]
-        if isinstance(replay, Replay):
-            return replay(shared.tree, inputs, self._run)
-        self.reasons[replay] = None
+        if why is None:  # the one used last stands last
+            replay = self._replays.pop(key, None) or self._captured(eager, function, shared, inputs)
+            self._replays[key] = replay
+            if len(self._replays) > MOST:
+                del self._replays[next(iter(self._replays))]
+            if isinstance(replay, Replay):
+                return replay(shared.tree, inputs, self._run)
+        self.reasons[why or replay] = None
         return eager()
 
     def _captured(
@@ -85,7 +88,8 @@ class Graphs:
     ) -> "Replay | str":
         """A replay, or why there is none."""
         try:
-            replay = Replay(function, shared.tree, inputs)
+            with torch.inference_mode(False), torch.no_grad():  # buffers that can be filled later
+                replay = Replay(function, shared.tree, inputs)
             if torch.equal(replay(shared.tree, inputs, self._run), eager()):
                 return replay
             return "its replay gave other bits"
