@@ -59,6 +59,17 @@ def test_replays_have_the_bits_of_steps(kind, captures):
     assert len(captures) == 3  # unguided, guided, guided with noise
 
 
+@pytest.mark.parametrize("kind", ["class", "text"])
+def test_kernels_take_rows_as_they_are_kept(kind, captures):
+    """Triton's, here in its interpreter: one row for all samples, views of rows of bytes."""
+    model, args = tiny(kind, depth=1), given(kind)
+    engine = Engine(model, make("OT_FM"), together=True)
+    with use_backend("triton"):
+        out = engine.sample(*args, num_steps=2)
+    assert relative_error(out, step_by_step(model, "OT_FM", *args, num_steps=2)) < 1e-5
+    assert "second run" in engine.explain() and not captures
+
+
 def twice(engine, *args, **options):
     engine.sample(*args, **options)
     return engine.sample(*args, **options)

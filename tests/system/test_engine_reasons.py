@@ -106,6 +106,33 @@ def test_a_hooked_network_is_called_at_each_step():
         assert len(calls) == 3
 
 
+class Sampled(nn.Module):
+    def __init__(self, engine: Engine):
+        super().__init__()
+        self.model, self.engine = engine.model, engine
+
+    def forward(self, *args):
+        return self.engine.sample(*args, num_steps=2)
+
+
+def test_a_sampler_has_tangents_of_its_weights():
+    """Dual tensors, which lie nowhere: nothing is formed ahead of them."""
+    args = [x.double() for x in given("text")[:2]]
+    sampled = Sampled(Engine(tiny("text").double(), make("OT_FM"), together=True))
+    weights = {name: value.detach() for name, value in sampled.named_parameters()}
+
+    def of(weights):
+        return torch.func.functional_call(sampled, weights, tuple(args))
+
+    tangents = {name: torch.sin(torch.arange(value.numel())).view_as(value).double()
+                for name, value in weights.items()}  # fmt: skip
+    out, tangent = torch.func.jvp(of, (weights,), (tangents,))
+    assert "a transform of torch.func is under way" in sampled.engine.explain()
+    sides = [of({n: w + e * tangents[n] for n, w in weights.items()}) for e in (1e-5, -1e-5)]
+    assert "formed ahead" in sampled.engine.explain()
+    torch.testing.assert_close(tangent, (sides[0] - sides[1]) / 2e-5, rtol=1e-3, atol=1e-5)
+
+
 def test_what_an_engine_says():
     said = {
         ("class", None): "step by step: on a CPU the bits of a GEMM depend on its rows",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..dispatch.torch_private import has_global_hooks, pytree
+from ..dispatch.torch_private import has_global_hooks, is_functorch_active, pytree
 from .accelerate import Accelerated
 from .layers import PLAIN, WEIGHTLESS
 
@@ -40,6 +40,8 @@ def obstacle(model: nn.Module) -> str | None:
         return "it is compiled"
     if not isinstance(model, Accelerated) and not hasattr(model, "runs_on_tim_kernels"):
         return f"{type(model).__name__} does not run on tim_kernels as a whole: see accelerate"
+    if is_functorch_active():
+        return "a transform of torch.func is under way"
     if has_global_hooks():
         return "a hook on all modules is registered"
     extras = model._tim_kernels[1] if isinstance(model, Accelerated) else ()  # not called
