@@ -76,6 +76,7 @@ def generators():
 HOOKS = {
     "stochastic": lambda: dict(stochasticity_ratio=0.5, generator=generators()[0]),
     "a generator a picture": lambda: dict(stochasticity_ratio=0.5, generator=generators()),
+    "noise of one's own": lambda: dict(stochasticity_ratio=0.5, generator=torch.sin),
     "a callback": lambda: dict(on_step=changing),
     "stopped": lambda: dict(should_stop=iter([False, False, True]).__next__),
 }

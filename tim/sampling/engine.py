@@ -18,7 +18,7 @@ from .graphs import Graphs
 from .requests import Request, check_guidance, in_batches
 from .steps import Options, Step
 
-Generators = torch.Generator | list[torch.Generator] | None
+Generators = torch.Generator | list[torch.Generator] | Callable[[Tensor], Tensor] | None
 StepCallback = Callable[[int, float, Tensor], Tensor]
 BITS = "on a CPU the bits of a GEMM depend on its rows (together=True takes others)"
 
@@ -148,8 +148,7 @@ class Engine:
         def draw(stochasticity: float) -> Tensor | None:
             if not stochasticity:
                 return None
-            noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            return _padded(noise, more)
+            return _padded(drawn(x, generator), more)
 
         states, is_watched = [x], on_step is not None or should_stop is not None
         with self._graphs.held() as graphs:
@@ -205,6 +204,13 @@ class Engine:
         rows = most_bytes(self.model, 1, dtype) if together else 0
         forms = copies if together or copies == 1 else copies + 1
         return forms * text_bytes(self.model, y, dtype), rows
+
+
+def drawn(x: Tensor, generator: Generators) -> Tensor:
+    """Noise shaped as x."""
+    if generator is not None and not isinstance(generator, (torch.Generator, list, tuple)):
+        return generator(x)
+    return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
 def _padded(x: Tensor | None, more: int) -> Tensor | None:

@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from typing import SupportsIndex
 
-import torch
 from torch import Tensor, nn
 
 from tim.transports import Transport
 
-from .engine import Engine
+from .engine import Engine, Generators, StepCallback
 from .steps import SampleType
 
 
@@ -27,10 +26,10 @@ def sample(
     cfg_high: float = 1.0,
     stochasticity_ratio: float = 0.0,
     sample_type: SampleType = "transition",
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    generator: Generators = None,
     return_trajectory: bool = False,
     progress: bool = False,
-    on_step: Callable[[int, float, Tensor], Tensor] | None = None,
+    on_step: StepCallback | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Tensor:
     """Carry the state z at T_max to data at T_min in `num_steps` network evaluations.
@@ -44,7 +43,7 @@ def sample(
         cfg_low, cfg_high: guidance acts where cfg_low·T_max < t < cfg_high·T_max.
         stochasticity_ratio: noise added between the first and the last step (OT_FM only).
         sample_type: "transition" asks the network for F(x, t, r), "ddiffusion" for F(x, t, t).
-        generator: of the added noise; one, or one a sample.
+        generator: of the added noise; one, or one a sample, or a function that makes it of a state.
         return_trajectory: return all num_steps + 1 states.
         progress: show a bar.
         on_step: given each step's index, the time reached and the state; what it returns goes on.
