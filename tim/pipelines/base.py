@@ -1,6 +1,7 @@
 """What a pipeline does but for its conditioning: noise, sampling, decoding."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, SupportsIndex
 
 import numpy as np
@@ -16,7 +17,7 @@ from tim import config
 from tim.checks import check_computed, whole
 from tim.encoders import Autoencoder
 from tim.files import saved_whole
-from tim.sampling import SampleType, sample
+from tim.sampling import Engine, SampleType
 from tim.transports import TRANSPORTS, TransportName, make
 
 StepCallback = Callable[
@@ -37,6 +38,8 @@ class TiMPipeline(DiffusionPipeline):
     """
 
     _interrupt = False
+    _engine: Engine | None = None
+    _engine_options: Mapping[str, Any] = MappingProxyType({"graphs": False})
 
     _exclude_from_cpu_offload = ["transformer"]  # of the sequential kind, layer by layer
 
@@ -52,6 +55,25 @@ class TiMPipeline(DiffusionPipeline):
                 f"the autoencoder has {vae.channels} latent channels, "
                 f"the network {self.transformer.config.in_channels}"
             )
+
+    @property
+    def engine(self) -> Engine:
+        """The sampler; `engine.explain()` says what it forms before the first step."""
+        if self._engine is None or self._engine.model is not self.transformer:
+            self._engine = Engine(self.transformer, self._transport, **self._engine_options)
+        return self._engine
+
+    def enable_cuda_graphs(self, batch_sizes: Sequence[int] = ()) -> None:
+        """Capture a step of sampling in a CUDA graph when its shape comes in a second call, and
+        replay it from then on; see `tim.sampling.Engine`, whose `batch_sizes` these are.
+
+        The graphs keep the memory that a step needs until `disable_cuda_graphs`.
+        """
+        self._engine, self._engine_options = None, {"batch_sizes": tuple(batch_sizes)}
+
+    def disable_cuda_graphs(self) -> None:
+        """Capture and replay nothing, as before `enable_cuda_graphs`."""
+        self._engine, self._engine_options = None, {"graphs": False}
 
     def _generate(
         self, y: Tensor, y_null: Tensor | None, height: SupportsIndex | None,
@@ -72,11 +94,11 @@ class TiMPipeline(DiffusionPipeline):
                     callback_on_step_end(self, step, time, {"latents": state}), state
                 )
 
-            x = sample(
-                self.transformer, self._transport, z, y, y_null, num_steps=num_inference_steps,
-                cfg_scale=guidance_scale, cfg_low=low, cfg_high=high,
-                stochasticity_ratio=stochasticity_ratio, sample_type=sample_type,
-                generator=generator, on_step=on_step, should_stop=lambda: self._interrupt,
+            x = self.engine.sample(
+                z, y, y_null, num_steps=num_inference_steps, cfg_scale=guidance_scale,
+                cfg_low=low, cfg_high=high, stochasticity_ratio=stochasticity_ratio,
+                sample_type=sample_type, generator=generator, on_step=on_step,
+                should_stop=lambda: self._interrupt,
             )  # fmt: skip
         images = x if output_type == "latent" else self._decode(x, output_type)
         self.maybe_free_model_hooks()
