@@ -234,10 +234,10 @@ def test_packing_and_its_parts():
     assert packing.sizes == ((2, 3), (1, 1), (3, 2), (2, 5)) and packing.total == len(tokens) == 23
     assert all(map(torch.equal, unpack(tokens, packing), latents))
     assert torch.equal(tokens[1], latents[0][:, :2, 2:4])  # row-major
-    rest = packing.after(2)
+    rest = packing[2:]
     assert rest.sizes == packing.sizes[2:] and packing.tokens_of(2) == 7
     assert all(map(torch.equal, unpack(tokens[7:], rest), latents[2:]))
-    assert packing.repeat(2).sizes == packing.sizes * 2 and len(packing.repeat(2)) == 8
+    assert (packing + rest).sizes == packing.sizes + rest.sizes and len(packing + rest) == 6
     rows = torch.arange(4.0)
     spread = packing.spread(rows)
     assert torch.equal(spread, torch.tensor([0.0] * 6 + [1.0] + [2.0] * 6 + [3.0] * 10))

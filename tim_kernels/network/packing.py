@@ -57,17 +57,17 @@ class Packing:
         grids = self.grids.to(device, non_blocking=non_blocking)
         return Packing(self.sizes, grids, self.segments.to(device, non_blocking))
 
-    def after(self, first: int) -> "Packing":
-        """Without the first pictures; their tokens are those from `tokens_of(first)` on."""
-        return Packing.of(self.sizes[first:], self.grids.device) if first else self
+    def __getitem__(self, pictures: slice) -> "Packing":
+        """Some of the pictures, such as `packing[3:]`."""
+        return Packing.of(self.sizes[pictures], self.grids.device)
+
+    def __add__(self, others: "Packing") -> "Packing":
+        """These pictures and then others."""
+        return Packing.of(self.sizes + others.sizes, self.grids.device)
 
     def tokens_of(self, first: int) -> int:
         """How many tokens the first pictures have."""
         return sum(h * w for h, w in self.sizes[:first])
-
-    def repeat(self, times: int) -> "Packing":
-        """All pictures, so many times."""
-        return Packing.of(self.sizes * times, self.grids.device)
 
     def spread(self, rows: Tensor) -> Tensor:
         """One row a picture, (S, …), as one row a token, (T, …)."""
