@@ -14,6 +14,7 @@ from tim.transports import Transport
 from tim_kernels import transition_step
 
 SampleType = Literal["transition", "ddiffusion"]
+Generators = torch.Generator | list[torch.Generator] | Callable[[Tensor], Tensor] | None
 SAMPLE_TYPES: tuple[SampleType, ...] = get_args(SampleType)
 
 
@@ -33,7 +34,7 @@ def sample(
     cfg_high: float = 1.0,
     stochasticity_ratio: float = 0.0,
     sample_type: SampleType = "transition",
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    generator: Generators = None,
     return_trajectory: bool = False,
     progress: bool = False,
     on_step: Callable[[int, float, Tensor], Tensor] | None = None,
@@ -50,7 +51,7 @@ def sample(
         cfg_low, cfg_high: guidance acts where cfg_low·T_max < t < cfg_high·T_max.
         stochasticity_ratio: noise added between the first and the last step (OT_FM only).
         sample_type: "transition" asks the network for F(x, t, r), "ddiffusion" for F(x, t, t).
-        generator: of the added noise; one, or one a sample.
+        generator: of the added noise; one, or one a sample, or a function that makes it of a state.
         return_trajectory: return all num_steps + 1 states.
         progress: show a bar.
         on_step: given each step's index, the time reached and the state; what it returns goes on.
@@ -93,7 +94,7 @@ def sample(
         stochasticity, noise = 0.0, None
         if stochasticity_ratio and t < T_max and r > T_min:
             stochasticity = stochasticity_ratio
-            noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            noise = drawn(x, generator)
         coefficients = transport.step_coefficients(t_batch, r_batch, stochasticity)
         x = transition_step(x, F, coefficients, F_uncond, guidance, noise)
         if on_step is not None:
@@ -102,6 +103,13 @@ def sample(
             states.append(x)
     check_computed("the samples", x, "the network", dtype)
     return torch.stack(states).to(z.dtype) if return_trajectory else x.to(z.dtype)
+
+
+def drawn(x: Tensor, generator: Generators) -> Tensor:
+    """Noise shaped as x."""
+    if generator is not None and not isinstance(generator, (torch.Generator, list, tuple)):
+        return generator(x)
+    return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
 def _network_time(transport: Transport, t: Tensor, dtype: torch.dtype) -> Tensor:
