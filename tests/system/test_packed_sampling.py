@@ -167,7 +167,7 @@ def test_latents_and_a_callback():
         callback_on_step_end=lambda _, step, time, given: {"latents": given["latents"] / 2},
     ).images  # fmt: skip
     assert relative_error(ours[1], alone[0]) < ALONE
-    with pytest.raises(ValueError, match="of shape .*(4, 6, 4).*got dict"):
+    with pytest.raises(ValueError, match=r"of shape \[\(4, 4, 6\), .* got dict"):
         pipeline(
             [1, 7, 3], callback_on_step_end=lambda *_: {"latents": noise[:2]}, **options
         )  # fmt: skip
