@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from tim.checks import whole
 
@@ -20,11 +21,27 @@ def longest_first(lengths: Sequence[int], most: int) -> list[list[int]]:
         >>> longest_first([3, 5, 2, 4], 8)
         [[1, 0], [3, 2]]
     """
+    return _packed(lengths, most, np.argsort(-np.asarray(lengths), kind="stable"))
+
+
+def mixed(lengths: Sequence[int], most: int, *, seed: int) -> list[list[int]]:
+    """As `longest_first`, but the lines come in an order drawn by `seed`: a pack is then a random
+    batch, of lines long and short, where equals would be among themselves.
+
+    Raises:
+        ValueError: a line alone is longer than `most`.
+    """
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed))
+    return _packed(lengths, most, order.numpy())
+
+
+def _packed(lengths: Sequence[int], most: int, order: np.ndarray) -> list[list[int]]:
+    """Each line, in this order, into the fullest pack that has room."""
     most = whole("most", most, 1)
     packs: list[list[int]] = []
     with_room = defaultdict(list)  # packs by the tokens that they have left
     rooms: list[int] = []  # its keys in order
-    for line in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+    for line in order.tolist():
         length = whole("lengths", lengths[line], 1)
         if length > most:
             raise ValueError(f"line {line} has {length} tokens, more than a pack's {most}")

@@ -80,11 +80,11 @@ def build(cfg: DictConfig, network: Mapping[str, Any], device: torch.device) -> 
             shape = (autoencoder.channels, *(n // autoencoder.factor for n in sides))
     if kind == "mnist":
         options["sampler"] = shuffled
-    options |= _packs(dataset, unit, plain["data"]["pack_tokens"])
+    options |= _packs(dataset, unit, plain["data"]["pack_tokens"], plain["training"]["seed"])
     return Parts(dataset, conditioning, shape, latents, repa, **options)
 
 
-def _packs(dataset: TrainingSet, unit: int, tokens: int | None) -> dict[str, Any]:
+def _packs(dataset: TrainingSet, unit: int, tokens: int | None, seed: int) -> dict[str, Any]:
     """What the parts of packed pictures have; nothing where they are not packed."""
     given = dataset.packs if isinstance(dataset, data.NativeLatents) else None
     if given is not None and tokens is not None:
@@ -92,7 +92,7 @@ def _packs(dataset: TrainingSet, unit: int, tokens: int | None) -> dict[str, Any
     if given is None and tokens is None:
         return {}
     try:
-        packs = TokenPacks(dataset, unit, tokens, given)
+        packs = TokenPacks(dataset, unit, tokens, given, seed)
     except ValueError as error:
         raise ValueError(f"data.pack_tokens {tokens}: {error}") from error
     return dict(sampler=packs, is_packed=True, images_per_batch=packs.images_per_pack)

@@ -7,7 +7,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from tim.data import PackedSampler, TrainingSet
-from tim.data.packing import longest_first
+from tim.data.packing import mixed
 from tim.training.draws import ImageStream
 
 
@@ -37,7 +37,7 @@ class TokenPacks:
 
     Args:
         unit: a token's side, in what `dataset.sizes` counts.
-        tokens: the most of a pack, which are then made, the longest picture first.
+        tokens: the most of a pack; which pictures are together is drawn by `seed`.
         packs: lists of line numbers in their place.
 
     Attributes:
@@ -54,6 +54,7 @@ class TokenPacks:
         unit: int,
         tokens: int | None = None,
         packs: Sequence[Sequence[int]] | None = None,
+        seed: int = 0,
     ):
         sizes = dataset.sizes
         if sizes is None:
@@ -67,7 +68,7 @@ class TokenPacks:
                 f"pictures are not, the first is {h}×{w}"
             )
         lengths = (sizes // unit).prod(axis=1)
-        self.packs = longest_first(lengths, tokens) if packs is None else packs
+        self.packs = mixed(lengths, tokens, seed=seed) if packs is None else packs
         self.tokens = np.array([lengths[pack].sum() for pack in self.packs])
         self.images_per_pack = sum(map(len, self.packs)) / len(self.packs)
         self.efficiency = self.tokens.mean() / (tokens or self.tokens.max())
