@@ -48,6 +48,10 @@ SMALL = dict(
     num_heads=4, num_classes=10, z_dim=None, lora_hidden_size=64,
 )  # fmt: skip
 PACKED, PADDED, ONE_BY_ONE = "packed", "padded", "one by one"
+OBJECTIVES = {
+    "flow matching": dict(diffusion_ratio=1.0, consistency_ratio=0.0),
+    "transitions": dict(diffusion_ratio=0.5, consistency_ratio=0.1),
+}
 
 
 def ways(network: TiMTransformer2DModel, masked: bool = True) -> dict[str, nn.Module]:
@@ -146,17 +150,18 @@ def clocked(rounds: int) -> dict[str, dict[str, float]]:
     return {"pack": _shape(sizes), **found}
 
 
-def digits_config(steps: int) -> DictConfig:
+def digits_config(objective: str, steps: int) -> DictConfig:
     network = dict(input_size=20, patch_size=2, class_dropout_prob=0.1)
     training = dict(
         max_train_steps=steps, checkpointing_steps=steps, validation_steps=10 * steps, log_steps=20,
         lr_scheduler="constant_with_warmup", lr_scheduler_params=None, lr_warmup_steps=50,
     )  # fmt: skip
-    changes = dict(model=dict(network=dict(params=network)), training=training)
+    model = dict(network=dict(params=network), transition_loss=OBJECTIVES[objective])
+    changes = dict(model=model, training=training)
     return OmegaConf.merge(config.load("mnist"), changes)
 
 
-def trained(name: str, steps: int, tokens: int = 2048) -> dict:
+def trained(name: str, objective: str, steps: int, tokens: int = 2048) -> dict:
     """Digits at their own sizes: the log's losses, and CPU seconds of all steps."""
     boxes = Boxes(2)
     packs = TokenPacks(boxes, 2, tokens)
@@ -166,7 +171,7 @@ def trained(name: str, steps: int, tokens: int = 2048) -> dict:
     )  # fmt: skip
     loop.SAMPLE_STEPS = (1,)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = loop.Trainer(digits_config(steps), Path(folder), parts)
+        trainer = loop.Trainer(digits_config(objective, steps), Path(folder), parts)
         trainer.model = ways(trainer.state.network)[name]
         begin = time.process_time()
         trainer.run()
@@ -178,11 +183,14 @@ def trained(name: str, steps: int, tokens: int = 2048) -> dict:
     )  # fmt: skip
 
 
-def compared(steps: int) -> dict:
+def compared(objective: str, steps: int) -> dict:
     """Packed and padded, to the same number of pictures."""
-    found = {name: trained(name, steps) for name in (PACKED, PADDED)}
-    pairs = zip(found[PACKED]["denoising"], found[PADDED]["denoising"], strict=True)
+    found = {name: trained(name, objective, steps) for name in (PACKED, PADDED)}
+    curves = [found[name]["denoising"] for name in (PACKED, PADDED)]
+    pairs = list(zip(*curves, strict=True))
+    mean, other = map(statistics.mean, curves)
     found["largest_difference_of_losses"] = max(abs(a - b) / b for a, b in pairs)
+    found["difference_of_mean_losses"] = abs(mean - other) / other
     found["time_of_padded"] = found[PADDED]["cpu_seconds"] / found[PACKED]["cpu_seconds"]
     return found
 
@@ -200,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "counted": counted(), "clocked": clocked(args.rounds),
     }  # fmt: skip
     if args.steps:
-        data["digits"] = compared(args.steps)
+        data["digits"] = {name: compared(name, args.steps) for name in OBJECTIVES}
     data["ended"] = now()
     for name in ("counted", "clocked", "digits"):
         print(name, data.get(name))

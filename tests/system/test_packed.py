@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch._dynamo.testing
 from eager import EagerTiM, randomise
 from golden_files import relative_error
 
@@ -285,3 +286,23 @@ def test_bad_input_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             model(*args, **dict(packing=packing) | options)
+
+
+def test_compiled_blocks_serve_every_packing():
+    """As `training.compile` has them: one graph, with gradients, whatever is packed."""
+    model, *_ = problem(depth=1)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    model.blocks[0].compile(backend=counter, fullgraph=True, dynamic=True)
+    plain = problem(depth=1)[0]
+    for sizes in (SIZES, ((6, 8), (4, 4), (2, 2)), ((2, 6), (4, 2), (8, 8), (2, 4), (6, 6))):
+        _, latents, t, r, y = problem(sizes=sizes)
+        tokens, packing = pack(latents, 2)
+        out, expected = (each(tokens, t, r, y, packing=packing) for each in (model, plain))
+        assert relative_error(out, expected) < ALONE
+        gradients = [
+            torch.autograd.grad(each.square().sum(), network.blocks.parameters())
+            for each, network in ((out, model), (expected, plain))
+        ]
+        assert relative_error(*map(joined, gradients)) < 2e-6
+    assert counter.frame_count == 1

@@ -36,7 +36,7 @@ def test_packs_of_imagenet_are_full(pack, tokens):
     assert sorted(np.concatenate(packs)) == list(range(30_000))
     filled = np.array([lengths[pack].sum() for pack in packs])
     assert filled.max() <= tokens and filled.mean() / tokens >= 0.97
-    assert np.mean(filled >= 0.995 * tokens) > 0.99  # all processes have as many
+    assert np.mean(filled >= 0.99 * tokens) > 0.99  # all processes have as many
 
 
 def test_mixed_packs_are_random_batches():
@@ -44,7 +44,7 @@ def test_mixed_packs_are_random_batches():
     lengths = np.repeat([100, 400], 500)
     packs = mixed(lengths, 5000, seed=3)
     means = [lengths[pack].mean() for pack in packs[:-1]]
-    assert 200 < min(means) < max(means) < 350 and sum(map(len, packs)) == 1000
+    assert 150 < min(means) < max(means) < 350 and sum(map(len, packs)) == 1000
     assert packs == mixed(lengths, 5000, seed=3) != mixed(lengths, 5000, seed=4)
     with pytest.raises(ValueError, match="more than a pack's 300"):
         mixed(lengths, 300, seed=0)
