@@ -152,7 +152,7 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
             "installed, else PyTorch's attention, among whose kernels sdpa_kernel chooses"
         )
 
-    def _check_inputs(self, x, t, r, y, features: bool, packing: Packing | None) -> None:
+    def _check_inputs(self, x, t, r, y, features: bool, packing: Packing | None = None) -> None:
         channels, patch = self.config.in_channels, self.config.patch_size
         if packing is not None:
             self._check_tokens(x, packing)

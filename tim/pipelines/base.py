@@ -85,7 +85,8 @@ class TiMPipeline(DiffusionPipeline):
                     callback_on_step_end(self, step, time, {"latents": state}), state
                 )
 
-            x = (sample_packed if is_ragged else sample)(
+            carry = sample_packed if is_ragged else sample
+            x = carry(
                 self.transformer, self._transport, z, y, y_null, num_steps=num_inference_steps,
                 cfg_scale=guidance_scale, cfg_low=low, cfg_high=high,
                 stochasticity_ratio=stochasticity_ratio, sample_type=sample_type,
