@@ -145,7 +145,7 @@ def test_what_varlen_attn_is_asked_for(monkeypatch, k_lengths, options):
         assert (given["max_q"], given["max_k"]) == (60, 9 if k_lengths else 60)
 
 
-def test_one_graph_for_all_lengths():
+def test_one_graph_for_all_lengths(one_thread):
     def function(qkv, segments):
         return attention(*qkv.unbind(1), segments)
 

@@ -288,7 +288,7 @@ def test_bad_input_is_refused():
             model(*args, **dict(packing=packing) | options)
 
 
-def test_compiled_blocks_serve_every_packing():
+def test_compiled_blocks_serve_every_packing(one_thread):
     """As `training.compile` has them: one graph, with gradients, whatever is packed."""
     model, *_ = problem(depth=1)
     counter = torch._dynamo.testing.CompileCounter()
