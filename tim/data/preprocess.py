@@ -26,7 +26,8 @@ from tim.data import pictures
 from tim.data.base import UnreadableError, reading
 from tim.data.files import Names, class_pictures, existing, some
 from tim.data.latent_images import latent_files
-from tim.data.native_latents import NATIVE, longest_first
+from tim.data.native_latents import NATIVE
+from tim.data.packing import longest_first
 from tim.files import filling, locked, replacing
 from tim.processes import Processes
 from tim.provenance import weights_hash

@@ -2,7 +2,10 @@
 
 from .engine import Engine
 from .loop import sample
+from .packed import sample_packed
 from .requests import Request
 from .steps import SAMPLE_TYPES, Options, SampleType
 
-__all__ = ["SAMPLE_TYPES", "Engine", "Options", "Request", "SampleType", "sample"]
+__all__ = [
+    "SAMPLE_TYPES", "Engine", "Options", "Request", "SampleType", "sample", "sample_packed",
+]  # fmt: skip

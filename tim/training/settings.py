@@ -92,6 +92,7 @@ RULES: dict[str, _Rule] = {
     "model.max_seq_length": _whole(1),
     "data.data_type": _TEXT,
     "data.dataset": _SECTION_OR_NONE,
+    "data.pack_tokens": _WHOLE_OR_NONE,
     "data.dataloader.num_workers": _whole(0),
     "data.dataloader.batch_size": _whole(1),
     "training.seed": _whole(0),
@@ -132,7 +133,7 @@ DEFAULTS = {
         "escape_captions": False,  # as the released network's were, if true
         "max_seq_length": 256,
     },
-    "data": {"dataset": None},
+    "data": {"dataset": None, "pack_tokens": None},
     "training": {
         "seed": 0,
         "log_steps": 50,
