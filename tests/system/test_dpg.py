@@ -259,8 +259,8 @@ def narrower(path):
     "damage, message",
     [
         (cut, "12.png: OSError: .*1 in all"),
-        (as_mode("L"), "12.png: RGB is needed, the picture is L .1 in all"),
-        (as_mode("RGBA"), "12.png: RGB is needed, the picture is RGBA"),
+        (as_mode("L"), "12.png: ValueError: it is L, not RGB .1 in all"),
+        (as_mode("RGBA"), "it is RGBA, not RGB"),
         (narrower, "12.png: a grid of 4 has even sides, got 15×12"),
         (Path.unlink, "12 is missing .1 in all"),
         (lambda path: path.rename(path.with_name("13.png")), "13.png is no item, 12 is missing .2"),
@@ -282,10 +282,9 @@ def test_what_is_wrong_is_named_and_left_out_only_when_told(folder, tmp_path, da
 
 
 def test_foreign_things_in_the_folder(folder, tmp_path):
-    for _ in range(2):  # results within, and other files, are no pictures
-        (folder / "run.json").write_text('{"seed": 0}')
-        result = run(folder, folder / "result")
-        assert result["counts"]["left_out"] == 0 and result["run"] == {"seed": 0}
+    (folder / "run.json").write_text('{"seed": 0}')
+    result = run(folder, tmp_path / "out")
+    assert result["counts"]["left_out"] == 0 and result["run"] == {"seed": 0}
     (folder / "12.jpg").write_bytes((folder / "12.png").read_bytes())
     (folder / "more").mkdir()
     with pytest.raises(ValueError, match="12.png is 12.jpg once more, more is a folder .2 in all"):
@@ -302,8 +301,9 @@ def test_no_folder_and_an_empty_one(tmp_path):
 
 
 def test_results_do_not_go_among_the_pictures(folder):
-    with pytest.raises(ValueError, match="the results need a folder of their own"):
-        run(folder, folder)
+    for output in (folder, folder / "results"):
+        with pytest.raises(ValueError, match="must lie outside the pictures' folder"):
+            run(folder, output)
 
 
 def test_nothing_left_to_judge(folder, tmp_path):
@@ -311,6 +311,19 @@ def test_nothing_left_to_judge(folder, tmp_path):
         cut(path)
     with pytest.raises(ValueError, match="no picture was judged"):
         run(folder, tmp_path / "out", leave_out=True)
+
+
+def test_what_a_network_computes_must_be_finite(folder, tmp_path):
+    def broken(picture, question):
+        if picture.getpixel((0, 0))[:2] == (1, 2):  # of the second item's third picture
+            raise FloatingPointError("logits are not finite")
+        return answer(picture, question)
+
+    said = f"{ITEMS[1]}.png: logits are not finite .1 in all"
+    with pytest.raises(ValueError, match=said):
+        run(folder, tmp_path / "out", broken)
+    result = run(folder, tmp_path / "out", broken, leave_out=True)
+    assert result["counts"]["items"] == 7 and result["counts"]["left_out"] == 1
 
 
 def test_an_answer_is_a_text(folder, tmp_path):

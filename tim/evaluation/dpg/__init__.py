@@ -51,7 +51,8 @@ def evaluate(
         What `result.json` holds.
 
     Raises:
-        ValueError: pictures are missing, damaged, not RGB or no item's; it names them.
+        ValueError: pictures are missing, damaged, not RGB or no item's, or what the network
+            computes of them is not finite; it names them.
         FileNotFoundError: there is no such folder, or no file of questions.
         BlockingIOError: another run writes to `output`.
 
@@ -80,7 +81,10 @@ def evaluate(
             crops = [image.crop(box) for box in boxes(image.size, pictures)]
             return [[_text_of(vqa(crop, each.text)) for each in of_item[item]] for crop in crops]
 
-        answers = judging.judged(files, judge, output, asked)
+        answers, faults = judging.judged(files, judge, output, asked)
+        problems += faults
+        if not leave_out:
+            judging.refuse(folder, problems, _WANTED)
         result = None
         if here.is_first:
             settings = asked | {

@@ -57,7 +57,8 @@ def evaluate(
         What `result.json` holds.
 
     Raises:
-        ValueError: pictures are missing, damaged, not RGB or no prompt's; it names them.
+        ValueError: pictures are missing, damaged, not RGB or no prompt's, or what a network
+            computes of them is not finite; it names them.
         FileNotFoundError: there is no such folder.
         BlockingIOError: another run writes to `output`.
 
@@ -87,7 +88,10 @@ def evaluate(
             prompt = found.prompts[name]
             return rules.judge(prompt.metadata, detector(image), colours_of)._asdict()
 
-        judged = judging.judged(pictures, judge, output, settings)
+        judged, faults = judging.judged(pictures, judge, output, settings)
+        problems += faults
+        if not leave_out:
+            judging.refuse(folder, problems, _wanted(per_prompt))
         result = None
         if here.is_first:
             rows = [_row(pictures[name], found.prompts[name], judged[name]) for name in judged]
