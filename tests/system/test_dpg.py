@@ -96,6 +96,12 @@ def test_wrong_questions_are_refused(tmp_path, text, message):
         questions.read(tmp_path / "wrong.csv")
 
 
+def test_questions_that_are_no_text_are_refused_by_name(tmp_path):
+    (tmp_path / "wrong.csv").write_bytes(b"item_id\xff\n")
+    with pytest.raises(ValueError, match="wrong.csv is no CSV in UTF-8"):
+        questions.read(tmp_path / "wrong.csv")
+
+
 def test_missing_questions_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="DPG-Bench's questions: see docs/evaluation.md"):
         questions.read(tmp_path / "dpg_bench.csv")
@@ -129,14 +135,14 @@ def test_the_truth_comes_out(folder, tmp_path):
     for level in ("l1", "l2"):
         close(result["breakdown"][level], EXPECTED["all_pictures"][level])
     assert result["counts"] == {
-        "items": 8, "items_wanted": 8, "pictures": 32, "questions": 55, "left_out": 0
+        "items": 8, "items_asked": 8, "pictures": 32, "asked": 32, "questions": 55, "left_out": 0
     }  # fmt: skip
     assert result["settings"]["vqa"] == "reader"
     assert json.loads((out / "result.json").read_text()) == result
     lines = table(result).splitlines()
     assert lines[0] == "| DPG-Bench by reader | of 100 |" and "| DPG score | 40.48 |" in lines
     assert lines[-1] == "8 of 8 items; categories of all pictures"
-    for name in ("worst.png", "best.png"):
+    for name in ("grid.png", "worst.png", "best.png"):
         with Image.open(out / name) as sheet:
             assert sheet.size == (8 * 264, 282)
 
@@ -146,7 +152,8 @@ def test_the_worst_comes_first(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
         report, "sheet", lambda pictures, labels, path, **_: shown.update({path.name: labels})
     )
-    run(folder, tmp_path)
+    run(folder, tmp_path / "out")
+    assert [label.split()[1] for label in shown["grid.png"]] == ITEMS
     assert shown["worst.png"][0] == "15 countbench3" and shown["best.png"][0] == "58 drawtext0"
     assert shown["best.png"] != shown["worst.png"]
 
@@ -161,12 +168,12 @@ def test_published_categories(folder, tmp_path):
 
 def test_one_picture_a_file(tmp_path):
     save(tmp_path / "pictures", pictures=1)
-    result = run(tmp_path / "pictures", tmp_path / "out", pictures=1)
+    result = run(tmp_path / "pictures", tmp_path / "out", per_prompt=1)
     expected = EXPECTED["pic_num_1"]
     assert result["metrics"]["dpg_score"] == pytest.approx(expected["overall"], rel=1e-12)
     close(result["breakdown"]["l2"], expected["l2"])
-    with pytest.raises(ValueError, match="pictures must be 1 or 4 in a file, got 2"):
-        run(tmp_path / "pictures", tmp_path / "out", pictures=2)
+    with pytest.raises(ValueError, match="per_prompt must be 1 or 4, got 2"):
+        run(tmp_path / "pictures", tmp_path / "out", per_prompt=2)
 
 
 def test_published_files(folder, tmp_path):
@@ -272,7 +279,7 @@ def test_what_is_wrong_is_named_and_left_out_only_when_told(folder, tmp_path, da
         run(folder, tmp_path / "out")
     result = run(folder, tmp_path / "out", leave_out=True)
     counts = result["counts"]
-    assert counts["items"] == 7 and counts["items_wanted"] == 8 and counts["questions"] == 45
+    assert counts["items"] == 7 and counts["items_asked"] == 8 and counts["questions"] == 45
     assert counts["left_out"] == len(result["settings"]["left_out"]) > 0
     assert "7 of 8 items" in table(result)
     items = {**EXPECTED["pic_num_4"]["items"]}

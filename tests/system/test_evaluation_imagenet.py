@@ -1,6 +1,7 @@
 """The ADM suite end to end, on digits seen through a classifier that was trained for seconds."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from tim.app.cli import app
 from tim.data import mnist
-from tim.evaluation import features, inception
+from tim.evaluation import compare, features, inception
 from tim.evaluation.imagenet import METRICS, evaluate
 from tim.evaluation.mnist import train_classifier
 from tim.processes import launched_group
@@ -228,6 +229,31 @@ def test_the_command_refuses_in_one_line(tiny, some, adm, tmp_path, change, mess
     (line,) = refused.stderr.strip().splitlines()[-1:]
     assert line.startswith("error: ") and message in line
     assert not (tmp_path / "out" / "result.json").exists()
+
+
+def test_several_runs_and_a_torn_record_are_refused(some, adm, network, tmp_path):
+    """Before anything is measured."""
+    shown = network.shown
+    shutil.copytree(some, tmp_path / "all/one")
+    (tmp_path / "all/one/run.json").write_text("{")
+    with pytest.raises(ValueError, match="1 folders of tim generate: give one, such as .*one"):
+        evaluate(tmp_path / "all", adm, network, count=100)
+    for content, said in (("{", "run.json is not JSON"), ("[]", "run.json must be a JSON object")):
+        (tmp_path / "all/one/run.json").write_text(content)
+        with pytest.raises(ValueError, match=said):
+            evaluate(tmp_path / "all/one", adm, network, count=100)
+    assert network.shown == shown
+
+
+def test_other_references_of_one_name_are_told_apart(some, adm, network, tmp_path):
+    with np.load(adm) as arrays:
+        changed = {name: arrays[name] for name in arrays.files} | {"mu": arrays["mu"] + 1}
+    np.savez(tmp_path / adm.name, **changed)
+    for number, path in enumerate((adm, tmp_path / adm.name)):
+        given = dict(count=100, metrics=("fid",), output=tmp_path / f"{number}")
+        evaluate(some, path, network, **given)
+    found = compare.read([tmp_path / "0", tmp_path / "1"], steps=[1, 1])
+    assert compare.differences(found) == ["reference_checksum"]
 
 
 def test_results_lie_apart_from_the_pictures(some, adm, network):

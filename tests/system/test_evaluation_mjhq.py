@@ -148,8 +148,8 @@ def test_numbers_overall_and_by_category(set_up, clip, clip_folder, batch_size):
         assert found["fid"] == pytest.approx(fid(ours.values(), theirs.values()), rel=1e-6)
         assert found["clip_score"] == pytest.approx(score(clip, ours, model), rel=1e-5)
     assert result["counts"] == {
-        "asked": 10, "missing": 0, "no_item": 0, "pictures": 10, "unmeasured": 0,
-        "reference_pictures": 10, "reference_unmeasured": 0,
+        "asked": 10, "missing": 0, "no_item": 0, "pictures": 10, "left_out": 0,
+        "reference_pictures": 10, "reference_left_out": 0,
     }  # fmt: skip
     assert result["settings"]["inception"] == "colours"
     assert str(clip_folder) in result["settings"]["clip"]
@@ -225,7 +225,7 @@ def test_what_does_not_belong_or_is_not_there_is_refused_or_counted(set_up, clip
         evaluate("samples", "meta_data.json", clip=clip)
     found = evaluate("samples", "meta_data.json", clip=clip, leave_out=True)
     assert found["counts"] == {
-        "asked": 10, "missing": 1, "no_item": 1, "pictures": 8, "unmeasured": 1,
+        "asked": 10, "missing": 1, "no_item": 1, "pictures": 8, "left_out": 1,
     }  # fmt: skip
     os.remove("samples/more.png")
     Image.new("RGB", (20, 20)).save("samples/art/art1.png")
@@ -237,6 +237,11 @@ def test_a_category_without_a_reference_is_said(set_up, caplog):
     os.rename("real/art", "real/other")
     found = evaluate("samples", "meta_data.json", reference="real", inception=Colours())
     assert list(found["breakdown"]["fid"]) == ["animals"] and "no FID of art" in caplog.text
+
+
+def test_text_features_that_are_none_are_refused_by_name(set_up, clip):
+    with pytest.raises(ValueError, match="meta_data.json is no safetensors file"):
+        evaluate("samples", "meta_data.json", clip=clip, text_features="meta_data.json")
 
 
 def test_nothing_to_measure_with_is_refused(set_up):

@@ -206,6 +206,14 @@ def test_too_few_and_none_at_all(folder, tmp_path):
         opened(folder, 13)
 
 
+def test_statistics_of_many_pictures_show_their_progress(folder, monkeypatch, capsys):
+    for chunk, is_shown in ((500, False), (1, True)):
+        monkeypatch.setattr(features, "CHUNK", chunk)
+        with work_folder(None) as work:
+            measure(Folder(folder), Means(), work).moments()
+        assert ("statistics: 100%" in capsys.readouterr().err) is is_shown
+
+
 def test_a_rerun_measures_what_is_missing_or_changed(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "CHUNK", 5)
     work = tmp_path / "work"

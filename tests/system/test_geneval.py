@@ -76,16 +76,17 @@ def test_the_truth_comes_out(drawn, tmp_path):
     assert result["breakdown"]["accuracy"] == accuracy
     assert result["metrics"] == {
         "overall": pytest.approx(sum(accuracy.values()) / 6),
-        "correct_images": pytest.approx(12 / 24),
+        "correct_pictures": pytest.approx(12 / 24),
         "correct_prompts": pytest.approx(5 / 6),
     }
-    counts = {"images": WANTED, "images_wanted": WANTED, "left_out": 0, "tags_missing": 0}
+    counts = {"pictures": WANTED, "asked": WANTED, "left_out": 0, "tags_missing": 0}
     assert counts.items() <= result["counts"].items()
     assert result["settings"]["detector"] == "rectangles" and result["versions"]["torch"]
     assert json.loads((tmp_path / "result.json").read_text()) == result
     wrong = sum(min(8, PER_TAG * (4 - right)) for right in RIGHT.values())
     right = sum(min(8, PER_TAG * right) for right in RIGHT.values())
-    for name, shown in (("worst.png", wrong), ("best.png", right)):
+    first = min(8, 4 * PER_TAG) * len(RIGHT)
+    for name, shown in (("worst.png", wrong), ("best.png", right), ("grid.png", first)):
         with Image.open(tmp_path / name) as sheet:  # eight in a row
             assert sheet.size == (8 * 264, -(-shown // 8) * 282)
 
@@ -219,7 +220,7 @@ def test_what_is_wrong_is_named_and_left_out_only_when_told(
         run(folder, prompts, tmp_path / "out")
     assert not (tmp_path / "out/result.json").exists()
     result = run(folder, prompts, tmp_path / "out", leave_out=True)
-    assert result["counts"]["images"] == WANTED - lost
+    assert result["counts"]["pictures"] == WANTED - lost
     assert result["counts"]["left_out"] == len(result["settings"]["left_out"]) > 0
     assert len(rows(tmp_path / "out")) == WANTED - lost
 
@@ -229,7 +230,7 @@ def test_more_pictures_than_asked(mine, tmp_path):
     with pytest.raises(ValueError, match="00000 has 4 of 2 pictures, .*18 in all"):
         run(folder, prompts, tmp_path / "out", per_prompt=2)
     result = run(folder, prompts, tmp_path / "out", per_prompt=2, leave_out=True)
-    assert result["counts"]["images"] == WANTED // 2
+    assert result["counts"]["pictures"] == WANTED // 2
     assert result["breakdown"]["accuracy"]["counting"] == 1  # the first two
     with pytest.raises(ValueError, match="per_prompt must be at least 1"):
         run(folder, prompts, tmp_path / "out", per_prompt=0)
@@ -254,7 +255,7 @@ def test_any_number_of_digits(mine, tmp_path):
     for path in [*folder.glob("*/samples/*.png")]:
         path.rename(path.with_name(f"{path.stem[1:]}.png"))
     result = run(folder, prompts, tmp_path / "out")
-    assert result["counts"]["images"] == WANTED and result["counts"]["left_out"] == 0
+    assert result["counts"]["pictures"] == WANTED and result["counts"]["left_out"] == 0
 
 
 def test_prompts_of_ones_own_must_be_judgeable(drawn, tmp_path):
@@ -322,8 +323,8 @@ def test_what_a_detector_computes_must_be_finite(drawn, tmp_path, place):
     with pytest.raises(ValueError, match=r"00001/samples/00000.png: .* not finite.*4 in all"):
         run(folder, prompts, tmp_path / "out", broken)
     result = run(folder, prompts, tmp_path / "out", broken, leave_out=True)
-    assert result["counts"]["images"] == WANTED - 4 and result["counts"]["left_out"] == 4
-    assert run(folder, prompts, tmp_path / "out")["counts"]["images"] == WANTED
+    assert result["counts"]["pictures"] == WANTED - 4 and result["counts"]["left_out"] == 4
+    assert run(folder, prompts, tmp_path / "out")["counts"]["pictures"] == WANTED
 
 
 def test_pictures_are_read_while_others_are_judged(drawn, tmp_path, monkeypatch):
@@ -357,6 +358,6 @@ def test_all_553_prompts(tmp_path):
     truth = drawn_objects.save(tmp_path / "pictures", None)
     result = run(tmp_path / "pictures", None, tmp_path / "out")
     assert {row["filename"]: row["correct"] for row in rows(tmp_path / "out")} == truth
-    assert result["counts"]["images"] == 4 * 553 == len(truth)
+    assert result["counts"]["pictures"] == 4 * 553 == len(truth)
     assert Counter(row["tag"] for row in rows(tmp_path / "out"))["color_attr"] == 400
     assert result["metrics"]["overall"] == pytest.approx(12 / 24)

@@ -59,8 +59,8 @@ def dpg(
             help="blip, qwen2.5-vl, or another of these kinds: a folder or a name on the hub."
         ),
     ] = "blip",
-    per_file: Annotated[
-        int, typer.Option("--pictures", help="In a file: 4 as its quarters, or 1.")
+    per_prompt: Annotated[
+        int, typer.Option(help="Pictures of each prompt: 4 as the quarters of its file, or 1.")
     ] = 4,
     published_categories: Annotated[
         bool,
@@ -80,7 +80,7 @@ def dpg(
 
         check(pictures, questions, output, leave_out=leave_out)
         result = evaluate(
-            pictures, questions, output, load_vqa(vqa, device), pictures=per_file,
+            pictures, questions, output, load_vqa(vqa, device), per_prompt=per_prompt,
             published_categories=published_categories, leave_out=leave_out,
         )  # fmt: skip
         _say(table(result), output)

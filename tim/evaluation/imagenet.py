@@ -17,7 +17,7 @@ from tim.checks import whole
 from tim.data.prompts import PAGE
 from tim.evaluation import report
 from tim.evaluation.features import FeatureNetwork, Measured, Work, measure, work_folder
-from tim.evaluation.pictures import Npz, Pictures, npz_file, opened
+from tim.evaluation.pictures import Npz, Pictures, npz_checksum, npz_file, opened
 from tim.evaluation.scores import PrecisionRecall, inception_score, precision_recall
 from tim.evaluation.statistics import frechet_distance
 from tim.processes import Processes
@@ -78,6 +78,7 @@ def evaluate(
     path = getattr(source, "path", None)
     if path is not None:
         report.apart(output, path)
+    run = None if path is None else report.run_of(path)
     if work is None and output is not None:
         work = Path(output) / "features"
     with work_folder(work) as folder:
@@ -97,6 +98,7 @@ def evaluate(
                     "network": getattr(network, "name", None) or type(network).__name__,
                     "pictures": "an iterator" if path is None else str(path),
                     "reference": Path(reference).name,
+                    "reference_checksum": npz_checksum(reference),
                     "grey_and_transparent": "made RGB" if convert else "refused",
                     "inception_score_order": f"random, seed {_ORDER_SEED}",
                     "inception_score_split": split,
@@ -107,7 +109,7 @@ def evaluate(
                     **scores.counts, "asked": count, "left_out": len(samples.bad),
                     "not_used": len(source.names) - count,
                 },
-                run=None if path is None else report.run_of(path),
+                run=run,
             )  # fmt: skip
         return Processes.here().gather(result)[0]
 

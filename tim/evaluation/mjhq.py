@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -89,7 +90,7 @@ def evaluate(
     batch_size = whole("batch_size", batch_size, 1)
     report.apart(output, pictures)
     prompts = {prompt.name: prompt for prompt in read_prompts(meta_data)}
-    samples = Folder(pictures, convert=convert)
+    samples, run = Folder(pictures, convert=convert), report.run_of(pictures)
     counts = _items_alone(samples, prompts, leave_out)
     real = None if reference is None else _reference(reference, convert)
     stored = None if text_features is None else _stored(text_features, samples.names)
@@ -128,7 +129,7 @@ def evaluate(
                 },
                 counts=counts | _measured(samples, seen, real),
                 breakdown={name: number.by_category for name, number in numbers.items()},
-                run=report.run_of(samples.path),
+                run=run,
             )  # fmt: skip
         return Processes.here().gather(result)[0]
 
@@ -136,9 +137,9 @@ def evaluate(
 def _measured(samples: Folder, seen: dict[str, Measured], real: Any) -> dict[str, int]:
     """How many samples and references were measured, and how many could not be."""
     bad = {each.name for measured in seen.values() for each in measured.bad}
-    counts = {"pictures": len(samples.names) - len(bad), "unmeasured": len(bad)}
+    counts = {"pictures": len(samples.names) - len(bad), "left_out": len(bad)}
     if isinstance(real, Measured):
-        counts |= {"reference_pictures": len(real.names), "reference_unmeasured": len(real.bad)}
+        counts |= {"reference_pictures": len(real.names), "reference_left_out": len(real.bad)}
     return counts
 
 
@@ -228,7 +229,10 @@ def _stored(path: str | Path, names: Sequence[str]) -> dict[str, Tensor]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path} of text features: see {PAGE}")
-    features = {_item(name): feature.float() for name, feature in load_file(path).items()}
+    try:
+        features = {_item(name): feature.float() for name, feature in load_file(path).items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}; see {PAGE}") from error
     if missing := [item for item in map(_item, names) if item not in features]:
         raise ValueError(f"{path} has no feature of {len(missing):,} items: {some(missing)}")
     for item, feature in features.items():

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -185,6 +186,13 @@ def npz_file(path: str | Path) -> Path:
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is no npz file, or one that was cut off")
     return Path(path)
+
+
+def npz_checksum(path: str | Path) -> str:
+    """CRC-32 of the names and contents of an npz file's arrays, which it keeps of each."""
+    with zipfile.ZipFile(path) as archive:
+        parts = sorted((info.filename, info.CRC) for info in archive.infolist())
+    return f"{zlib.crc32(json.dumps(parts).encode()):08x}"
 
 
 def enough(pictures: Pictures, count: int, where: object) -> None:

@@ -77,9 +77,21 @@ def apart(output: str | Path | None, pictures: str | Path) -> None:
 
 
 def run_of(folder: str | Path) -> dict[str, Any] | None:
-    """`run.json` beside the pictures, None where `tim generate` did not make them."""
+    """`run.json` beside the pictures, None where `tim generate` did not make them.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
     path = Path(folder) / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(run, dict):
+        raise ValueError(f"{path} must be a JSON object, as tim generate writes it")
+    return run
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
