@@ -203,6 +203,7 @@ def test_the_command(tiny, some, tmp_path, real):
     assert "| all | " + " | ".join(f"{value:.4g}" for value in metrics.values()) in done.output
     one = tim(*command, "--metrics", "fid")
     assert one.exit_code == 0
+    assert {path.name for path in output.glob("*.png")} == {"grid.png"}  # no score of a picture
     assert json.loads((output / "result.json").read_text())["metrics"] == {"fid": metrics["fid"]}
 
 

@@ -163,6 +163,13 @@ def test_the_way_a_folder_is_written_does_not_matter(set_up, clip, tmp_path, wri
     assert found["metrics"] == plain["metrics"] and found["breakdown"] == plain["breakdown"]
 
 
+def test_without_scores_there_is_no_worst_and_best(set_up, clip):
+    given = dict(reference="real", inception=Colours(), output="out")
+    for more, sheets in ((dict(clip=clip), {"grid", "worst", "best"}), ({}, {"grid"})):
+        evaluate("samples", "meta_data.json", **given, **more)
+        assert {name[:-4] for name in os.listdir("out") if name.endswith(".png")} == sheets
+
+
 def test_any_spelling_of_a_picture_s_ending(set_up, clip):
     for number, end in enumerate((".JPG", ".jpeg", ".Jpg")):
         os.rename(f"samples/art/art{number}.jpg", f"samples/art/art{number}{end}")

@@ -188,13 +188,18 @@ def _sheets(
     if not hasattr(source, "path"):  # what was yielded is gone
         return
     places = {name: place for place, name in enumerate(source.names)}
-    chosen = {"grid": {name: "" for name in samples.names[:_SHOWN]}}
+
+    def read(names: Sequence[str]) -> list[Image.Image]:
+        ascending = sorted(names, key=places.__getitem__)
+        found = source.read(map(places.__getitem__, ascending))
+        shown = dict(zip(ascending, found, strict=True))
+        return [Image.fromarray(shown[name].movedim(0, -1).numpy()) for name in names]
+
+    chosen = {"grid": {name: name for name in samples.names[:_SHOWN]}}
     if balls is not None:
         order = balls.realism.argsort().tolist()
         for title, picked in (("worst", order[:_SHOWN]), ("best", order[::-1][:_SHOWN])):
-            chosen[title] = {samples.names[i]: f" {balls.realism[i]:.2f}" for i in picked}
-    for title, labels in chosen.items():
-        by_place = {places[name]: f"{name}{label}" for name, label in labels.items()}
-        shown = dict(zip(sorted(by_place), source.read(sorted(by_place)), strict=True))
-        images = [Image.fromarray(shown[p].movedim(0, -1).numpy()) for p in by_place]
-        report.sheet(images, list(by_place.values()), output / f"{title}.png")
+            names = [samples.names[i] for i in picked]
+            realism = balls.realism[picked].tolist()
+            chosen[title] = {f: f"{f} {value:.2f}" for f, value in zip(names, realism, strict=True)}
+    report.sheets(output, chosen, read)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,6 +24,7 @@ from tim.evaluation import report
 from tim.evaluation.clip import cosines
 from tim.evaluation.features import FeatureNetwork, Measured, Work, measure, work_folder
 from tim.evaluation.pictures import Folder, npz_file
+from tim.evaluation.reading import picture
 from tim.evaluation.statistics import Moments, distance, frechet_distance
 from tim.files import replacing
 from tim.processes import Processes
@@ -110,12 +110,13 @@ def evaluate(
             numbers: dict[str, _Number] = {}
             if inception is not None:
                 numbers["fid"] = _fid(seen["fid"], real)
+            scores: dict[str, float] = {}
             if clip is not None:
                 texts = stored or _texts(samples.names, prompts, clip, folder)
                 scores = _scores(seen["clip_score"], texts)
                 numbers["clip_score"] = _means(scores)
-                if output is not None:
-                    _sheets(samples, scores, prompts, Path(output))
+            if output is not None:
+                _sheets(samples, next(iter(seen.values())).names, scores, prompts, Path(output))
             result = report.write(
                 report.result_in(output), "mjhq",
                 {name: number.overall for name, number in numbers.items()},
@@ -271,12 +272,18 @@ def _means(scores: dict[str, float]) -> _Number:
 
 
 def _sheets(
-    samples: Folder, scores: dict[str, float], prompts: dict[str, Prompt], output: Path
-) -> None:
-    """The first pictures, and those that agree least and most with their prompts."""
+    samples: Folder, names: Sequence[str], scores: dict[str, float], prompts: dict[str, Prompt],
+    output: Path,
+) -> None:  # fmt: skip
+    """The first pictures, and where there are scores those that agree least and most with their
+    prompts."""
+
+    def labels(names: Sequence[str]) -> dict[str, str]:
+        score = {name: f"{value:.1f} " for name, value in scores.items()}
+        return {name: score.get(name, "") + prompts[_item(name)].text for name in names[:_SHOWN]}
+
     order = sorted(scores, key=scores.__getitem__)
-    chosen = {"grid": list(scores)[:_SHOWN], "worst": order[:_SHOWN], "best": order[::-1][:_SHOWN]}
-    for title, names in chosen.items():
-        labels = [f"{scores[name]:.1f} {prompts[_item(name)].text}" for name in names]
-        images = [Image.open(samples.path / name) for name in names]
-        report.sheet(images, labels, output / f"{title}.png")
+    chosen = {"grid": labels(names), "worst": labels(order), "best": labels(order[::-1])}
+    report.sheets(
+        output, chosen, lambda names: [picture(samples.path / n, convert=True) for n in names]
+    )

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,24 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def sheets(
+    output: str | Path, chosen: Mapping[str, Mapping[str, str]],
+    read: Callable[[Sequence[str]], Sequence[Image.Image]],
+) -> None:  # fmt: skip
+    """`grid.png`, `worst.png` and `best.png` in a result's folder; an earlier run's go.
+
+    Args:
+        chosen: which of the three there are, each {name of a picture: its label}.
+        read: names → pictures.
+    """
+    for title in ("grid", "worst", "best"):
+        path, labels = Path(output) / f"{title}.png", chosen.get(title)
+        if labels:
+            sheet(read([*labels]), [*labels.values()], path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def sheet(

@@ -166,11 +166,12 @@ def _write(
         output / "result_detail.txt", _details(files, questions, answers, settings["per_prompt"])
     )
     by_score = sorted(means, key=lambda item: means[item])
-    sheets = {"grid": list(means), "worst": by_score, "best": by_score[::-1]}
-    for name, shown in sheets.items():
-        labels = [f"{100 * means[item]:.0f} {item}" for item in shown[:_SHOWN]]
-        images = [picture(files[item]) for item in shown[:_SHOWN]]
-        report.sheet(images, labels, output / f"{name}.png", columns=8)
+    orders = {"grid": [*means], "worst": by_score, "best": by_score[::-1]}
+    chosen = {
+        title: {item: f"{100 * means[item]:.0f} {item}" for item in items[:_SHOWN]}
+        for title, items in orders.items()
+    }
+    report.sheets(output, chosen, lambda items: [picture(files[item]) for item in items])
     return report.write(
         output / "result.json", "dpg", {"dpg_score": total}, settings=settings,
         counts={

@@ -171,9 +171,12 @@ def _write(
     tasks = of_all["tasks"]
     tags = dict.fromkeys(prompt.metadata["tag"] for prompt in prompts)
     settings["tags_missing"] = [tag for tag in tags if tag not in tasks]
-    _sheet(rows, output / "grid.png")
-    for name, is_right in (("worst.png", False), ("best.png", True)):
-        _sheet([row for row in rows if row["correct"] == is_right], output / name)
+    chosen = {
+        "grid": _shown(rows),
+        "worst": _shown([row for row in rows if not row["correct"]]),
+        "best": _shown([row for row in rows if row["correct"]]),
+    }
+    report.sheets(output, chosen, lambda names: [*map(picture, names)])
     return report.write(
         output / "result.json", "geneval",
         {
@@ -195,18 +198,12 @@ def _write(
     )  # fmt: skip
 
 
-def _sheet(rows: Sequence[Row], path: Path) -> None:
-    """The first few of each tag; where there are none, an earlier run's sheet goes too."""
-    path.unlink(missing_ok=True)
-    shown, of_tag = [], dict[str, int]()
+def _shown(rows: Sequence[Row]) -> dict[str, str]:
+    """The first few of each tag, with what is wrong."""
+    shown, of_tag = {}, dict[str, int]()
     for row in rows:
         of_tag[row["tag"]] = of_tag.get(row["tag"], 0) + 1
         if of_tag[row["tag"]] <= _SHOWN:
-            shown.append(row)
-    if shown:
-        labels = [
-            row["prompt"].removeprefix("a photo of ") + ": " * bool(row["reason"]) + row["reason"]
-            for row in shown
-        ]
-        images = [picture(row["filename"]) for row in shown]
-        report.sheet(images, labels, path, columns=_SHOWN)
+            text = row["prompt"].removeprefix("a photo of ")
+            shown[row["filename"]] = text + ": " * bool(row["reason"]) + row["reason"]
+    return shown
