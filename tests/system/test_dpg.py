@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tim.app.cli import app
-from tim.evaluation import report
+from tim.evaluation import compare, report
 from tim.evaluation.dpg import boxes, check, evaluate, questions, score, table
 
 EXPECTED = json.loads((GOLDEN / "evaluation/dpg_expected.json").read_text())
@@ -174,6 +174,14 @@ def test_one_picture_a_file(tmp_path):
     close(result["breakdown"]["l2"], expected["l2"])
     with pytest.raises(ValueError, match="per_prompt must be 1 or 4, got 2"):
         run(tmp_path / "pictures", tmp_path / "out", per_prompt=2)
+
+
+def test_grids_and_single_pictures_do_not_compare(folder, tmp_path):
+    run(folder, tmp_path / "4")
+    save(tmp_path / "single", pictures=1)
+    run(tmp_path / "single", tmp_path / "1", per_prompt=1)
+    found = compare.read([tmp_path / "4", tmp_path / "1"], steps=[1, 1])
+    assert compare.differences(found) == ["per_prompt"]
 
 
 def test_published_files(folder, tmp_path):
