@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import small_judges
 from coded_pictures import ANSWERS, ITEMS, QUESTIONS, answer, save
+from damaged import as_mode, cut
 from golden_files import GOLDEN
 from PIL import Image
 from typer.testing import CliRunner
@@ -249,19 +250,6 @@ def test_two_processes(folder, tmp_path):
         assert len(done) == 4
     details = "result_detail.txt"
     assert (tmp_path / "two" / details).read_text() == (tmp_path / "one" / details).read_text()
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-40])
-
-
-def as_mode(mode):
-    def change(path):
-        with Image.open(path) as image:
-            changed = image.convert(mode)
-        changed.save(path)
-
-    return change
 
 
 def narrower(path):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import drawn_objects
 import pytest
+from damaged import as_mode, cut
 from drawn_objects import NAMES, RIGHT, detect, mean_colours
 from PIL import Image
 
@@ -171,19 +172,6 @@ def test_two_processes_one_of_them_killed(drawn, tmp_path):
         folder, prompts, tmp_path / "one"
     )
     assert rows(tmp_path / "two") == rows(tmp_path / "one")
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-40])
-
-
-def as_mode(mode):
-    def change(path):
-        with Image.open(path) as image:
-            changed = image.convert(mode)
-        changed.save(path)
-
-    return change
 
 
 def renamed(name):
