@@ -143,7 +143,9 @@ def measure(
     total = sum(stop - start for start, stop in mine)
     done = total - sum(stop - start for start, stop in missing)
     read = pictures.read(place for chunk in missing for place in range(*chunk))
-    with tqdm(total=total, initial=done, desc=label, disable=not processes.is_first) as bar:
+    with tqdm(
+        total=total, initial=done, desc=label, unit=" pictures", disable=not processes.is_first
+    ) as bar:
         for start, stop in missing:
             chunk = _Chunk(pictures.names[start:stop], network)
             for place in range(start, stop):

@@ -58,7 +58,7 @@ def without_damaged(
         try:
             reason = check(picture(pictures[name]))
         except UnreadableError as error:
-            return name, str(error)
+            return name, f"{pictures[name]}: {error.__cause__ or error}"
         return (name, f"{pictures[name]}: {reason}") if reason else None
 
     here = Processes.here()

@@ -175,11 +175,14 @@ def _items_alone(samples: Folder, prompts: dict[str, Prompt], leave_out: bool) -
     missing = [item for item in prompts if item not in found]
     where = f"{samples.path}:"
     if others and not leave_out:
-        raise ValueError(f"{where} {len(others):,} pictures are no item: {some(others)}")
+        raise ValueError(
+            f"{where} {len(others):,} pictures are no item: {some(others)}; --leave-out goes on "
+            "without them"
+        )
     if missing and (not leave_out or not found):
         raise ValueError(
             f"{where} fewer pictures than asked: {len(missing):,} of {len(prompts):,} items have "
-            f"none: {some(missing)}"
+            f"none: {some(missing)}; --leave-out measures the others"
         )
     samples.names = list(found.values())
     return {"asked": len(prompts), "missing": len(missing), "no_item": len(others)}
