@@ -150,6 +150,7 @@ def test_numbers_overall_and_by_category(set_up, clip, clip_folder, batch_size):
     assert result["counts"] == {
         "asked": 10, "missing": 0, "no_item": 0, "pictures": 10, "left_out": 0,
         "reference_pictures": 10, "reference_left_out": 0,
+        "reference_missing": 0,
     }  # fmt: skip
     assert result["settings"]["inception"] == "colours"
     assert str(clip_folder) in result["settings"]["clip"]
@@ -249,6 +250,13 @@ def test_a_category_without_a_reference_is_said(set_up, caplog):
 def test_text_features_that_are_none_are_refused_by_name(set_up, clip):
     with pytest.raises(ValueError, match="meta_data.json is no safetensors file"):
         evaluate("samples", "meta_data.json", clip=clip, text_features="meta_data.json")
+
+
+def test_items_without_a_reference_are_said_and_counted(set_up, caplog):
+    os.remove("real/art/art2.jpg")
+    found = evaluate("samples", "meta_data.json", reference="real", inception=Colours())
+    assert "no picture of 1 of 10 items: art/art2" in caplog.text
+    assert found["counts"]["reference_pictures"] == 9 and found["counts"]["reference_missing"] == 1
 
 
 def test_nothing_to_measure_with_is_refused(set_up):

@@ -140,7 +140,16 @@ def _measured(samples: Folder, seen: dict[str, Measured], real: Any) -> dict[str
     bad = {each.name for measured in seen.values() for each in measured.bad}
     counts = {"pictures": len(samples.names) - len(bad), "left_out": len(bad)}
     if isinstance(real, Measured):
-        counts |= {"reference_pictures": len(real.names), "reference_left_out": len(real.bad)}
+        there = {*map(_item, real.names)}
+        if lacking := [item for item in map(_item, samples.names) if item not in there]:
+            _log.warning(
+                "the reference has no picture of %d of %d items: %s",
+                len(lacking), len(samples.names), some(lacking),
+            )  # fmt: skip
+        counts |= {
+            "reference_pictures": len(real.names), "reference_left_out": len(real.bad),
+            "reference_missing": len(lacking),
+        }  # fmt: skip
     return counts
 
 
