@@ -211,6 +211,9 @@ def test_the_command(tiny, some, tmp_path, real):
     ("change", "message"),
     [
         ({"pictures": "nowhere"}, "there is no folder nowhere"),
+        # before any network is loaded
+        ({"pictures": "nowhere", "--inception-weights": "none.pth"}, "there is no folder nowhere"),
+        ({"reference": "nowhere.npz", "--inception-weights": "none.pth"}, "no file nowhere.npz"),
         ({"reference": "nowhere.npz"}, "there is no file nowhere.npz"),
         ({"--num-samples": 101}, "holds 100 of 101"),
         ({"--metrics": "fid,kid"}, "metrics are fid, sfid,"),
@@ -264,6 +267,7 @@ def test_results_lie_apart_from_the_pictures(some, adm, network):
 
 
 def test_missing_weights_point_to_the_page(some, adm, tmp_path):
-    command = ["imagenet", some, adm, "--output", tmp_path / "out"]
+    command = ["imagenet", some, adm, "--output", tmp_path / "out", "--num-samples", 100]
     refused = tim(*command, "--inception-weights", tmp_path / "nowhere.pth", "--device", "cpu")
-    assert refused.exit_code == 1 and "see docs/evaluation.md" in refused.stderr
+    assert refused.exit_code == 1 and "nowhere.pth" in refused.stderr
+    assert "see docs/evaluation.md" in refused.stderr

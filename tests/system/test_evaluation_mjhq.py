@@ -314,6 +314,10 @@ def test_the_command(set_up, clip_folder):
     assert str(clip_folder) in done.output
     for title in ("grid", "worst", "best"):
         assert os.path.getsize(f"out/{title}.png")
+    os.rename("samples/art/art1.jpg", "samples/art/cat.jpg")
+    named = CliRunner().invoke(app, [*command, "--metrics", "clip_score", "--clip", "nowhere"])
+    assert "1 pictures are no item: art/cat.jpg" in named.stderr  # before any network is loaded
+    os.rename("samples/art/cat.jpg", "samples/art/art1.jpg")
     unknown = CliRunner().invoke(app, [*command, "--metrics", "clip_score", "--clip", "samples"])
     assert unknown.exit_code == 1 and "see docs/evaluation.md" in unknown.stderr
 

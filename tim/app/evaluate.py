@@ -54,9 +54,10 @@ def imagenet(
     """FID, sFID, Inception score, precision and recall as ADM's suite has them."""
     device = device_of(device)
     with errors_without_traceback():
-        from tim.evaluation.imagenet import METRICS, evaluate
+        from tim.evaluation.imagenet import METRICS, check, evaluate
 
         chosen = _chosen(metrics, METRICS)
+        check(pictures, reference, output, count=num_samples, metrics=chosen)
         with launched_group():
             network = _inception(inception_weights, download_weights, "adm", device)
             result = evaluate(
@@ -94,14 +95,17 @@ def mjhq(
     device = device_of(device)
     with errors_without_traceback():
         from tim.evaluation.clip import Clip
-        from tim.evaluation.mjhq import METRICS, evaluate
+        from tim.evaluation.mjhq import METRICS, check, evaluate
 
         chosen = _chosen(metrics, METRICS)
         networks: dict[str, Any] = {}
+        if "fid" not in chosen:
+            reference = None
+        elif reference is None:
+            raise ValueError("FID needs --reference; --metrics clip_score goes without")
+        check(pictures, meta_data, output, reference=reference, leave_out=leave_out)
         with launched_group():
             if "fid" in chosen:
-                if reference is None:
-                    raise ValueError("FID needs --reference; --metrics clip_score goes without")
                 networks["inception"] = _inception(
                     inception_weights, download_weights, "mjhq", device, spatial=False
                 )

@@ -71,13 +71,10 @@ def evaluate(
     """
     count, split = whole("count", count, 1), whole("split", split, 1)
     batch_size, k = whole("batch_size", batch_size, 1), whole("k", k, 1)
-    if not metrics or not {*metrics} <= {*METRICS}:
-        raise ValueError(f"metrics must be some of {', '.join(METRICS)}, got {', '.join(metrics)}")
-    source = opened(pictures, count, convert=convert)
-    wanted = _Reference(reference, metrics)
+    source, wanted = check(
+        pictures, reference, output, count=count, metrics=metrics, convert=convert
+    )
     path = getattr(source, "path", None)
-    if path is not None:
-        report.apart(output, path)
     run = None if path is None else report.run_of(path)
     if work is None and output is not None:
         work = Path(output) / "features"
@@ -112,6 +109,21 @@ def evaluate(
                 run=run,
             )  # fmt: skip
         return Processes.here().gather(result)[0]
+
+
+def check(
+    pictures: str | Path | Pictures | Iterable[Tensor], reference: str | Path,
+    output: str | Path | None, *, count: int = 50_000, metrics: Sequence[str] = METRICS,
+    convert: bool = False,
+) -> tuple[Pictures, "_Reference"]:  # fmt: skip
+    """Raises what `evaluate` would for the files that are given, before any network is loaded."""
+    if not metrics or not {*metrics} <= {*METRICS}:
+        raise ValueError(f"metrics must be some of {', '.join(METRICS)}, got {', '.join(metrics)}")
+    source = opened(pictures, whole("count", count, 1), convert=convert)
+    if (path := getattr(source, "path", None)) is not None:
+        report.apart(output, path)
+        report.run_of(path)
+    return source, _Reference(reference, metrics)
 
 
 class _Reference:

@@ -88,11 +88,10 @@ def evaluate(
     if text_features is not None and clip is None:
         raise ValueError("text_features are for the CLIP score, which needs clip")
     batch_size = whole("batch_size", batch_size, 1)
-    report.apart(output, pictures)
-    prompts = {prompt.name: prompt for prompt in read_prompts(meta_data)}
-    samples, run = Folder(pictures, convert=convert), report.run_of(pictures)
-    counts = _items_alone(samples, prompts, leave_out)
-    real = None if reference is None else _reference(reference, convert)
+    prompts, samples, counts, real = check(
+        pictures, meta_data, output, reference=reference, leave_out=leave_out, convert=convert
+    )
+    run = report.run_of(pictures)
     stored = None if text_features is None else _stored(text_features, samples.names)
     if work is None and output is not None:
         work = Path(output) / "features"
@@ -133,6 +132,19 @@ def evaluate(
                 run=run,
             )  # fmt: skip
         return Processes.here().gather(result)[0]
+
+
+def check(
+    pictures: str | Path, meta_data: str | Path, output: str | Path | None, *,
+    reference: str | Path | None = None, leave_out: bool = False, convert: bool = False,
+) -> tuple[dict[str, Prompt], Folder, dict[str, int], Folder | tuple[Tensor, Tensor] | None]:  # fmt: skip
+    """Raises what `evaluate` would for the files that are given, before any network is loaded."""
+    report.apart(output, pictures)
+    prompts = {prompt.name: prompt for prompt in read_prompts(meta_data)}
+    samples = Folder(pictures, convert=convert)
+    report.run_of(pictures)
+    counts = _items_alone(samples, prompts, leave_out)
+    return prompts, samples, counts, None if reference is None else _reference(reference, convert)
 
 
 def _measured(samples: Folder, seen: dict[str, Measured], real: Any) -> dict[str, int]:
