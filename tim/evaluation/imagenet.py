@@ -116,7 +116,7 @@ def check(
     output: str | Path | None, *, count: int = 50_000, metrics: Sequence[str] = METRICS,
     convert: bool = False,
 ) -> tuple[Pictures, "_Reference"]:  # fmt: skip
-    """Raises what `evaluate` would for the files that are given, before any network is loaded."""
+    """What is given, opened; raises what `evaluate` would, before any network is loaded."""
     if not metrics or not {*metrics} <= {*METRICS}:
         raise ValueError(f"metrics must be some of {', '.join(METRICS)}, got {', '.join(metrics)}")
     source = opened(pictures, whole("count", count, 1), convert=convert)

@@ -31,6 +31,7 @@ from tim.processes import Processes
 
 _log = logging.getLogger(__name__)
 METRICS = ("fid", "clip_score")
+Statistics = tuple[Tensor, Tensor]  # mean and covariance
 _SHOWN = 64  # pictures of a sheet
 
 
@@ -137,8 +138,8 @@ def evaluate(
 def check(
     pictures: str | Path, meta_data: str | Path, output: str | Path | None, *,
     reference: str | Path | None = None, leave_out: bool = False, convert: bool = False,
-) -> tuple[dict[str, Prompt], Folder, dict[str, int], Folder | tuple[Tensor, Tensor] | None]:  # fmt: skip
-    """Raises what `evaluate` would for the files that are given, before any network is loaded."""
+) -> tuple[dict[str, Prompt], Folder, dict[str, int], Folder | Statistics | None]:  # fmt: skip
+    """What is given, opened; raises what `evaluate` would, before any network is loaded."""
     report.apart(output, pictures)
     prompts = {prompt.name: prompt for prompt in read_prompts(meta_data)}
     samples = Folder(pictures, convert=convert)
@@ -209,7 +210,7 @@ def _items_alone(samples: Folder, prompts: dict[str, Prompt], leave_out: bool) -
     return {"asked": len(prompts), "missing": len(missing), "no_item": len(others)}
 
 
-def _reference(path: str | Path, convert: bool) -> Folder | tuple[Tensor, Tensor]:
+def _reference(path: str | Path, convert: bool) -> Folder | Statistics:
     """The folder, or mean and covariance."""
     if Path(path).is_dir() or Path(path).suffix.lower() != ".npz":
         return Folder(path, convert=convert)
@@ -219,7 +220,7 @@ def _reference(path: str | Path, convert: bool) -> Folder | tuple[Tensor, Tensor
         return torch.from_numpy(arrays["mu"]), torch.from_numpy(arrays["sigma"])
 
 
-def _fid(samples: Measured, real: Measured | tuple[Tensor, Tensor]) -> _Number:
+def _fid(samples: Measured, real: Measured | Statistics) -> _Number:
     ours = samples.moments_by(_category)
     if not isinstance(real, Measured):
         overall = _together(ours)
