@@ -67,6 +67,13 @@ def test_what_is_no_list_of_geneval_is_refused_by_name(tmp_path, content, messag
         prompts.geneval(tmp_path / "own.jsonl")
 
 
+def test_a_line_ends_at_a_newline_alone(tmp_path):
+    lines = [{"tag": "a", "include": [], "prompt": f"a dog\u2028{i}"} for i in range(2)]
+    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    (tmp_path / "own.jsonl").write_text(text, encoding="utf-8")
+    assert [each.metadata for each in prompts.geneval(tmp_path / "own.jsonl")] == lines
+
+
 def test_missing_prompts_point_to_the_page(tmp_path):
     for read in (prompts.geneval, prompts.dpg, prompts.mjhq):
         with pytest.raises(FileNotFoundError, match="nowhere .*: see docs/evaluation.md"):

@@ -4,6 +4,7 @@ GenEval's ship with the package (MIT, `geneval.LICENSE`); docs/evaluation.md say
 are to be had.
 """
 
+import io
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ def geneval(path: str | Path | None = None) -> list[Prompt]:
     """
     path = Path(__file__).with_name("geneval.jsonl") if path is None else _file(path, "GenEval")
     prompts = []
-    for number, line in enumerate(_read(path).splitlines()):
+    for number, line in enumerate(io.StringIO(_read(path))):
         where = f"{path}, line {number + 1}"
         metadata = _json(line, where)
         if not isinstance(metadata, dict) or not {"tag", "include", "prompt"} <= metadata.keys():
