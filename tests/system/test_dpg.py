@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import small_judges
 from coded_pictures import ANSWERS, ITEMS, QUESTIONS, answer, save
+from damaged import as_mode, cut
 from golden_files import GOLDEN
 from PIL import Image
 from typer.testing import CliRunner
 
 from tim.app.cli import app
-from tim.evaluation import report
+from tim.evaluation import compare, report
 from tim.evaluation.dpg import boxes, check, evaluate, questions, score, table
 
 EXPECTED = json.loads((GOLDEN / "evaluation/dpg_expected.json").read_text())
@@ -96,6 +97,12 @@ def test_wrong_questions_are_refused(tmp_path, text, message):
         questions.read(tmp_path / "wrong.csv")
 
 
+def test_questions_that_are_no_text_are_refused_by_name(tmp_path):
+    (tmp_path / "wrong.csv").write_bytes(b"item_id\xff\n")
+    with pytest.raises(ValueError, match="wrong.csv is no CSV in UTF-8"):
+        questions.read(tmp_path / "wrong.csv")
+
+
 def test_missing_questions_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="DPG-Bench's questions: see docs/evaluation.md"):
         questions.read(tmp_path / "dpg_bench.csv")
@@ -129,14 +136,14 @@ def test_the_truth_comes_out(folder, tmp_path):
     for level in ("l1", "l2"):
         close(result["breakdown"][level], EXPECTED["all_pictures"][level])
     assert result["counts"] == {
-        "items": 8, "items_wanted": 8, "pictures": 32, "questions": 55, "left_out": 0
+        "items": 8, "items_asked": 8, "pictures": 32, "asked": 32, "questions": 55, "left_out": 0
     }  # fmt: skip
     assert result["settings"]["vqa"] == "reader"
     assert json.loads((out / "result.json").read_text()) == result
     lines = table(result).splitlines()
     assert lines[0] == "| DPG-Bench by reader | of 100 |" and "| DPG score | 40.48 |" in lines
     assert lines[-1] == "8 of 8 items; categories of all pictures"
-    for name in ("worst.png", "best.png"):
+    for name in ("grid.png", "worst.png", "best.png"):
         with Image.open(out / name) as sheet:
             assert sheet.size == (8 * 264, 282)
 
@@ -146,7 +153,8 @@ def test_the_worst_comes_first(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
         report, "sheet", lambda pictures, labels, path, **_: shown.update({path.name: labels})
     )
-    run(folder, tmp_path)
+    run(folder, tmp_path / "out")
+    assert [label.split()[1] for label in shown["grid.png"]] == ITEMS
     assert shown["worst.png"][0] == "15 countbench3" and shown["best.png"][0] == "58 drawtext0"
     assert shown["best.png"] != shown["worst.png"]
 
@@ -161,12 +169,20 @@ def test_published_categories(folder, tmp_path):
 
 def test_one_picture_a_file(tmp_path):
     save(tmp_path / "pictures", pictures=1)
-    result = run(tmp_path / "pictures", tmp_path / "out", pictures=1)
+    result = run(tmp_path / "pictures", tmp_path / "out", per_prompt=1)
     expected = EXPECTED["pic_num_1"]
     assert result["metrics"]["dpg_score"] == pytest.approx(expected["overall"], rel=1e-12)
     close(result["breakdown"]["l2"], expected["l2"])
-    with pytest.raises(ValueError, match="pictures must be 1 or 4 in a file, got 2"):
-        run(tmp_path / "pictures", tmp_path / "out", pictures=2)
+    with pytest.raises(ValueError, match="per_prompt must be 1 or 4, got 2"):
+        run(tmp_path / "pictures", tmp_path / "out", per_prompt=2)
+
+
+def test_grids_and_single_pictures_do_not_compare(folder, tmp_path):
+    run(folder, tmp_path / "4")
+    save(tmp_path / "single", pictures=1)
+    run(tmp_path / "single", tmp_path / "1", per_prompt=1)
+    found = compare.read([tmp_path / "4", tmp_path / "1"], steps=[1, 1])
+    assert compare.differences(found) == ["per_prompt"]
 
 
 def test_published_files(folder, tmp_path):
@@ -236,19 +252,6 @@ def test_two_processes(folder, tmp_path):
     assert (tmp_path / "two" / details).read_text() == (tmp_path / "one" / details).read_text()
 
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-40])
-
-
-def as_mode(mode):
-    def change(path):
-        with Image.open(path) as image:
-            changed = image.convert(mode)
-        changed.save(path)
-
-    return change
-
-
 def narrower(path):
     with Image.open(path) as image:
         cropped = image.crop((0, 0, 15, 12))
@@ -258,9 +261,9 @@ def narrower(path):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (cut, "12.png: OSError: .*1 in all"),
-        (as_mode("L"), "12.png: RGB is needed, the picture is L .1 in all"),
-        (as_mode("RGBA"), "12.png: RGB is needed, the picture is RGBA"),
+        (cut, "12.png: image file is truncated.*1 in all"),
+        (as_mode("L"), "12.png: it is L, not RGB .1 in all"),
+        (as_mode("RGBA"), "it is RGBA, not RGB"),
         (narrower, "12.png: a grid of 4 has even sides, got 15×12"),
         (Path.unlink, "12 is missing .1 in all"),
         (lambda path: path.rename(path.with_name("13.png")), "13.png is no item, 12 is missing .2"),
@@ -272,7 +275,7 @@ def test_what_is_wrong_is_named_and_left_out_only_when_told(folder, tmp_path, da
         run(folder, tmp_path / "out")
     result = run(folder, tmp_path / "out", leave_out=True)
     counts = result["counts"]
-    assert counts["items"] == 7 and counts["items_wanted"] == 8 and counts["questions"] == 45
+    assert counts["items"] == 7 and counts["items_asked"] == 8 and counts["questions"] == 45
     assert counts["left_out"] == len(result["settings"]["left_out"]) > 0
     assert "7 of 8 items" in table(result)
     items = {**EXPECTED["pic_num_4"]["items"]}
@@ -282,10 +285,9 @@ def test_what_is_wrong_is_named_and_left_out_only_when_told(folder, tmp_path, da
 
 
 def test_foreign_things_in_the_folder(folder, tmp_path):
-    for _ in range(2):  # results within, and other files, are no pictures
-        (folder / "run.json").write_text('{"seed": 0}')
-        result = run(folder, folder / "result")
-        assert result["counts"]["left_out"] == 0 and result["run"] == {"seed": 0}
+    (folder / "run.json").write_text('{"seed": 0}')
+    result = run(folder, tmp_path / "out")
+    assert result["counts"]["left_out"] == 0 and result["run"] == {"seed": 0}
     (folder / "12.jpg").write_bytes((folder / "12.png").read_bytes())
     (folder / "more").mkdir()
     with pytest.raises(ValueError, match="12.png is 12.jpg once more, more is a folder .2 in all"):
@@ -302,8 +304,9 @@ def test_no_folder_and_an_empty_one(tmp_path):
 
 
 def test_results_do_not_go_among_the_pictures(folder):
-    with pytest.raises(ValueError, match="the results need a folder of their own"):
-        run(folder, folder)
+    for output in (folder, folder / "results"):
+        with pytest.raises(ValueError, match="must lie outside the pictures' folder"):
+            run(folder, output)
 
 
 def test_nothing_left_to_judge(folder, tmp_path):
@@ -311,6 +314,19 @@ def test_nothing_left_to_judge(folder, tmp_path):
         cut(path)
     with pytest.raises(ValueError, match="no picture was judged"):
         run(folder, tmp_path / "out", leave_out=True)
+
+
+def test_what_a_network_computes_must_be_finite(folder, tmp_path):
+    def broken(picture, question):
+        if picture.getpixel((0, 0))[:2] == (1, 2):  # of the second item's third picture
+            raise FloatingPointError("logits are not finite")
+        return answer(picture, question)
+
+    said = f"{ITEMS[1]}.png: logits are not finite .1 in all"
+    with pytest.raises(ValueError, match=said):
+        run(folder, tmp_path / "out", broken)
+    result = run(folder, tmp_path / "out", broken, leave_out=True)
+    assert result["counts"]["items"] == 7 and result["counts"]["left_out"] == 1
 
 
 def test_an_answer_is_a_text(folder, tmp_path):

@@ -1,6 +1,7 @@
 """The ADM suite end to end, on digits seen through a classifier that was trained for seconds."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from tim.app.cli import app
 from tim.data import mnist
-from tim.evaluation import features, inception
+from tim.evaluation import compare, features, inception
 from tim.evaluation.imagenet import METRICS, evaluate
 from tim.evaluation.mnist import train_classifier
 from tim.processes import launched_group
@@ -202,6 +203,7 @@ def test_the_command(tiny, some, tmp_path, real):
     assert "| all | " + " | ".join(f"{value:.4g}" for value in metrics.values()) in done.output
     one = tim(*command, "--metrics", "fid")
     assert one.exit_code == 0
+    assert {path.name for path in output.glob("*.png")} == {"grid.png"}  # no score of a picture
     assert json.loads((output / "result.json").read_text())["metrics"] == {"fid": metrics["fid"]}
 
 
@@ -209,6 +211,9 @@ def test_the_command(tiny, some, tmp_path, real):
     ("change", "message"),
     [
         ({"pictures": "nowhere"}, "there is no folder nowhere"),
+        # before any network is loaded
+        ({"pictures": "nowhere", "--inception-weights": "none.pth"}, "there is no folder nowhere"),
+        ({"reference": "nowhere.npz", "--inception-weights": "none.pth"}, "no file nowhere.npz"),
         ({"reference": "nowhere.npz"}, "there is no file nowhere.npz"),
         ({"--num-samples": 101}, "holds 100 of 101"),
         ({"--metrics": "fid,kid"}, "metrics are fid, sfid,"),
@@ -230,6 +235,31 @@ def test_the_command_refuses_in_one_line(tiny, some, adm, tmp_path, change, mess
     assert not (tmp_path / "out" / "result.json").exists()
 
 
+def test_several_runs_and_a_torn_record_are_refused(some, adm, network, tmp_path):
+    """Before anything is measured."""
+    shown = network.shown
+    shutil.copytree(some, tmp_path / "all/one")
+    (tmp_path / "all/one/run.json").write_text("{")
+    with pytest.raises(ValueError, match="1 folders of tim generate: give one, such as .*one"):
+        evaluate(tmp_path / "all", adm, network, count=100)
+    for content, said in (("{", "run.json is not JSON"), ("[]", "run.json must be a JSON object")):
+        (tmp_path / "all/one/run.json").write_text(content)
+        with pytest.raises(ValueError, match=said):
+            evaluate(tmp_path / "all/one", adm, network, count=100)
+    assert network.shown == shown
+
+
+def test_other_references_of_one_name_are_told_apart(some, adm, network, tmp_path):
+    with np.load(adm) as arrays:
+        changed = {name: arrays[name] for name in arrays.files} | {"mu": arrays["mu"] + 1}
+    np.savez(tmp_path / adm.name, **changed)
+    for number, path in enumerate((adm, tmp_path / adm.name)):
+        given = dict(count=100, metrics=("fid",), output=tmp_path / f"{number}")
+        evaluate(some, path, network, **given)
+    found = compare.read([tmp_path / "0", tmp_path / "1"], steps=[1, 1])
+    assert compare.differences(found) == ["reference_checksum"]
+
+
 def test_results_lie_apart_from_the_pictures(some, adm, network):
     with pytest.raises(ValueError, match="must lie outside the pictures' folder"):
         evaluate(some, adm, network, count=100, output=some / "results")
@@ -237,6 +267,7 @@ def test_results_lie_apart_from_the_pictures(some, adm, network):
 
 
 def test_missing_weights_point_to_the_page(some, adm, tmp_path):
-    command = ["imagenet", some, adm, "--output", tmp_path / "out"]
+    command = ["imagenet", some, adm, "--output", tmp_path / "out", "--num-samples", 100]
     refused = tim(*command, "--inception-weights", tmp_path / "nowhere.pth", "--device", "cpu")
-    assert refused.exit_code == 1 and "see docs/evaluation.md" in refused.stderr
+    assert refused.exit_code == 1 and "nowhere.pth" in refused.stderr
+    assert "see docs/evaluation.md" in refused.stderr

@@ -148,8 +148,9 @@ def test_numbers_overall_and_by_category(set_up, clip, clip_folder, batch_size):
         assert found["fid"] == pytest.approx(fid(ours.values(), theirs.values()), rel=1e-6)
         assert found["clip_score"] == pytest.approx(score(clip, ours, model), rel=1e-5)
     assert result["counts"] == {
-        "asked": 10, "missing": 0, "no_item": 0, "pictures": 10, "unmeasured": 0,
-        "reference_pictures": 10, "reference_unmeasured": 0,
+        "asked": 10, "missing": 0, "no_item": 0, "pictures": 10, "left_out": 0,
+        "reference_pictures": 10, "reference_left_out": 0,
+        "reference_missing": 0,
     }  # fmt: skip
     assert result["settings"]["inception"] == "colours"
     assert str(clip_folder) in result["settings"]["clip"]
@@ -161,6 +162,13 @@ def test_the_way_a_folder_is_written_does_not_matter(set_up, clip, tmp_path, wri
     plain = evaluate("samples", "meta_data.json", clip=clip)
     found = evaluate(written.format(tmp_path), "meta_data.json", clip=clip)
     assert found["metrics"] == plain["metrics"] and found["breakdown"] == plain["breakdown"]
+
+
+def test_without_scores_there_is_no_worst_and_best(set_up, clip):
+    given = dict(reference="real", inception=Colours(), output="out")
+    for more, sheets in ((dict(clip=clip), {"grid", "worst", "best"}), ({}, {"grid"})):
+        evaluate("samples", "meta_data.json", **given, **more)
+        assert {name[:-4] for name in os.listdir("out") if name.endswith(".png")} == sheets
 
 
 def test_any_spelling_of_a_picture_s_ending(set_up, clip):
@@ -225,7 +233,7 @@ def test_what_does_not_belong_or_is_not_there_is_refused_or_counted(set_up, clip
         evaluate("samples", "meta_data.json", clip=clip)
     found = evaluate("samples", "meta_data.json", clip=clip, leave_out=True)
     assert found["counts"] == {
-        "asked": 10, "missing": 1, "no_item": 1, "pictures": 8, "unmeasured": 1,
+        "asked": 10, "missing": 1, "no_item": 1, "pictures": 8, "left_out": 1,
     }  # fmt: skip
     os.remove("samples/more.png")
     Image.new("RGB", (20, 20)).save("samples/art/art1.png")
@@ -237,6 +245,18 @@ def test_a_category_without_a_reference_is_said(set_up, caplog):
     os.rename("real/art", "real/other")
     found = evaluate("samples", "meta_data.json", reference="real", inception=Colours())
     assert list(found["breakdown"]["fid"]) == ["animals"] and "no FID of art" in caplog.text
+
+
+def test_text_features_that_are_none_are_refused_by_name(set_up, clip):
+    with pytest.raises(ValueError, match="meta_data.json is no safetensors file"):
+        evaluate("samples", "meta_data.json", clip=clip, text_features="meta_data.json")
+
+
+def test_items_without_a_reference_are_said_and_counted(set_up, caplog):
+    os.remove("real/art/art2.jpg")
+    found = evaluate("samples", "meta_data.json", reference="real", inception=Colours())
+    assert "no picture of 1 of 10 items: art/art2" in caplog.text
+    assert found["counts"]["reference_pictures"] == 9 and found["counts"]["reference_missing"] == 1
 
 
 def test_nothing_to_measure_with_is_refused(set_up):
@@ -294,6 +314,10 @@ def test_the_command(set_up, clip_folder):
     assert str(clip_folder) in done.output
     for title in ("grid", "worst", "best"):
         assert os.path.getsize(f"out/{title}.png")
+    os.rename("samples/art/art1.jpg", "samples/art/cat.jpg")
+    named = CliRunner().invoke(app, [*command, "--metrics", "clip_score", "--clip", "nowhere"])
+    assert "1 pictures are no item: art/cat.jpg" in named.stderr  # before any network is loaded
+    os.rename("samples/art/cat.jpg", "samples/art/art1.jpg")
     unknown = CliRunner().invoke(app, [*command, "--metrics", "clip_score", "--clip", "samples"])
     assert unknown.exit_code == 1 and "see docs/evaluation.md" in unknown.stderr
 
@@ -304,5 +328,5 @@ def test_a_clip_without_all_its_weights_is_refused(clip_folder, tmp_path):
     del state["visual_projection.weight"]
     model.save_pretrained(tmp_path, state_dict=state)
     transformers.AutoTokenizer.from_pretrained(clip_folder).save_pretrained(tmp_path)
-    with pytest.raises(OSError, match="lacks weights: visual_projection.weight"):
+    with pytest.raises(ValueError, match="1 weights are missing, such as visual_projection.weight"):
         Clip(tmp_path)

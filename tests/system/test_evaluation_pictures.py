@@ -7,6 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from golden_files import GOLDEN
 from PIL import Image
 from two_processes import in_two_processes
 
@@ -78,6 +79,13 @@ def test_an_npz_is_read_row_by_row(tmp_path, compressed):
     chosen = [1, 2, 7, 11]
     levels = torch.stack(list(pictures.read(chosen))).permute(0, 2, 3, 1)
     assert torch.equal(levels, torch.from_numpy(random_pictures(12))[chosen])
+
+
+def test_a_reference_file_of_the_suite_s_kind_is_streamed():
+    path = GOLDEN / "evaluation/reference.npz"
+    levels = torch.stack(list(Npz(path).read(range(12)))).permute(0, 2, 3, 1)
+    with np.load(path) as arrays:
+        assert torch.equal(levels, torch.from_numpy(arrays["arr_0"])) and len(levels) == 12
 
 
 def test_an_npz_of_another_kind_is_refused(tmp_path):
@@ -204,6 +212,14 @@ def test_too_few_and_none_at_all(folder, tmp_path):
         opened(tmp_path / "nowhere.npz", 1)
     with pytest.raises(ValueError, match="fewer pictures than asked: .* holds 12 of 13"):
         opened(folder, 13)
+
+
+def test_statistics_of_many_pictures_show_their_progress(folder, monkeypatch, capsys):
+    for chunk, is_shown in ((500, False), (1, True)):
+        monkeypatch.setattr(features, "CHUNK", chunk)
+        with work_folder(None) as work:
+            measure(Folder(folder), Means(), work).moments()
+        assert ("statistics: 100%" in capsys.readouterr().err) is is_shown
 
 
 def test_a_rerun_measures_what_is_missing_or_changed(folder, tmp_path, monkeypatch):

@@ -206,6 +206,10 @@ def test_only_what_is_missing_is_drawn(tmp_path):
     (folder / "00003/grid.png").unlink()
     with pytest.raises(ValueError, match=r"00000.png is \(4, 4, 3\), not \(16, 16, 3\): remove it"):
         again()
+    sample = folder / "00003/samples/00000.png"
+    sample.write_bytes(before["00003/samples/00000.png"][:-60])
+    with pytest.raises(OSError, match=r"00003/samples/00000.png: OSError: .*truncated"):
+        again()
 
 
 def test_neighbours_do_not_change_a_prompt_s_picture(tmp_path):

@@ -2,19 +2,23 @@
 
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
 import drawn_objects
 import pytest
+from damaged import as_mode, cut
 from drawn_objects import NAMES, RIGHT, detect, mean_colours
 from PIL import Image
 
 from tim.data.prompts import GENEVAL_TAGS, geneval
+from tim.evaluation import judging
 from tim.evaluation.geneval import check, evaluate, table
 
 PER_TAG = 3
@@ -73,16 +77,17 @@ def test_the_truth_comes_out(drawn, tmp_path):
     assert result["breakdown"]["accuracy"] == accuracy
     assert result["metrics"] == {
         "overall": pytest.approx(sum(accuracy.values()) / 6),
-        "correct_images": pytest.approx(12 / 24),
+        "correct_pictures": pytest.approx(12 / 24),
         "correct_prompts": pytest.approx(5 / 6),
     }
-    counts = {"images": WANTED, "images_wanted": WANTED, "left_out": 0, "tags_missing": 0}
+    counts = {"pictures": WANTED, "asked": WANTED, "left_out": 0, "tags_missing": 0}
     assert counts.items() <= result["counts"].items()
     assert result["settings"]["detector"] == "rectangles" and result["versions"]["torch"]
     assert json.loads((tmp_path / "result.json").read_text()) == result
     wrong = sum(min(8, PER_TAG * (4 - right)) for right in RIGHT.values())
     right = sum(min(8, PER_TAG * right) for right in RIGHT.values())
-    for name, shown in (("worst.png", wrong), ("best.png", right)):
+    first = min(8, 4 * PER_TAG) * len(RIGHT)
+    for name, shown in (("worst.png", wrong), ("best.png", right), ("grid.png", first)):
         with Image.open(tmp_path / name) as sheet:  # eight in a row
             assert sheet.size == (8 * 264, -(-shown // 8) * 282)
 
@@ -169,19 +174,6 @@ def test_two_processes_one_of_them_killed(drawn, tmp_path):
     assert rows(tmp_path / "two") == rows(tmp_path / "one")
 
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-40])
-
-
-def as_mode(mode):
-    def change(path):
-        with Image.open(path) as image:
-            changed = image.convert(mode)
-        changed.save(path)
-
-    return change
-
-
 def renamed(name):
     return lambda path: path.rename(path.with_name(name))
 
@@ -192,9 +184,9 @@ SAMPLE = "00002/samples/00001.png"
 @pytest.mark.parametrize(
     "damage, where, message, lost",
     [
-        (cut, SAMPLE, "samples/00001.png: OSError: .*1 in all", 1),
-        (as_mode("L"), SAMPLE, "RGB is needed, the picture is L .1 in all", 1),
-        (as_mode("RGBA"), SAMPLE, "RGB is needed, the picture is RGBA", 1),
+        (cut, SAMPLE, "samples/00001.png: image file is truncated.*1 in all", 1),
+        (as_mode("L"), SAMPLE, "00001.png: it is L, not RGB .1 in all", 1),
+        (as_mode("RGBA"), SAMPLE, "it is RGBA, not RGB", 1),
         (Path.unlink, SAMPLE, "00002 has 3 of 4 pictures", 1),
         (renamed("first.png"), SAMPLE, "00002/samples/first.png is no NUMBER.png", 1),
         (Path.unlink, "00003/metadata.jsonl", "00003/metadata.jsonl is missing", 4),
@@ -216,7 +208,7 @@ def test_what_is_wrong_is_named_and_left_out_only_when_told(
         run(folder, prompts, tmp_path / "out")
     assert not (tmp_path / "out/result.json").exists()
     result = run(folder, prompts, tmp_path / "out", leave_out=True)
-    assert result["counts"]["images"] == WANTED - lost
+    assert result["counts"]["pictures"] == WANTED - lost
     assert result["counts"]["left_out"] == len(result["settings"]["left_out"]) > 0
     assert len(rows(tmp_path / "out")) == WANTED - lost
 
@@ -226,7 +218,7 @@ def test_more_pictures_than_asked(mine, tmp_path):
     with pytest.raises(ValueError, match="00000 has 4 of 2 pictures, .*18 in all"):
         run(folder, prompts, tmp_path / "out", per_prompt=2)
     result = run(folder, prompts, tmp_path / "out", per_prompt=2, leave_out=True)
-    assert result["counts"]["images"] == WANTED // 2
+    assert result["counts"]["pictures"] == WANTED // 2
     assert result["breakdown"]["accuracy"]["counting"] == 1  # the first two
     with pytest.raises(ValueError, match="per_prompt must be at least 1"):
         run(folder, prompts, tmp_path / "out", per_prompt=0)
@@ -245,14 +237,13 @@ def test_a_missing_tag_is_said(mine, tmp_path):
     assert "the mean is without counting: not GenEval's score" in table(result)
 
 
-def test_any_number_of_digits_and_a_result_within(mine):
-    """As the benchmark describes it, and with the result's folder among the pictures."""
+def test_any_number_of_digits(mine, tmp_path):
+    """As the benchmark describes it."""
     folder, prompts = mine
     for path in [*folder.glob("*/samples/*.png")]:
         path.rename(path.with_name(f"{path.stem[1:]}.png"))
-    for _ in range(2):
-        result = run(folder, prompts, folder / "judged")
-        assert result["counts"]["images"] == WANTED and result["counts"]["left_out"] == 0
+    result = run(folder, prompts, tmp_path / "out")
+    assert result["counts"]["pictures"] == WANTED and result["counts"]["left_out"] == 0
 
 
 def test_prompts_of_ones_own_must_be_judgeable(drawn, tmp_path):
@@ -278,9 +269,10 @@ def test_no_folder_and_an_empty_one(tmp_path):
 
 
 def test_results_do_not_go_among_the_pictures(drawn):
-    with pytest.raises(ValueError, match="the results need a folder of their own"):
-        run(drawn[0], drawn[1], drawn[0])
-    assert not (drawn[0] / "judged").exists()
+    for output in (drawn[0], drawn[0] / "results"):
+        with pytest.raises(ValueError, match="must lie outside the pictures' folder"):
+            run(drawn[0], drawn[1], output)
+        assert not (output / "judged").exists()
 
 
 def test_nothing_left_to_judge(mine, tmp_path):
@@ -303,11 +295,57 @@ def test_a_function_needs_a_name(drawn, tmp_path):
         evaluate(drawn[0], tmp_path, detect, mean_colours, prompts=drawn[1])
 
 
+@pytest.mark.parametrize("place", ["score", "box"])
+def test_what_a_detector_computes_must_be_finite(drawn, tmp_path, place):
+    """It would be no object, and the picture wrong."""
+    folder, prompts, _ = drawn
+    wrong = drawn_objects.draw(geneval()[1].metadata, True).tobytes()
+
+    def broken(picture):
+        found = detect(picture)
+        if picture.tobytes() != wrong:
+            return found
+        change = {"score": math.nan} if place == "score" else {"box": (math.nan, 0, 1, 1)}
+        return [each._replace(**change) for each in found]
+
+    with pytest.raises(ValueError, match=r"00001/samples/00000.png: .* not finite.*4 in all"):
+        run(folder, prompts, tmp_path / "out", broken)
+    result = run(folder, prompts, tmp_path / "out", broken, leave_out=True)
+    assert result["counts"]["pictures"] == WANTED - 4 and result["counts"]["left_out"] == 4
+    assert run(folder, prompts, tmp_path / "out")["counts"]["pictures"] == WANTED
+
+
+def test_pictures_are_read_while_others_are_judged(drawn, tmp_path, monkeypatch):
+    """The second is asked for before the first is judged."""
+    read, seen = judging.picture, threading.Event()
+    names = []
+
+    def reading(path):
+        names.append(path)
+        if len(names) > WANTED + 1:  # all are looked at once before
+            seen.set()
+        return read(path)
+
+    def detector(picture):
+        assert seen.wait(60)
+        return detect(picture)
+
+    monkeypatch.setattr(judging, "picture", reading)
+    run(*drawn[:2], tmp_path, detector)
+
+
+def test_a_folder_of_several_runs_is_refused(mine, tmp_path):
+    folder, prompts = mine
+    (folder / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="1 folders of tim generate: give one, such as .*pictures"):
+        run(folder.parent, prompts, tmp_path / "out")
+
+
 @pytest.mark.nightly
 def test_all_553_prompts(tmp_path):
     truth = drawn_objects.save(tmp_path / "pictures", None)
     result = run(tmp_path / "pictures", None, tmp_path / "out")
     assert {row["filename"]: row["correct"] for row in rows(tmp_path / "out")} == truth
-    assert result["counts"]["images"] == 4 * 553 == len(truth)
+    assert result["counts"]["pictures"] == 4 * 553 == len(truth)
     assert Counter(row["tag"] for row in rows(tmp_path / "out"))["color_attr"] == 400
     assert result["metrics"]["overall"] == pytest.approx(12 / 24)

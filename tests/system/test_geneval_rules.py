@@ -49,7 +49,9 @@ def test_summary():
         assert found[name] == expected[name]
     for name in ("overall", "correct_images", "correct_prompts"):
         assert found[name] == pytest.approx(expected[name], rel=1e-12)
-    assert found["tasks"] == {tag: pytest.approx(of) for tag, of in expected["tasks"].items()}
+    assert found["tasks"] == {
+        tag: pytest.approx(of, rel=1e-12) for tag, of in expected["tasks"].items()
+    }
     without = summary(row for row in rows if row["tag"] != "counting")
     assert f"{without['overall']:.5f}" in expected["printed_without_counting"]
     with pytest.raises(ValueError, match="no picture was judged"):

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from tim.app.cli import app
 from tim.evaluation import weights
+from tim.evaluation.clip import Clip, features_of
 from tim.evaluation.dpg.vqa import BlipVQA, QwenVQA, load_vqa
 from tim.evaluation.geneval import colours
 from tim.evaluation.geneval.colours import ClipColours
@@ -106,12 +107,33 @@ def test_pixels_are_those_of_clips_own_processor():
         assert torch.allclose(colours.pixels(picture, 16), expected, atol=1e-5), size
 
 
+@pytest.mark.parametrize("kind", ["blip", "qwen"])
+def test_an_answer_of_nan_is_none(saved, kind):
+    """The first word of the vocabulary would be taken for it."""
+    ask = load_vqa(saved / kind)
+    next(p for name, p in ask.model.named_parameters() if "embed" in name).data.fill_(np.nan)
+    with pytest.raises(FloatingPointError, match="logits of the answer are not finite"):
+        ask(noise(40, 24), "is there a red object ?")
+
+
+def test_a_colour_of_nan_is_none(saved):
+    classify = ClipColours.load(saved / "clip")
+    classify.model.visual_projection.weight.data.fill_(np.nan)
+    with pytest.raises(FloatingPointError, match="features of colours are not finite"):
+        classify(noise(40, 30), [Detection("object", (2, 3, 30, 20), 0.9)], "object")
+
+
+def test_a_folder_goes_before_a_short_name(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(saved)
+    assert load_vqa("blip").settings["vqa"] == "blip"
+
+
 def test_features_of_transformers_4_and_5():
     features = torch.ones(2, 3)
     output = small_judges.transformers.modeling_outputs.BaseModelOutputWithPooling(
         pooler_output=features
     )
-    assert colours._features(features) is features and colours._features(output) is features
+    assert features_of(features) is features and features_of(output) is features
 
 
 def test_blip_answers(saved):
@@ -160,6 +182,8 @@ def test_the_licence_is_said_once(saved, caplog, monkeypatch):
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             weights.load(OfTheHub, name)
+        Clip(saved / "clip")
+    assert any("clip: weights under a licence of their own" in line for line in caplog.messages)
     said = [line for line in caplog.messages if name in line]
     assert said == [f"{name}: weights under CC BY-NC 4.0, for non-commercial use"]
 

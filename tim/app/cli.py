@@ -9,8 +9,8 @@ import typer
 from safetensors.torch import save_file
 
 from tim.app import evaluate, generate
-from tim.app.common import check_device, errors_without_traceback, fail
-from tim.processes import launched_device, launched_group
+from tim.app.common import Device, check_device, device_of, errors_without_traceback, fail
+from tim.processes import launched_group
 
 app = typer.Typer(
     help="Transition Models: train, sample, generate, evaluate, demo.", no_args_is_help=True
@@ -120,9 +120,7 @@ def preprocess(
     ),
     seed: Annotated[int, typer.Option(help="Of what the autoencoder draws.")] = 0,
     workers: Annotated[int, typer.Option(help="Threads that read and write, each process.")] = 8,
-    device: Annotated[
-        str | None, typer.Option(help="cuda, cpu, …; by default a GPU for each process.")
-    ] = None,
+    device: Device = None,
 ) -> None:
     """Make latents of pictures; a stopped run goes on, and torchrun shares the work."""
     if native == (image_size is not None):
@@ -134,8 +132,7 @@ def preprocess(
     dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
     if dtype not in dtypes:
         raise typer.BadParameter(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
-    device = device or launched_device()
-    check_device(device)
+    device = device_of(device)
     with errors_without_traceback():
         from tim.data.preprocess import preprocess as run
         from tim.encoders import Autoencoder

@@ -8,16 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from tim.app import judge
-from tim.app.common import check_device, errors_without_traceback
-from tim.processes import Processes, launched_device, launched_group
+from tim.app.common import Device, LeaveOut, Results, device_of, errors_without_traceback
+from tim.processes import Processes, launched_group
 
 app = typer.Typer(
     help="Measure pictures against a benchmark; torchrun shares the work, a rerun goes on.",
     no_args_is_help=True,
 )
-Output = Annotated[
-    Path, typer.Option(help="A folder for the results; a stopped run goes on from it.")
-]
 WorkFolder = Annotated[
     Path | None, typer.Option("--work", help="Where features are kept; OUTPUT/features by default.")
 ]
@@ -29,14 +26,8 @@ DownloadWeights = Annotated[
     bool, typer.Option("--download-weights", help="Let torch-fidelity fetch Inception's weights.")
 ]
 BatchSize = Annotated[int, typer.Option(help="Pictures in a network at once, each process.")]
-LeaveOut = Annotated[
-    bool, typer.Option("--leave-out", help="Go on without pictures that cannot be measured.")
-]
 Convert = Annotated[
     bool, typer.Option("--convert", help="Make grey, palette and transparent pictures RGB.")
-]
-Device = Annotated[
-    str | None, typer.Option(help="cuda, cpu, …; by default a GPU for each process.")
 ]
 Metrics = Annotated[str | None, typer.Option(help="Some, comma-separated; all by default.")]
 
@@ -45,7 +36,7 @@ Metrics = Annotated[str | None, typer.Option(help="Some, comma-separated; all by
 def imagenet(
     pictures: Annotated[Path, typer.Argument(help="A folder of pictures, or an npz of arr_0.")],
     reference: Annotated[Path, typer.Argument(help="ADM's VIRTUAL_imagenet….npz for that size.")],
-    output: Output,
+    output: Results,
     inception_weights: Weights = None,
     download_weights: DownloadWeights = False,
     num_samples: Annotated[  # torchrun would take --num for an option of its own
@@ -61,11 +52,12 @@ def imagenet(
     device: Device = None,
 ) -> None:
     """FID, sFID, Inception score, precision and recall as ADM's suite has them."""
-    device = _checked(device)
+    device = device_of(device)
     with errors_without_traceback():
-        from tim.evaluation.imagenet import METRICS, evaluate
+        from tim.evaluation.imagenet import METRICS, check, evaluate
 
         chosen = _chosen(metrics, METRICS)
+        check(pictures, reference, output, count=num_samples, metrics=chosen)
         with launched_group():
             network = _inception(inception_weights, download_weights, "adm", device)
             result = evaluate(
@@ -80,7 +72,7 @@ def imagenet(
 def mjhq(
     pictures: Annotated[Path, typer.Argument(help="A folder of CATEGORY/ID.jpg.")],
     meta_data: Annotated[Path, typer.Option(help="MJHQ-30K's meta_data.json.")],
-    output: Output,
+    output: Results,
     reference: Annotated[
         Path | None, typer.Option(help="MJHQ's pictures, or an npz of mu and sigma; for FID.")
     ] = None,
@@ -100,17 +92,20 @@ def mjhq(
     device: Device = None,
 ) -> None:
     """FID and CLIP score of MJHQ-30K, overall and by category."""
-    device = _checked(device)
+    device = device_of(device)
     with errors_without_traceback():
         from tim.evaluation.clip import Clip
-        from tim.evaluation.mjhq import METRICS, evaluate
+        from tim.evaluation.mjhq import METRICS, check, evaluate
 
         chosen = _chosen(metrics, METRICS)
         networks: dict[str, Any] = {}
+        if "fid" not in chosen:
+            reference = None
+        elif reference is None:
+            raise ValueError("FID needs --reference; --metrics clip_score goes without")
+        check(pictures, meta_data, output, reference=reference, leave_out=leave_out)
         with launched_group():
             if "fid" in chosen:
-                if reference is None:
-                    raise ValueError("FID needs --reference; --metrics clip_score goes without")
                 networks["inception"] = _inception(
                     inception_weights, download_weights, "mjhq", device, spatial=False
                 )
@@ -126,12 +121,6 @@ def mjhq(
 
 app.command()(judge.geneval)
 app.command()(judge.dpg)
-
-
-def _checked(device: str | None) -> str:
-    device = device or launched_device()
-    check_device(device)
-    return device
 
 
 def _chosen(metrics: str | None, known: tuple[str, ...]) -> tuple[str, ...]:

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from tim.app.common import check_device, errors_without_traceback
+from tim.app.common import Device, device_of, errors_without_traceback
 from tim.generate.settings import KINDS, PRESETS, make
-from tim.processes import launched_device, launched_group
+from tim.processes import launched_group
 
 app = typer.Typer(
     help="Folders of pictures for benchmarks; a stopped run goes on, and torchrun shares the work.",
@@ -31,9 +31,6 @@ Config = Annotated[
 ]
 Output = Annotated[
     Path, typer.Option("--output", "--sample-dir", help="Where the folder of pictures goes.")
-]
-Device = Annotated[
-    str | None, typer.Option(help="cuda, cpu, …; by default a GPU for each process.")
 ]
 _CAPTIONS = {
     "geneval": "A JSONL file in place of GenEval's own prompts.",
@@ -55,9 +52,7 @@ def _command(name: str) -> Callable[..., None]:
         checkpoint: Path, output: Path, config: str | None, device: str | None, preset: str | None,
         caption_dir: Path | None = None, **given: Any,
     ) -> None:  # fmt: skip
-        check_device(device or "cpu")
-        if device in (None, "cuda"):
-            device = launched_device()
+        device = device_of(device)
         changes = {field: value for field, value in given.items() if value is not None}
         with errors_without_traceback():
             from tim.generate.benchmarks import BENCHMARKS

@@ -5,22 +5,13 @@ from typing import Annotated
 
 import typer
 
-from tim.app.common import check_device, errors_without_traceback
-from tim.processes import Processes, launched_device, launched_group
-
-_Output = Annotated[Path, typer.Option(help="A folder for the results; a stopped run goes on.")]
-_LeaveOut = Annotated[
-    bool,
-    typer.Option("--leave-out", help="Judge what there is; the counts say what is not."),
-]
-_Device = Annotated[
-    str | None, typer.Option(help="cuda, cpu, …; by default a GPU for each process.")
-]
+from tim.app.common import Device, LeaveOut, Results, device_of, errors_without_traceback
+from tim.processes import Processes, launched_group
 
 
 def geneval(
     pictures: Annotated[Path, typer.Argument(help="A folder with one for each prompt: 00000, …")],
-    output: _Output,
+    output: Results,
     detector: Annotated[
         str, typer.Option(help="A Mask2Former of COCO's 80 classes: a folder or a name on the hub.")
     ] = "facebook/mask2former-swin-small-coco-instance",
@@ -31,12 +22,11 @@ def geneval(
         Path | None, typer.Option(help="Other prompts than GenEval's 553, as its JSONL.")
     ] = None,
     per_prompt: Annotated[int, typer.Option(help="Pictures of each prompt.")] = 4,
-    leave_out: _LeaveOut = False,
-    device: _Device = None,
+    leave_out: LeaveOut = False,
+    device: Device = None,
 ) -> None:
     """GenEval: whether pictures show the objects asked for; torchrun shares the work."""
-    device = device or launched_device()
-    check_device(device)
+    device = device_of(device)
     with errors_without_traceback(), launched_group():
         from tim.evaluation.geneval import check, evaluate, table
         from tim.evaluation.geneval.colours import ClipColours
@@ -52,15 +42,15 @@ def geneval(
 def dpg(
     pictures: Annotated[Path, typer.Argument(help="A folder of ITEM.png.")],
     questions: Annotated[Path, typer.Option(help="dpg_bench.csv.")],
-    output: _Output,
+    output: Results,
     vqa: Annotated[
         str,
         typer.Option(
             help="blip, qwen2.5-vl, or another of these kinds: a folder or a name on the hub."
         ),
     ] = "blip",
-    per_file: Annotated[
-        int, typer.Option("--pictures", help="In a file: 4 as its quarters, or 1.")
+    per_prompt: Annotated[
+        int, typer.Option(help="Pictures of each prompt: 4 as the quarters of its file, or 1.")
     ] = 4,
     published_categories: Annotated[
         bool,
@@ -68,19 +58,18 @@ def dpg(
             "--published-categories", help="Category scores of each item's last picture alone."
         ),
     ] = False,
-    leave_out: _LeaveOut = False,
-    device: _Device = None,
+    leave_out: LeaveOut = False,
+    device: Device = None,
 ) -> None:
     """DPG-Bench: questions about pictures, answered by a network; torchrun shares the work."""
-    device = device or launched_device()
-    check_device(device)
+    device = device_of(device)
     with errors_without_traceback(), launched_group():
         from tim.evaluation.dpg import check, evaluate, table
         from tim.evaluation.dpg.vqa import load_vqa
 
         check(pictures, questions, output, leave_out=leave_out)
         result = evaluate(
-            pictures, questions, output, load_vqa(vqa, device), pictures=per_file,
+            pictures, questions, output, load_vqa(vqa, device), per_prompt=per_prompt,
             published_categories=published_categories, leave_out=leave_out,
         )  # fmt: skip
         _say(table(result), output)

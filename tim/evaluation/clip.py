@@ -2,19 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPModel
+from transformers.utils import ModelOutput
 
-from tim.data.files import some
-from tim.data.prompts import PAGE
 from tim.evaluation.features import Features
 from tim.evaluation.inception import antialiased_bilinear
-from tim.provenance import file_hash
+from tim.evaluation.weights import load, pretrained
+from tim.provenance import weights_hash
 
 DEFAULT = "openai/clip-vit-large-patch14"
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -25,8 +24,13 @@ _PROMPTS = 256  # at once
 def preprocessed(pictures: Tensor, side: int) -> Tensor:
     """uint8 (N, 3, H, W) → (N, 3, side, side) float32: antialiased bilinear, not cropped."""
     resized = antialiased_bilinear(pictures.float() / 255, side, side)
-    mean, std = (resized.new_tensor(each)[:, None, None] for each in (_MEAN, _STD))
-    return (resized - mean) / std
+    return normalised(resized)
+
+
+def normalised(levels: Tensor) -> Tensor:
+    """(…, 3, H, W) of [0, 1] with CLIP's mean and deviation."""
+    mean, std = (levels.new_tensor(each)[:, None, None] for each in (_MEAN, _STD))
+    return (levels - mean) / std
 
 
 def cosines(images: Tensor, texts: Tensor) -> Tensor:
@@ -50,27 +54,18 @@ class Clip:
         name_or_folder: on the Hugging Face hub or on the disk.
 
     Raises:
-        OSError: it is neither, or holds no such model.
+        FileNotFoundError: it is neither.
+        ValueError: weights are missing or of other shapes.
     """
 
     def __init__(self, name_or_folder: str | Path = DEFAULT, *, device: str = "cpu"):
-        given = str(name_or_folder)
-        try:
-            self._model, loaded = CLIPModel.from_pretrained(
-                given, dtype=torch.float32, output_loading_info=True
-            )
-            self._tokenizer = AutoTokenizer.from_pretrained(given)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise OSError(f"{given} is no CLIP that can be loaded: {reason}; see {PAGE}") from error
-        if loaded["missing_keys"]:
-            raise OSError(f"{given} lacks weights: {some(sorted(loaded['missing_keys']))}")
-        self._model.eval().requires_grad_(False).to(device)
+        self._model = load(CLIPModel, name_or_folder, device, dtype=torch.float32)
+        self._tokenizer = pretrained(AutoTokenizer, name_or_folder)
         self._side = self._model.config.vision_config.image_size
         self.device = device
         self.name = (
-            f"CLIP {given} ({_version(Path(given), self._model)}); bilinear with antialiasing to "
-            f"{self._side}², squashed"
+            f"CLIP {name_or_folder} (weights {weights_hash(self._model)}); bilinear with "
+            f"antialiasing to {self._side}², squashed"
         )
 
     @torch.no_grad()
@@ -94,14 +89,10 @@ class Clip:
         return torch.cat(found)
 
 
-def _unit(output: Any) -> Tensor:
-    """transformers 5 returns an object whose pooler_output is projected, 4 the tensor itself."""
-    features = output if isinstance(output, Tensor) else output.pooler_output
-    return F.normalize(features, dim=1)
+def features_of(output: Tensor | ModelOutput) -> Tensor:
+    """Transformers 4 gives the projected features themselves, 5 within an output."""
+    return getattr(output, "pooler_output", output)
 
 
-def _version(folder: Path, model: CLIPModel) -> str:
-    if folder.is_dir():
-        files = sorted(path for kind in ("safetensors", "bin") for path in folder.glob(f"*.{kind}"))
-        return f"sha256 {file_hash(*files)}"
-    return f"revision {getattr(model.config, '_commit_hash', None)}"
+def _unit(output: Tensor | ModelOutput) -> Tensor:
+    return F.normalize(features_of(output), dim=1)

@@ -76,8 +76,8 @@ class Measured:
     def moments_by(self, part: Callable[[str], str], kind: str = "pool") -> dict[str, Moments]:
         """The same by what `part` makes of a picture's name."""
         found: dict[str, Moments] = defaultdict(Moments)
-        names = iter(self.names)
-        for features in self:
+        names, is_quick = iter(self.names), len(self.files) < 10
+        for features in tqdm(self, "statistics", len(self.files), disable=is_quick):
             rows = getattr(features, kind)
             parts = [part(name) for name in itertools.islice(names, len(rows))]
             for each in dict.fromkeys(parts):
@@ -143,7 +143,9 @@ def measure(
     total = sum(stop - start for start, stop in mine)
     done = total - sum(stop - start for start, stop in missing)
     read = pictures.read(place for chunk in missing for place in range(*chunk))
-    with tqdm(total=total, initial=done, desc=label, disable=not processes.is_first) as bar:
+    with tqdm(
+        total=total, initial=done, desc=label, unit=" pictures", disable=not processes.is_first
+    ) as bar:
         for start, stop in missing:
             chunk = _Chunk(pictures.names[start:stop], network)
             for place in range(start, stop):
@@ -222,7 +224,7 @@ def _refuse(measured: Measured, count: int, leave_out: bool) -> None:
         lines = [f"{name} ({reason})" for name, reason in measured.bad]
         raise ValueError(
             f"{len(lines):,} of {count:,} pictures cannot be measured: {some(lines)}; "
-            "mend them, or ask to leave them out"
+            "--leave-out measures the others and counts these"
         )
     if not measured.names:
         raise ValueError(f"none of {count:,} pictures can be measured: {some(measured.bad, 1)}")

@@ -17,7 +17,7 @@ from tim.checks import whole
 from tim.data.prompts import PAGE
 from tim.evaluation import report
 from tim.evaluation.features import FeatureNetwork, Measured, Work, measure, work_folder
-from tim.evaluation.pictures import Npz, Pictures, npz_file, opened
+from tim.evaluation.pictures import Npz, Pictures, npz_checksum, npz_file, opened
 from tim.evaluation.scores import PrecisionRecall, inception_score, precision_recall
 from tim.evaluation.statistics import frechet_distance
 from tim.processes import Processes
@@ -71,13 +71,11 @@ def evaluate(
     """
     count, split = whole("count", count, 1), whole("split", split, 1)
     batch_size, k = whole("batch_size", batch_size, 1), whole("k", k, 1)
-    if not metrics or not {*metrics} <= {*METRICS}:
-        raise ValueError(f"metrics must be some of {', '.join(METRICS)}, got {', '.join(metrics)}")
-    source = opened(pictures, count, convert=convert)
-    wanted = _Reference(reference, metrics)
+    source, wanted = check(
+        pictures, reference, output, count=count, metrics=metrics, convert=convert
+    )
     path = getattr(source, "path", None)
-    if path is not None:
-        report.apart(output, path)
+    run = None if path is None else report.run_of(path)
     if work is None and output is not None:
         work = Path(output) / "features"
     with work_folder(work) as folder:
@@ -97,6 +95,7 @@ def evaluate(
                     "network": getattr(network, "name", None) or type(network).__name__,
                     "pictures": "an iterator" if path is None else str(path),
                     "reference": Path(reference).name,
+                    "reference_checksum": npz_checksum(reference),
                     "grey_and_transparent": "made RGB" if convert else "refused",
                     "inception_score_order": f"random, seed {_ORDER_SEED}",
                     "inception_score_split": split,
@@ -107,9 +106,24 @@ def evaluate(
                     **scores.counts, "asked": count, "left_out": len(samples.bad),
                     "not_used": len(source.names) - count,
                 },
-                run=None if path is None else report.run_of(path),
+                run=run,
             )  # fmt: skip
         return Processes.here().gather(result)[0]
+
+
+def check(
+    pictures: str | Path | Pictures | Iterable[Tensor], reference: str | Path,
+    output: str | Path | None, *, count: int = 50_000, metrics: Sequence[str] = METRICS,
+    convert: bool = False,
+) -> tuple[Pictures, "_Reference"]:  # fmt: skip
+    """What is given, opened; raises what `evaluate` would, before any network is loaded."""
+    if not metrics or not {*metrics} <= {*METRICS}:
+        raise ValueError(f"metrics must be some of {', '.join(METRICS)}, got {', '.join(metrics)}")
+    source = opened(pictures, whole("count", count, 1), convert=convert)
+    if (path := getattr(source, "path", None)) is not None:
+        report.apart(output, path)
+        report.run_of(path)
+    return source, _Reference(reference, metrics)
 
 
 class _Reference:
@@ -186,13 +200,18 @@ def _sheets(
     if not hasattr(source, "path"):  # what was yielded is gone
         return
     places = {name: place for place, name in enumerate(source.names)}
-    chosen = {"grid": {name: "" for name in samples.names[:_SHOWN]}}
+
+    def read(names: Sequence[str]) -> list[Image.Image]:
+        ascending = sorted(names, key=places.__getitem__)
+        found = source.read(map(places.__getitem__, ascending))
+        shown = dict(zip(ascending, found, strict=True))
+        return [Image.fromarray(shown[name].movedim(0, -1).numpy()) for name in names]
+
+    chosen = {"grid": {name: name for name in samples.names[:_SHOWN]}}
     if balls is not None:
         order = balls.realism.argsort().tolist()
         for title, picked in (("worst", order[:_SHOWN]), ("best", order[::-1][:_SHOWN])):
-            chosen[title] = {samples.names[i]: f" {balls.realism[i]:.2f}" for i in picked}
-    for title, labels in chosen.items():
-        by_place = {places[name]: f"{name}{label}" for name, label in labels.items()}
-        shown = dict(zip(sorted(by_place), source.read(sorted(by_place)), strict=True))
-        images = [Image.fromarray(shown[p].movedim(0, -1).numpy()) for p in by_place]
-        report.sheet(images, list(by_place.values()), output / f"{title}.png")
+            names = [samples.names[i] for i in picked]
+            realism = balls.realism[picked].tolist()
+            chosen[title] = {f: f"{f} {value:.2f}" for f, value in zip(names, realism, strict=True)}
+    report.sheets(output, chosen, read)

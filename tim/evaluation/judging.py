@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from tim.data.base import UnreadableError
 from tim.data.files import some
-from tim.evaluation.reading import picture
+from tim.evaluation.reading import ahead, picture
 from tim.files import locked
 from tim.processes import Processes
 
 _WORK = "judged"  # what is done, in a result's folder
+_READERS = 4  # threads
 
 
 @contextmanager
@@ -32,22 +33,6 @@ def output_folder(folder: str | Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder) if Processes.here().is_first else nullcontext():
         yield folder
-
-
-def check_folders(folder: Path, output: Path) -> None:
-    """Raises:
-    FileNotFoundError: there is no folder of pictures.
-    ValueError: the result would lie among them.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
-    if folder.resolve() == output.resolve():
-        raise ValueError(f"the results need a folder of their own, not {folder} of the pictures")
-
-
-def is_result(path: Path, output: Path) -> bool:
-    """Whether a folder among pictures is that of this or another result."""
-    return path.resolve() == output.resolve() or (path / _WORK).is_dir()
 
 
 def refuse(folder: Path, problems: Sequence[str], wanted: str) -> None:
@@ -72,8 +57,8 @@ def without_damaged(
     def fault(name: str) -> tuple[str, str] | None:
         try:
             reason = check(picture(pictures[name]))
-        except (UnreadableError, ValueError) as error:
-            return name, str(error)
+        except UnreadableError as error:
+            return name, f"{pictures[name]}: {error.__cause__ or error}"
         return (name, f"{pictures[name]}: {reason}") if reason else None
 
     here = Processes.here()
@@ -92,8 +77,9 @@ def judged(
     judge: Callable[[str, Image.Image], Any],
     output: Path,
     settings: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What `judge(name, picture)` says of each picture, by its name, in the order given.
+) -> tuple[dict[str, Any], list[str]]:
+    """What `judge(name, picture)` says of each picture, by its name, in the order given, and where
+    what a network computed was not finite (FloatingPointError), a line each.
 
     Every process of torch.distributed's default group takes a share. Each judgement, anything that
     JSON holds, is on the disk in `output/judged` before the next begins: a run that was stopped
@@ -106,18 +92,22 @@ def judged(
     stamps = {name: _stamp(path, digest) for name, path in pictures.items()}
     known = here.gather(_known(folder, stamps) if here.is_first else None)[0]
     todo = [name for name in pictures if name not in known]
-    done = {}
+    share, done, faults = todo[here.rank :: here.world_size], {}, {}
     with _appending(folder / f"process-{here.rank}.jsonl") as file:
-        bar = tqdm(
-            todo[here.rank :: here.world_size], "judging", unit=" pictures",
-            disable=not here.is_first,
-        )  # fmt: skip
-        for name in bar:
-            done[name] = judge(name, picture(pictures[name]))
+        images = ahead(lambda name: picture(pictures[name]), share, _READERS, 2 * _READERS)
+        bar = tqdm(share, "judging", unit=" pictures", disable=not here.is_first)
+        for name, image in zip(bar, images, strict=True):
+            try:
+                done[name] = judge(name, image)
+            except FloatingPointError as error:
+                faults[name] = f"{pictures[name]}: {error}"
+                continue
             _write(file, {"picture": name, "stamp": stamps[name], "judgement": done[name]})
-    for part in here.gather(done):
-        known.update(part)
-    return {name: known[name] for name in pictures}
+    for new, wrong in here.gather((done, faults)):
+        known.update(new)
+        faults.update(wrong)
+    found = {name: known[name] for name in pictures if name in known}
+    return found, [faults[name] for name in pictures if name in faults]
 
 
 def _stamp(path: Path, settings: str) -> list[Any]:

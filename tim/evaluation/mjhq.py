@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,12 +24,14 @@ from tim.evaluation import report
 from tim.evaluation.clip import cosines
 from tim.evaluation.features import FeatureNetwork, Measured, Work, measure, work_folder
 from tim.evaluation.pictures import Folder, npz_file
+from tim.evaluation.reading import picture
 from tim.evaluation.statistics import Moments, distance, frechet_distance
 from tim.files import replacing
 from tim.processes import Processes
 
 _log = logging.getLogger(__name__)
 METRICS = ("fid", "clip_score")
+Statistics = tuple[Tensor, Tensor]  # mean and covariance
 _SHOWN = 64  # pictures of a sheet
 
 
@@ -87,11 +89,10 @@ def evaluate(
     if text_features is not None and clip is None:
         raise ValueError("text_features are for the CLIP score, which needs clip")
     batch_size = whole("batch_size", batch_size, 1)
-    report.apart(output, pictures)
-    prompts = {prompt.name: prompt for prompt in read_prompts(meta_data)}
-    samples = Folder(pictures, convert=convert)
-    counts = _items_alone(samples, prompts, leave_out)
-    real = None if reference is None else _reference(reference, convert)
+    prompts, samples, counts, real = check(
+        pictures, meta_data, output, reference=reference, leave_out=leave_out, convert=convert
+    )
+    run = report.run_of(pictures)
     stored = None if text_features is None else _stored(text_features, samples.names)
     if work is None and output is not None:
         work = Path(output) / "features"
@@ -109,12 +110,13 @@ def evaluate(
             numbers: dict[str, _Number] = {}
             if inception is not None:
                 numbers["fid"] = _fid(seen["fid"], real)
+            scores: dict[str, float] = {}
             if clip is not None:
                 texts = stored or _texts(samples.names, prompts, clip, folder)
                 scores = _scores(seen["clip_score"], texts)
                 numbers["clip_score"] = _means(scores)
-                if output is not None:
-                    _sheets(samples, scores, prompts, Path(output))
+            if output is not None:
+                _sheets(samples, next(iter(seen.values())).names, scores, prompts, Path(output))
             result = report.write(
                 report.result_in(output), "mjhq",
                 {name: number.overall for name, number in numbers.items()},
@@ -128,17 +130,39 @@ def evaluate(
                 },
                 counts=counts | _measured(samples, seen, real),
                 breakdown={name: number.by_category for name, number in numbers.items()},
-                run=report.run_of(samples.path),
+                run=run,
             )  # fmt: skip
         return Processes.here().gather(result)[0]
+
+
+def check(
+    pictures: str | Path, meta_data: str | Path, output: str | Path | None, *,
+    reference: str | Path | None = None, leave_out: bool = False, convert: bool = False,
+) -> tuple[dict[str, Prompt], Folder, dict[str, int], Folder | Statistics | None]:  # fmt: skip
+    """What is given, opened; raises what `evaluate` would, before any network is loaded."""
+    report.apart(output, pictures)
+    prompts = {prompt.name: prompt for prompt in read_prompts(meta_data)}
+    samples = Folder(pictures, convert=convert)
+    report.run_of(pictures)
+    counts = _items_alone(samples, prompts, leave_out)
+    return prompts, samples, counts, None if reference is None else _reference(reference, convert)
 
 
 def _measured(samples: Folder, seen: dict[str, Measured], real: Any) -> dict[str, int]:
     """How many samples and references were measured, and how many could not be."""
     bad = {each.name for measured in seen.values() for each in measured.bad}
-    counts = {"pictures": len(samples.names) - len(bad), "unmeasured": len(bad)}
+    counts = {"pictures": len(samples.names) - len(bad), "left_out": len(bad)}
     if isinstance(real, Measured):
-        counts |= {"reference_pictures": len(real.names), "reference_unmeasured": len(real.bad)}
+        there = {*map(_item, real.names)}
+        if lacking := [item for item in map(_item, samples.names) if item not in there]:
+            _log.warning(
+                "the reference has no picture of %d of %d items: %s",
+                len(lacking), len(samples.names), some(lacking),
+            )  # fmt: skip
+        counts |= {
+            "reference_pictures": len(real.names), "reference_left_out": len(real.bad),
+            "reference_missing": len(lacking),
+        }  # fmt: skip
     return counts
 
 
@@ -173,17 +197,20 @@ def _items_alone(samples: Folder, prompts: dict[str, Prompt], leave_out: bool) -
     missing = [item for item in prompts if item not in found]
     where = f"{samples.path}:"
     if others and not leave_out:
-        raise ValueError(f"{where} {len(others):,} pictures are no item: {some(others)}")
+        raise ValueError(
+            f"{where} {len(others):,} pictures are no item: {some(others)}; --leave-out goes on "
+            "without them"
+        )
     if missing and (not leave_out or not found):
         raise ValueError(
             f"{where} fewer pictures than asked: {len(missing):,} of {len(prompts):,} items have "
-            f"none: {some(missing)}"
+            f"none: {some(missing)}; --leave-out measures the others"
         )
     samples.names = list(found.values())
     return {"asked": len(prompts), "missing": len(missing), "no_item": len(others)}
 
 
-def _reference(path: str | Path, convert: bool) -> Folder | tuple[Tensor, Tensor]:
+def _reference(path: str | Path, convert: bool) -> Folder | Statistics:
     """The folder, or mean and covariance."""
     if Path(path).is_dir() or Path(path).suffix.lower() != ".npz":
         return Folder(path, convert=convert)
@@ -193,7 +220,7 @@ def _reference(path: str | Path, convert: bool) -> Folder | tuple[Tensor, Tensor
         return torch.from_numpy(arrays["mu"]), torch.from_numpy(arrays["sigma"])
 
 
-def _fid(samples: Measured, real: Measured | tuple[Tensor, Tensor]) -> _Number:
+def _fid(samples: Measured, real: Measured | Statistics) -> _Number:
     ours = samples.moments_by(_category)
     if not isinstance(real, Measured):
         overall = _together(ours)
@@ -228,7 +255,10 @@ def _stored(path: str | Path, names: Sequence[str]) -> dict[str, Tensor]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path} of text features: see {PAGE}")
-    features = {_item(name): feature.float() for name, feature in load_file(path).items()}
+    try:
+        features = {_item(name): feature.float() for name, feature in load_file(path).items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}; see {PAGE}") from error
     if missing := [item for item in map(_item, names) if item not in features]:
         raise ValueError(f"{path} has no feature of {len(missing):,} items: {some(missing)}")
     for item, feature in features.items():
@@ -267,12 +297,18 @@ def _means(scores: dict[str, float]) -> _Number:
 
 
 def _sheets(
-    samples: Folder, scores: dict[str, float], prompts: dict[str, Prompt], output: Path
-) -> None:
-    """The first pictures, and those that agree least and most with their prompts."""
+    samples: Folder, names: Sequence[str], scores: dict[str, float], prompts: dict[str, Prompt],
+    output: Path,
+) -> None:  # fmt: skip
+    """The first pictures, and where there are scores those that agree least and most with their
+    prompts."""
+
+    def labels(names: Sequence[str]) -> dict[str, str]:
+        score = {name: f"{value:.1f} " for name, value in scores.items()}
+        return {name: score.get(name, "") + prompts[_item(name)].text for name in names[:_SHOWN]}
+
     order = sorted(scores, key=scores.__getitem__)
-    chosen = {"grid": list(scores)[:_SHOWN], "worst": order[:_SHOWN], "best": order[::-1][:_SHOWN]}
-    for title, names in chosen.items():
-        labels = [f"{scores[name]:.1f} {prompts[_item(name)].text}" for name in names]
-        images = [Image.open(samples.path / name) for name in names]
-        report.sheet(images, labels, output / f"{title}.png")
+    chosen = {"grid": labels(names), "worst": labels(order), "best": labels(order[::-1])}
+    report.sheets(
+        output, chosen, lambda names: [picture(samples.path / n, convert=True) for n in names]
+    )

@@ -7,9 +7,8 @@ import logging
 import os
 import re
 import zipfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -21,11 +20,10 @@ from torch import Tensor
 from tim.data.base import UnreadableError, reading
 from tim.data.files import some
 from tim.data.prompts import PAGE
+from tim.evaluation.reading import ahead, picture, pictures_folder
 
 _log = logging.getLogger(__name__)
 _THREADS = 8
-_AHEAD = 64  # pictures decoded before they are needed
-_CONVERTIBLE = {"1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr"}  # RGB holds their 8 bits
 _KINDS = Image.registered_extensions()
 _ALONGSIDE = {"run.json"}  # what `tim generate` leaves beside its pictures
 
@@ -58,13 +56,11 @@ class Folder:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no picture.
+        ValueError: it holds no picture, or folders of several runs.
     """
 
     def __init__(self, path: str | Path, *, convert: bool = False):
-        self.path, self.convert = Path(path), convert
-        if not self.path.is_dir():
-            raise FileNotFoundError(f"there is no folder {path} of pictures: see {PAGE}")
+        self.path, self.convert = pictures_folder(path), convert
         found, others = [], []
         for where, folders, files in os.walk(self.path, followlinks=True):
             folders[:] = [name for name in folders if not name.startswith(".")]
@@ -86,20 +82,15 @@ class Folder:
         return json.dumps([self.convert, facts])
 
     def read(self, places: Iterable[int]) -> Iterator[Tensor | Bad]:
-        return _ahead(self._read, places, _THREADS)
+        return ahead(self._read, places, _THREADS)
 
     def _read(self, place: int) -> Tensor | Bad:
         name = self.names[place]
         try:
-            with reading(self.path / name), Image.open(self.path / name) as picture:
-                picture.load()
+            levels = np.array(picture(self.path / name, convert=self.convert))
         except UnreadableError as error:
             return Bad(name, str(error.__cause__ or error))
-        if picture.mode != "RGB":
-            if not self.convert or picture.mode not in _CONVERTIBLE:
-                return Bad(name, f"it is {picture.mode}, not RGB")
-            picture = picture.convert("RGB")
-        return torch.from_numpy(np.array(picture)).movedim(-1, 0)
+        return torch.from_numpy(levels).movedim(-1, 0)
 
 
 class Npz:
@@ -149,7 +140,7 @@ class Npz:
                     picture = torch.frombuffer(bytearray(content), dtype=torch.uint8)
                     return picture.view(self._shape[1:]).movedim(-1, 0)
 
-            yield from _ahead(row, places, 1)  # one thread: the member has one place
+            yield from ahead(row, places, 1)  # one thread: the member has one place
 
 
 class Stream:
@@ -166,11 +157,11 @@ class Stream:
         return None
 
     def read(self, places: Iterable[int]) -> Iterator[Tensor | Bad]:
-        each = itertools.chain.from_iterable(map(self._batch, self._pictures))
+        every = itertools.chain.from_iterable(map(self._batch, self._pictures))
         at = -1
         for place in places:
-            for picture in itertools.islice(each, place - at - 1, None):
-                yield picture
+            for each in itertools.islice(every, place - at - 1, None):
+                yield each
                 break
             else:
                 raise ValueError(f"fewer pictures than asked: {len(self.names)} are needed")
@@ -195,6 +186,13 @@ def npz_file(path: str | Path) -> Path:
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is no npz file, or one that was cut off")
     return Path(path)
+
+
+def npz_checksum(path: str | Path) -> str:
+    """CRC-32 of the names and contents of an npz file's arrays, which it keeps of each."""
+    with zipfile.ZipFile(path) as archive:
+        parts = sorted((info.filename, info.CRC) for info in archive.infolist())
+    return f"{zlib.crc32(json.dumps(parts).encode()):08x}"
 
 
 def enough(pictures: Pictures, count: int, where: object) -> None:
@@ -229,19 +227,3 @@ def key_of(*parts: str) -> str:
 def _numeric(name: str) -> list[tuple[int, int | str]]:
     parts = re.split(r"([0-9]+)", name)
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts] + [(1, name)]
-
-
-def _ahead(
-    function: Callable[[int], Tensor | Bad], places: Iterable[int], threads: int
-) -> Iterator[Tensor | Bad]:
-    """The function of each place, in order, worked out by threads before it is needed."""
-    places = iter(places)
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = deque(pool.submit(function, i) for i in itertools.islice(places, _AHEAD))
-        try:
-            while waiting:
-                yield waiting.popleft().result()
-                waiting.extend(pool.submit(function, i) for i in itertools.islice(places, 1))
-        finally:
-            for future in waiting:
-                future.cancel()

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,21 @@ def apart(output: str | Path | None, pictures: str | Path) -> None:
 
 
 def run_of(folder: str | Path) -> dict[str, Any] | None:
-    """`run.json` beside the pictures, None where `tim generate` did not make them."""
+    """`run.json` beside the pictures, None where `tim generate` did not make them.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
     path = Path(folder) / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(run, dict):
+        raise ValueError(f"{path} must be a JSON object, as tim generate writes it")
+    return run
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -91,6 +103,24 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def sheets(
+    output: str | Path, chosen: Mapping[str, Mapping[str, str]],
+    read: Callable[[Sequence[str]], Sequence[Image.Image]],
+) -> None:  # fmt: skip
+    """`grid.png`, `worst.png` and `best.png` in a result's folder; an earlier run's go.
+
+    Args:
+        chosen: which of the three there are, each {name of a picture: its label}.
+        read: names → pictures.
+    """
+    for title in ("grid", "worst", "best"):
+        path, labels = Path(output) / f"{title}.png", chosen.get(title)
+        if labels:
+            sheet(read([*labels]), [*labels.values()], path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def sheet(

@@ -39,7 +39,7 @@ def load(
     try:
         model, info = cls.from_pretrained(name, output_loading_info=True, **options)
     except OSError as error:
-        raise not_found(name) from error
+        raise _not_found(name) from error
     except RuntimeError as error:
         raise ValueError(f"{what}: {error}") from error
     parameters = {key for key, _ in model.named_parameters()}
@@ -50,7 +50,19 @@ def load(
     return model.to(device).eval()
 
 
-def not_found(name: str | Path) -> FileNotFoundError:
+def pretrained(cls: Any, name: str | Path) -> Any:
+    """A tokenizer, processor or configuration of transformers from a folder or the hub.
+
+    Raises:
+        FileNotFoundError: it is in neither.
+    """
+    try:
+        return cls.from_pretrained(name)
+    except (OSError, ValueError) as error:  # the latter where a folder holds something else
+        raise _not_found(name) from error
+
+
+def _not_found(name: str | Path) -> FileNotFoundError:
     return FileNotFoundError(
         f"{name} is neither a folder of a network nor to be had from the hub: see {PAGE}"
     )

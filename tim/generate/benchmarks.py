@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tim.data import prompts
+from tim.data.pictures import read
 from tim.data.prompts import Prompt
 from tim.generate import pixels
 from tim.generate.settings import (
@@ -102,8 +103,7 @@ class GenEval(Benchmark):
         return [f"{item.name}/samples/{index:05d}.png" for index in range(GenEval.pictures)]
 
     def _read(self, path: Path) -> np.ndarray:
-        with Image.open(path) as image:
-            levels = np.asarray(image.convert("RGB"))
+        levels = np.asarray(read(path))
         needed = self.settings.height, self.settings.width, 3
         if levels.shape != needed:
             raise ValueError(f"{path} is {levels.shape}, not {needed}: remove it")

@@ -28,22 +28,22 @@ def evaluate(
     vqa: VQA,
     *,
     vqa_name: str | None = None,
-    pictures: int = 4,
+    per_prompt: int = 4,
     published_categories: bool = False,
     leave_out: bool = False,
 ) -> dict[str, Any]:
     """Ask the questions of `dpg_bench.csv` about FOLDER/ITEM.png.
 
     Writes to the folder `output`: `result.json` (`tim.evaluation.report.write`); `result.txt` and
-    `result_detail.txt` as published; `worst.png` and `best.png`, the items of lowest and highest
-    score; in `judged`, what a stopped run has done. Every process of torch.distributed's default
-    group takes a share; the result is the same.
+    `result_detail.txt` as published; `grid.png`, the first items, `worst.png` and `best.png`, those
+    of lowest and highest score; in `judged`, what a stopped run has done. Every process of
+    torch.distributed's default group takes a share; the result is the same.
 
     Args:
         vqa: an RGB picture and a question → an answer, such as `BlipVQA.load()`. Scores of
             different ones do not compare; the published are mPLUG's.
         vqa_name: for a function of your own, what it is called in the result.
-        pictures: 4 in a file, as its quarters, or 1.
+        per_prompt: pictures of each, 4 as the quarters of its file, or 1.
         published_categories: category scores of the last picture of each item alone.
         leave_out: judge what there is; the counts and settings say what is not.
 
@@ -51,7 +51,8 @@ def evaluate(
         What `result.json` holds.
 
     Raises:
-        ValueError: pictures are missing, damaged, not RGB or no item's; it names them.
+        ValueError: pictures are missing, damaged, not RGB or no item's, or what the network
+            computes of them is not finite; it names them.
         FileNotFoundError: there is no such folder, or no file of questions.
         BlockingIOError: another run writes to `output`.
 
@@ -59,35 +60,38 @@ def evaluate(
 
         evaluate("samples", "dpg_bench.csv", "dpg", BlipVQA.load())
     """
-    if pictures not in (1, 4):
-        raise ValueError(f"pictures must be 1 or 4 in a file, got {pictures!r}")
+    if per_prompt not in (1, 4):
+        raise ValueError(f"per_prompt must be 1 or 4, got {per_prompt!r}")
     folder, here = Path(folder), Processes.here()
-    of_item = read(questions)
+    of_item, run = read(questions), report.run_of(folder)
     asked = {
         **settings_of("vqa", vqa, vqa_name),
-        "pictures": pictures, "questions": file_hash(Path(questions)),
+        "per_prompt": per_prompt, "questions": file_hash(Path(questions)),
     }  # fmt: skip
     found, problems = folders.find(folder, of_item, Path(output))
     with judging.output_folder(output) as output:
         files, damaged = judging.without_damaged(
-            found, _uneven if pictures == 4 else lambda _: None
+            found, _uneven if per_prompt == 4 else lambda _: None
         )
         problems += damaged
         if not leave_out:
             judging.refuse(folder, problems, _WANTED)
 
         def judge(item: str, image: Image.Image) -> list[list[str]]:
-            crops = [image.crop(box) for box in boxes(image.size, pictures)]
+            crops = [image.crop(box) for box in boxes(image.size, per_prompt)]
             return [[_text_of(vqa(crop, each.text)) for each in of_item[item]] for crop in crops]
 
-        answers = judging.judged(files, judge, output, asked)
+        answers, faults = judging.judged(files, judge, output, asked)
+        problems += faults
+        if not leave_out:
+            judging.refuse(folder, problems, _WANTED)
         result = None
         if here.is_first:
             settings = asked | {
                 "category_pictures": "last" if published_categories else "all",
                 "left_out": problems,
             }
-            result = _write(folder, output, files, of_item, answers, settings)
+            result = _write(folder, output, files, of_item, answers, settings, run)
         return here.gather(result)[0]
 
 
@@ -117,7 +121,7 @@ def table(result: Mapping[str, Any]) -> str:
         rows += [(name, _two(value)) for name, value in result["breakdown"][level].items()]
     which = "the last picture" if settings["category_pictures"] == "last" else "all pictures"
     lines = [report.table((f"DPG-Bench by {settings['vqa']}", "of 100"), rows)]
-    lines.append(f"\n{counts['items']} of {counts['items_wanted']} items; categories of {which}")
+    lines.append(f"\n{counts['items']} of {counts['items_asked']} items; categories of {which}")
     return "\n".join(lines)
 
 
@@ -140,7 +144,7 @@ def _uneven(image: Image.Image) -> str | None:
 def _write(
     folder: Path, output: Path, files: Mapping[str, Path],
     questions: Mapping[str, Sequence[Question]], answers: Mapping[str, score.Answers],
-    settings: Mapping[str, Any],
+    settings: Mapping[str, Any], run: dict[str, Any] | None,
 ) -> dict[str, Any]:  # fmt: skip
     last_only = settings["category_pictures"] == "last"
     scores = {item: score.picture_scores(questions[item], answers[item]) for item in answers}
@@ -159,22 +163,25 @@ def _write(
     lines += [f"DPG-Bench score: {total}"]
     _write_lines(output / "result.txt", lines)
     _write_lines(
-        output / "result_detail.txt", _details(files, questions, answers, settings["pictures"])
+        output / "result_detail.txt", _details(files, questions, answers, settings["per_prompt"])
     )
     by_score = sorted(means, key=lambda item: means[item])
-    for name, shown in (("worst.png", by_score), ("best.png", by_score[::-1])):
-        labels = [f"{100 * means[item]:.0f} {item}" for item in shown[:_SHOWN]]
-        images = [picture(files[item]) for item in shown[:_SHOWN]]
-        report.sheet(images, labels, output / name, columns=8)
+    orders = {"grid": [*means], "worst": by_score, "best": by_score[::-1]}
+    chosen = {
+        title: {item: f"{100 * means[item]:.0f} {item}" for item in items[:_SHOWN]}
+        for title, items in orders.items()
+    }
+    report.sheets(output, chosen, lambda items: [picture(files[item]) for item in items])
     return report.write(
         output / "result.json", "dpg", {"dpg_score": total}, settings=settings,
         counts={
-            "items": len(scores), "items_wanted": len(questions),
-            "pictures": settings["pictures"] * len(scores),
+            "items": len(scores), "items_asked": len(questions),
+            "pictures": settings["per_prompt"] * len(scores),
+            "asked": settings["per_prompt"] * len(questions),
             "questions": sum(len(questions[item]) for item in scores),
             "left_out": len(settings["left_out"]),
         },
-        breakdown=categories, run=report.run_of(folder),
+        breakdown=categories, run=run,
     )  # fmt: skip
 
 

@@ -5,24 +5,26 @@ from pathlib import Path
 
 from PIL import Image
 
-from tim.evaluation.judging import check_folders, is_result
+from tim.evaluation import report
+from tim.evaluation.reading import pictures_folder
 
 
 def find(folder: Path, items: Collection[str], output: Path) -> tuple[dict[str, Path], list[str]]:
     """Each item's picture file, by name, and what is missing, too much or foreign, a line each.
 
-    Hidden files, files that are no pictures by their name, and results are passed over.
+    Hidden files and files that are no pictures by their name are passed over.
 
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: there is no picture in it, or the result would lie beside them.
     """
-    check_folders(folder, output)
+    pictures_folder(folder)
+    report.apart(output, folder)
     kinds = Image.registered_extensions()
     found: dict[str, Path] = {}
     problems = []
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or is_result(path, output):
+        if path.name.startswith("."):
             continue
         if path.is_dir():
             problems.append(f"{path.name} is a folder")

@@ -1,10 +1,12 @@
 """The questions of DPG-Bench."""
 
+import contextlib
 import csv
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from tim.data.prompts import PAGE
 
@@ -35,7 +37,7 @@ def read(path: str | Path) -> dict[str, list[Question]]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path} of DPG-Bench's questions: see {PAGE}")
     items: dict[str, dict[int, Question]] = {}
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with _utf8(path) as file:
         lines = csv.DictReader(file)
         missing = [name for name in _COLUMNS if name not in (lines.fieldnames or ())]
         if missing:
@@ -56,6 +58,15 @@ def read(path: str | Path) -> dict[str, list[Question]]:
     if not items:
         raise ValueError(f"{path} has no questions: see {PAGE}")
     return {item: list(of_item.values()) for item, of_item in items.items()}
+
+
+@contextlib.contextmanager
+def _utf8(path: Path) -> Iterator[TextIO]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield file
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV in UTF-8: {error}") from error
 
 
 def _question(line: dict[str, str | None], where: str) -> Question:

@@ -3,12 +3,14 @@
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from PIL import Image
 
-from tim.evaluation.weights import described, load, not_found
+from tim.checks import check_computed
+from tim.evaluation.weights import described, load, pretrained
 
 VQA = Callable[[Image.Image, str], str]
 MODELS = {
@@ -42,13 +44,12 @@ class BlipVQA:
             FileNotFoundError: it is in neither.
         """
         model = load(transformers.BlipForQuestionAnswering, name, device, dtype=torch.float32)
-        return cls(model, _pretrained(transformers.BlipProcessor, name), name)
+        return cls(model, pretrained(transformers.BlipProcessor, name), name)
 
     @torch.no_grad()
     def __call__(self, picture: Image.Image, question: str) -> str:
         inputs = self.processor(images=picture, text=question, return_tensors="pt")
-        options = dict(max_new_tokens=20, do_sample=False, num_beams=1)
-        (tokens,) = self.model.generate(**inputs.to(self.model.device), **options)
+        tokens = _generated(self.model, **inputs.to(self.model.device), max_new_tokens=20)
         return self.processor.decode(tokens, skip_special_tokens=True)
 
 
@@ -88,8 +89,8 @@ class QwenVQA:
         is_cpu = torch.device(device or "cpu").type == "cpu"
         dtype = torch.float32 if is_cpu else torch.bfloat16
         model = load(transformers.Qwen2_5_VLForConditionalGeneration, name, device, dtype=dtype)
-        tokenizer = _pretrained(transformers.AutoTokenizer, name)
-        return cls(model, tokenizer, _pretrained(transformers.AutoImageProcessor, name), name)
+        tokenizer = pretrained(transformers.AutoTokenizer, name)
+        return cls(model, tokenizer, pretrained(transformers.AutoImageProcessor, name), name)
 
     @torch.no_grad()
     def __call__(self, picture: Image.Image, question: str) -> str:
@@ -106,9 +107,21 @@ class QwenVQA:
             is_image = inputs["input_ids"] == self.model.config.image_token_id
             inputs["mm_token_type_ids"] = is_image.int()
         inputs = {key: value.to(self.model.device) for key, value in inputs.items()}
-        (tokens,) = self.model.generate(**inputs, max_new_tokens=8, do_sample=False, num_beams=1)
+        tokens = _generated(self.model, **inputs, max_new_tokens=8)
         answer = tokens[inputs["input_ids"].shape[1] :]
         return self.tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def _generated(model: torch.nn.Module, **inputs: Any) -> torch.Tensor:
+    """The tokens of one answer, greedily.
+
+    Raises:
+        FloatingPointError: the network's logits are not finite, of which any token would come.
+    """
+    options = dict(do_sample=False, num_beams=1, return_dict_in_generate=True, output_logits=True)
+    output = model.generate(**inputs, **options)
+    check_computed("logits of the answer", torch.cat(output.logits), "the network", model.dtype)
+    return output.sequences[0]
 
 
 def load_vqa(name: str | Path, device: torch.device | str | None = None) -> BlipVQA | QwenVQA:
@@ -118,16 +131,9 @@ def load_vqa(name: str | Path, device: torch.device | str | None = None) -> Blip
         FileNotFoundError: it is in neither place.
         ValueError: it is neither a BLIP nor a Qwen2.5-VL.
     """
-    name = MODELS.get(str(name), name)
+    name = name if Path(name).is_dir() else MODELS.get(str(name), name)
     kinds = {"blip": BlipVQA, "qwen2_5_vl": QwenVQA}
-    kind = _pretrained(transformers.AutoConfig, name).model_type
+    kind = pretrained(transformers.AutoConfig, name).model_type
     if kind not in kinds:
         raise ValueError(f"{name} must be one of {', '.join(kinds)}, its config says {kind}")
     return kinds[kind].load(name, device)
-
-
-def _pretrained(cls: type, name: str | Path):
-    try:
-        return cls.from_pretrained(name)
-    except OSError as error:
-        raise not_found(name) from error

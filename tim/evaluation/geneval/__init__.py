@@ -40,9 +40,9 @@ def evaluate(
     """Judge FOLDER/00000/{metadata.jsonl, samples/00000.png …}, four pictures of each prompt.
 
     Writes to the folder `output`: `result.json` (`tim.evaluation.report.write`), `results.jsonl`, a
-    line a picture as published, `worst.png` and `best.png`, the first wrong and right pictures of
-    each tag; in `judged`, what a stopped run has done. Every process of torch.distributed's default
-    group takes a share; the result is the same.
+    line a picture as published, `grid.png`, `worst.png` and `best.png`, the first pictures of each
+    tag, the first wrong and right ones; in `judged`, what a stopped run has done. Every process of
+    torch.distributed's default group takes a share; the result is the same.
 
     Args:
         detector: an RGB picture → `Detection`s, such as `Mask2Former.load()`.
@@ -57,7 +57,8 @@ def evaluate(
         What `result.json` holds.
 
     Raises:
-        ValueError: pictures are missing, damaged, not RGB or no prompt's; it names them.
+        ValueError: pictures are missing, damaged, not RGB or no prompt's, or what a network
+            computes of them is not finite; it names them.
         FileNotFoundError: there is no such folder.
         BlockingIOError: another run writes to `output`.
 
@@ -66,7 +67,7 @@ def evaluate(
         evaluate("samples", "geneval", Mask2Former.load(), ClipColours.load())
     """
     folder, here = Path(folder), Processes.here()
-    listed = _listed(prompts)
+    listed, run = _listed(prompts), report.run_of(folder)
     found = folders.find(folder, listed, whole("per_prompt", per_prompt, 1), Path(output))
     settings = {
         **settings_of("detector", detector, detector_name),
@@ -87,12 +88,15 @@ def evaluate(
             prompt = found.prompts[name]
             return rules.judge(prompt.metadata, detector(image), colours_of)._asdict()
 
-        judged = judging.judged(pictures, judge, output, settings)
+        judged, faults = judging.judged(pictures, judge, output, settings)
+        problems += faults
+        if not leave_out:
+            judging.refuse(folder, problems, _wanted(per_prompt))
         result = None
         if here.is_first:
             rows = [_row(pictures[name], found.prompts[name], judged[name]) for name in judged]
-            settings["left_out"] = problems
-            result = _write(folder, output, rows, settings, listed, per_prompt)
+            settings |= {"per_prompt": per_prompt, "left_out": problems}
+            result = _write(output, rows, settings, listed, run)
         return here.gather(result)[0]
 
 
@@ -114,14 +118,14 @@ def table(result: Mapping[str, Any]) -> str:
     rows = [(tag, _per_cent(value)) for tag, value in tasks.items()]
     rows += [
         ("overall, mean of the tags", _per_cent(metrics["overall"])),
-        ("correct pictures", _per_cent(metrics["correct_images"])),
+        ("correct pictures", _per_cent(metrics["correct_pictures"])),
         ("prompts with a correct picture", _per_cent(metrics["correct_prompts"])),
     ]
     lines = [report.table(("GenEval", "%"), rows)]
     settings = result["settings"]
     note = f": {settings['detector_note']}" if "detector_note" in settings else ""
     lines.append(f"\ndetector {settings['detector']}{note}")
-    lines.append(f"{counts['images']} of {counts['images_wanted']} pictures judged")
+    lines.append(f"{counts['pictures']} of {counts['asked']} pictures judged")
     if missing := settings["tags_missing"]:
         lines.append(f"the mean is without {', '.join(missing)}: not GenEval's score")
     return "\n".join(lines)
@@ -157,8 +161,8 @@ def _row(path: Path, prompt: Prompt, judged: Mapping[str, Any]) -> Row:
 
 
 def _write(
-    folder: Path, output: Path, rows: list[Row], settings: dict[str, Any],
-    prompts: Sequence[Prompt], per_prompt: int,
+    output: Path, rows: list[Row], settings: dict[str, Any], prompts: Sequence[Prompt],
+    run: dict[str, Any] | None,
 ) -> dict[str, Any]:  # fmt: skip
     of_all = summary(rows)
     with replacing(output / "results.jsonl") as new:
@@ -167,38 +171,39 @@ def _write(
     tasks = of_all["tasks"]
     tags = dict.fromkeys(prompt.metadata["tag"] for prompt in prompts)
     settings["tags_missing"] = [tag for tag in tags if tag not in tasks]
-    for name, is_right in (("worst.png", False), ("best.png", True)):
-        _sheet([row for row in rows if row["correct"] == is_right], output / name)
+    chosen = {
+        "grid": _shown(rows),
+        "worst": _shown([row for row in rows if not row["correct"]]),
+        "best": _shown([row for row in rows if row["correct"]]),
+    }
+    report.sheets(output, chosen, lambda names: [*map(picture, names)])
     return report.write(
         output / "result.json", "geneval",
-        {name: of_all[name] for name in ("overall", "correct_images", "correct_prompts")},
+        {
+            "overall": of_all["overall"], "correct_pictures": of_all["correct_images"],
+            "correct_prompts": of_all["correct_prompts"],
+        },
         settings=settings,
         counts={
-            "images": of_all["images"], "images_wanted": per_prompt * len(prompts),
-            "prompts": of_all["prompts"], "prompts_wanted": len(prompts),
+            "pictures": of_all["images"], "asked": settings["per_prompt"] * len(prompts),
+            "prompts": of_all["prompts"], "prompts_asked": len(prompts),
             "left_out": len(settings["left_out"]), "tags_missing": len(settings["tags_missing"]),
         },
         breakdown={
             "accuracy": {tag: task["score"] for tag, task in tasks.items()},
             "correct": {tag: task["correct"] for tag, task in tasks.items()},
-            "images": {tag: task["images"] for tag, task in tasks.items()},
+            "pictures": {tag: task["images"] for tag, task in tasks.items()},
         },
-        run=report.run_of(folder),
+        run=run,
     )  # fmt: skip
 
 
-def _sheet(rows: Sequence[Row], path: Path) -> None:
-    """The first few of each tag; where there are none, an earlier run's sheet goes too."""
-    path.unlink(missing_ok=True)
-    shown, of_tag = [], dict[str, int]()
+def _shown(rows: Sequence[Row]) -> dict[str, str]:
+    """The first few of each tag, with what is wrong."""
+    shown, of_tag = {}, dict[str, int]()
     for row in rows:
         of_tag[row["tag"]] = of_tag.get(row["tag"], 0) + 1
         if of_tag[row["tag"]] <= _SHOWN:
-            shown.append(row)
-    if shown:
-        labels = [
-            row["prompt"].removeprefix("a photo of ") + ": " * bool(row["reason"]) + row["reason"]
-            for row in shown
-        ]
-        images = [picture(row["filename"]) for row in shown]
-        report.sheet(images, labels, path, columns=_SHOWN)
+            text = row["prompt"].removeprefix("a photo of ")
+            shown[row["filename"]] = text + ": " * bool(row["reason"]) + row["reason"]
+    return shown

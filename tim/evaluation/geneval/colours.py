@@ -10,13 +10,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tim.checks import check_computed
+from tim.evaluation.clip import DEFAULT, features_of, normalised
 from tim.evaluation.geneval.objects import COLOURS, Detection
-from tim.evaluation.weights import described, load, not_found
+from tim.evaluation.weights import described, load, pretrained
 
-CLIP = "openai/clip-vit-large-patch14"
 TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
-_MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
-_STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
 _GREY = (153, 153, 153)
 
 
@@ -40,7 +39,7 @@ class ClipColours:
 
     @classmethod
     def load(
-        cls, name: str | Path = CLIP, device: torch.device | str | None = None
+        cls, name: str | Path = DEFAULT, device: torch.device | str | None = None
     ) -> "ClipColours":
         """From a folder or the hub, float32.
 
@@ -48,19 +47,16 @@ class ClipColours:
             FileNotFoundError: it is in neither.
         """
         model = load(transformers.CLIPModel, name, device, dtype=torch.float32)
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        except OSError as error:
-            raise not_found(name) from error
-        return cls(model, tokenizer, name)
+        return cls(model, pretrained(transformers.AutoTokenizer, name), name)
 
     @torch.no_grad()
     def __call__(self, picture: Image.Image, objects: Sequence[Detection], name: str) -> list[str]:
         crops = torch.stack([pixels(crop(picture, each), self.side) for each in objects])
         device = self.model.device
         with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
-            images = _features(self.model.get_image_features(pixel_values=crops.to(device)))
+            images = features_of(self.model.get_image_features(pixel_values=crops.to(device)))
             logits = colour_logits(self._texts_of(name), images.float())
+        check_computed("features of colours", logits, "CLIP", images.dtype)
         return [COLOURS[index] for index in logits.argmax(1).tolist()]
 
     def _texts_of(self, name: str) -> Tensor:
@@ -69,7 +65,7 @@ class ClipColours:
             texts = [template.format(colour, name) for colour in COLOURS for template in TEMPLATES]
             tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.model.device)
             inputs = {key: tokens[key] for key in ("input_ids", "attention_mask")}
-            features = _features(self.model.get_text_features(**inputs)).float()
+            features = features_of(self.model.get_text_features(**inputs)).float()
             self._texts[name] = features.unflatten(0, (len(COLOURS), len(TEMPLATES)))
         return self._texts[name]
 
@@ -109,9 +105,4 @@ def pixels(image: Image.Image, side: int) -> Tensor:
     left, top = round((width - side) / 2), round((height - side) / 2)
     image = image.crop((left, top, left + side, top + side))
     levels = torch.from_numpy(np.array(image)).movedim(-1, 0).float() / 255
-    return (levels - _MEAN) / _STD
-
-
-def _features(output: Tensor | transformers.utils.ModelOutput) -> Tensor:
-    """Transformers 4 gives the features themselves, 5 within an output."""
-    return getattr(output, "pooler_output", output)
+    return normalised(levels)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tim.data.prompts import Prompt
-from tim.evaluation.judging import check_folders, is_result
+from tim.evaluation import report
+from tim.evaluation.reading import pictures_folder
 
 WANTED = "FOLDER/00000/{metadata.jsonl, samples/00000.png …}, a folder a prompt"
 
@@ -21,17 +22,18 @@ class Found(NamedTuple):
 def find(folder: Path, prompts: Sequence[Prompt], per_prompt: int, output: Path) -> Found:
     """All that is there of each prompt, whose folder is its number.
 
-    Hidden files, files beside the prompts' folders, and results are passed over.
+    Hidden files and files beside the prompts' folders are passed over.
 
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: there is no folder of a prompt in it, or the result would lie in it.
     """
-    check_folders(folder, output)
+    pictures_folder(folder)
+    report.apart(output, folder)
     found = Found({}, {}, [])
     of_number: dict[int, list[Path]] = {}
     for path in _entries(folder):
-        if not path.is_dir() or is_result(path, output):
+        if not path.is_dir():
             continue
         if re.fullmatch("[0-9]+", path.name) and int(path.name) < len(prompts):
             of_number.setdefault(int(path.name), []).append(path)

@@ -56,6 +56,7 @@ def judge(
 
     Raises:
         ValueError: there are more or fewer colours than objects.
+        FloatingPointError: a box or a score is not finite.
     """
     found = objects(metadata["tag"], detections)
     failures: list[str] = []
@@ -80,6 +81,9 @@ def objects(tag: str, detections: Iterable[Detection]) -> dict[str, list[Detecti
     """Those that count, best first, by class."""
     least = np.float32(COUNTING_THRESHOLD if tag == "counting" else THRESHOLD)
     found: dict[str, list[Detection]] = {}
+    detections = list(detections)
+    if not all(np.isfinite((*each.box, each.score)).all() for each in detections):
+        raise FloatingPointError("the detector's boxes and scores are not finite")
     for detection in sorted(detections, key=lambda each: -each.score):
         of_class = found.setdefault(detection.name, [])
         if np.float32(detection.score) > least and len(of_class) < MOST:
