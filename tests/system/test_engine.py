@@ -203,12 +203,14 @@ def test_weights_that_change(kind, change, together):
     assert relative_error(changed, after) > 1e-3
 
 
-def test_a_hook_that_a_callback_sets_is_called():
+@pytest.mark.parametrize("name", ["", "blocks.0.adaLN_modulation", "blocks.1.cross_attn.kv"])
+def test_a_hook_that_a_callback_sets_is_called(name):
+    """On the network, and on what was formed ahead."""
     model, args, seen = tiny("text"), given("text"), []
 
     def on_step(step, time, x):
         if step == 0:
-            model.register_forward_hook(lambda *_: seen.append(step))
+            model.get_submodule(name).register_forward_hook(lambda *_: seen.append(step))
         return x
 
     Engine(model, make("OT_FM"), together=True).sample(*args, num_steps=3, on_step=on_step)
