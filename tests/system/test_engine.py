@@ -254,6 +254,12 @@ def test_what_does_not_fit_is_refused():
             engine.sample(z[..., :5], y, num_steps=2)
         with pytest.raises(ValueError, match="needs y_null"):
             engine.sample(z, y, num_steps=2, cfg_scale=2.0)
+        with pytest.raises(ValueError, match="z must be floating-point, got torch.int64"):
+            engine.sample(z.long(), y, num_steps=2)
+        with pytest.raises(ValueError, match="y must be on cpu like z, got meta"):
+            engine.sample(z, y.to("meta"), num_steps=2)
+        with pytest.raises(ValueError, match="2 generators are needed, .*; got 3"):
+            engine.sample(z, y, num_steps=2, generator=generators() + generators()[:1])
         with pytest.raises(ValueError, match="num_steps must be at least 1"):
             engine.sample(z, y, num_steps=0)
         with pytest.raises(TypeError, match="guidance_scale"):

@@ -137,7 +137,7 @@ class Engine:
         generator: Generators = None, return_trajectory: bool = False, progress: bool = False,
         on_step: StepCallback | None = None, should_stop: Callable[[], bool] | None = None,
     ) -> Tensor:  # fmt: skip
-        check_finite("the initial state z", z)
+        _check(z, y, y_null, generator)
         batch, x = len(z), z.to(torch.float64)
         more = next((size - batch for size in self._sizes if size >= batch), 0)
         is_one = len(set(scales)) == 1
@@ -204,6 +204,20 @@ class Engine:
         rows = most_bytes(self.model, 1, dtype) if together else 0
         forms = copies if together or copies == 1 else copies + 1
         return forms * text_bytes(self.model, y, dtype), rows
+
+
+def _check(z: Tensor, y: Tensor, y_null: Tensor | None, generator: Generators) -> None:
+    """What the network does not see, or sees too late."""
+    if not z.is_floating_point():
+        raise ValueError(f"the initial state z must be floating-point, got {z.dtype}")
+    for name, condition in (("y", y), ("y_null", y_null)):
+        if isinstance(condition, Tensor) and condition.device != z.device:
+            raise ValueError(f"{name} must be on {z.device} like z, got {condition.device}")
+    if isinstance(generator, (list, tuple)) and len(generator) not in (1, len(z)):
+        raise ValueError(
+            f"{len(z)} generators are needed, one a sample, or one for all; got {len(generator)}"
+        )
+    check_finite("the initial state z", z)
 
 
 def drawn(x: Tensor, generator: Generators) -> Tensor:
