@@ -196,6 +196,25 @@ def test_a_published_model_that_is_accelerated():
         assert relative_error(ours, one[0]) < 2e-5
 
 
+def test_what_an_accelerated_model_refuses(text):
+    """What would be spread over all pictures, or read as something else."""
+    config = TINY | dict(depth=1, cap_feat_dim=text)
+    model = randomise(EagerTiM(**config))
+    accelerate(model)
+    latents, t, r, y = problem(text, depth=1)[1:]
+    tokens, packing = pack(latents, 2)
+    for args, given, message in (
+        ((tokens, t[:1], r[:1], y), packing, r"t must be of 4 pictures, got \(1,\)"),
+        ((tokens, t, r[:1], y), packing, "r must be of 4 pictures"),
+        ((tokens, t, r, y[:1]), packing, "y must be of 4 pictures"),
+        ((tokens[1:], t, r, y), packing, "sizes that sum to 23"),
+        ((tokens.int(), t, r, y), packing, "got .* torch.int32"),
+        ((tokens, t, r, y), packing.segments, "packing must be what `pack` gives"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(*args, packing=given)
+
+
 @pytest.mark.parametrize("order", ["upstream", "grid"])
 def test_positions_past_1024(order):
     model, latents, *others = problem(
@@ -273,8 +292,14 @@ def test_bad_input_is_refused():
     for size in ((2, 0), (2,), 3, (2, 1.5)):
         with pytest.raises(ValueError, match="token"):
             Packing.of([(1, 1), size])
-    with pytest.raises(ValueError, match=r"tokens must be \(23, channels, p, p\)"):
-        unpack(tokens[1:], packing)
+    for wrong in (tokens[1:], tokens[..., :1]):
+        with pytest.raises(ValueError, match=r"tokens must be \(23, channels, p, p\)"):
+            unpack(wrong, packing)
+    for size in (0, -2, 1.5):
+        with pytest.raises(ValueError, match="patch_size must be a whole number of at least 1"):
+            pack(latents, size)
+    with pytest.raises(ValueError, match=r"values must be \(…, 23\), got \(2, 1\)"):
+        packing.means(torch.ones(2, 1))
     for args, options, message in (
         ((tokens[1:], t, r, y), {}, r"sizes that sum to 23, got \(22, 3, 2, 2\)"),
         ((tokens.flatten(1), t, r, y), {}, r"x must be tokens \(23, 3, 2, 2\)"),
@@ -283,6 +308,7 @@ def test_bad_input_is_refused():
         ((tokens, t, r, y[:1]), {}, "one integer class label a sample"),
         ((tokens, t, r, y), dict(packing=packing.segments), "what `pack` gives, got a Segments"),
         ((tokens, t, r, y), dict(packing=packing.to("meta")), "must be on cpu like x, got meta"),
+        ((tokens, t, r, y.to("meta")), {}, "y must be on cpu like x, got meta"),
     ):
         with pytest.raises(ValueError, match=message):
             model(*args, **dict(packing=packing) | options)
