@@ -197,6 +197,8 @@ def test_latents_and_a_callback():
         (dict(generator=[torch.Generator()]), "3 generators are needed, one a picture; got 1"),
         (dict(latents=[torch.zeros(4, 4, 4)]), "3 latents are needed"),
         (dict(latents=[torch.zeros(4, 4, 4)] * 3), r"floating-point \(1, 4, 4, 6\)"),
+        (dict(latents=[1, 2, 3]), "latents must be tensors, got .*int"),
+        (dict(height=8, width=8, latents=[torch.zeros(4, 4, 4)] * 3), "one tensor .* got a list"),
     ],
 )
 def test_refusals(changes, message):
