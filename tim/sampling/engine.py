@@ -34,7 +34,8 @@ class Engine:
     What is kept for a run, at width C, depth D and the weights' b bytes an element: 12·C·D·b bytes
     a step and row at most, with a row a sample and two with guidance, for text one in all; and
     2·L·C·D·b bytes for L tokens of text. Of TiM-XL in bfloat16 these are 0.8 MB a step and row, and
-    33 MB for 256 tokens. Weights that are replaced or written to are noticed.
+    33 MB for 256 tokens. Weights that are replaced or written to are noticed, but those that a
+    callback writes through `.data` only by the next run.
 
     Args:
         model: the network F(x, t, r, y), any module.
