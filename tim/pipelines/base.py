@@ -188,8 +188,8 @@ class TiMPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator, self._execution_device, torch.float32)
         elif not isinstance(latents, Tensor):
             raise ValueError(
-                f"latents must be one tensor {shape}, got a {type(latents).__name__}: lists are for "
-                "lists of height or width"
+                f"latents must be one tensor {shape}, got a {type(latents).__name__}; a list goes "
+                "with a list of heights or widths"
             )
         elif tuple(latents.shape) != shape or not latents.is_floating_point():
             raise ValueError(
