@@ -7,6 +7,7 @@ import torch
 import torch._dynamo.testing
 from eager import EagerTiM, randomise
 from golden_files import relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tim.models import Packing, TiMTransformer2DModel, pack, unpack
 from tim_kernels import accelerate, use_backend
@@ -181,6 +182,27 @@ def test_gradient_checkpointing_changes_nothing(text, is_dual):
         assert relative_error(*map(joined, found)) < ALONE
     else:
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+class Seen(TorchDispatchMode):
+    """The operations that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.add(op._overloadpacket.__name__)
+        return op(*args, **(kwargs or {}))
+
+
+def test_a_forward_copies_nothing_from_the_host(text):
+    """So that it can be captured in a CUDA graph."""
+    model, latents, *others = problem(text, depth=1)
+    tokens, packing = pack(latents, 2)
+    with Seen() as seen:
+        model(tokens, *others, packing=packing)
+    assert "repeat_interleave" in seen.names and "lift_fresh" not in seen.names
 
 
 def test_a_published_model_that_is_accelerated():
