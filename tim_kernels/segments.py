@@ -81,6 +81,12 @@ class Segments:
         cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
         return cls(cu_seqlens, max(lengths, default=0), ends[-1])._of(lengths)
 
+    @classmethod
+    def alike(cls, count: int, length: int, device: torch.device | str | int) -> "Segments":
+        """`count` sequences of one length, made on the device: in a CUDA graph, too."""
+        ends = torch.arange(count + 1, dtype=torch.int32, device=device) * length
+        return cls(ends, length, count * length)._of([length] * count)
+
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Segments":
         """The same on another device."""
         moved = self.cu_seqlens.to(device, non_blocking=non_blocking)

@@ -15,6 +15,14 @@ import tim_kernels as ops
 from tim_kernels import Segments, use_backend
 
 
+def test_alike():
+    segments = Segments.alike(3, 4, DEVICE)
+    assert (
+        segments.cu_seqlens.tolist() == [0, 4, 8, 12] and segments.cu_seqlens.dtype == torch.int32
+    )
+    assert (segments.max_length, segments.total, segments.lengths) == (4, 12, (4, 4, 4))
+
+
 def offsets(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 

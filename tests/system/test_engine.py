@@ -203,12 +203,14 @@ def test_weights_that_change(kind, change, together):
     assert relative_error(changed, after) > 1e-3
 
 
-def test_a_hook_that_a_callback_sets_is_called():
+@pytest.mark.parametrize("name", ["", "blocks.0.adaLN_modulation", "blocks.1.cross_attn.kv"])
+def test_a_hook_that_a_callback_sets_is_called(name):
+    """On the network, and on what was formed ahead."""
     model, args, seen = tiny("text"), given("text"), []
 
     def on_step(step, time, x):
         if step == 0:
-            model.register_forward_hook(lambda *_: seen.append(step))
+            model.get_submodule(name).register_forward_hook(lambda *_: seen.append(step))
         return x
 
     Engine(model, make("OT_FM"), together=True).sample(*args, num_steps=3, on_step=on_step)
@@ -252,6 +254,12 @@ def test_what_does_not_fit_is_refused():
             engine.sample(z[..., :5], y, num_steps=2)
         with pytest.raises(ValueError, match="needs y_null"):
             engine.sample(z, y, num_steps=2, cfg_scale=2.0)
+        with pytest.raises(ValueError, match="z must be floating-point, got torch.int64"):
+            engine.sample(z.long(), y, num_steps=2)
+        with pytest.raises(ValueError, match="y must be on cpu like z, got meta"):
+            engine.sample(z, y.to("meta"), num_steps=2)
+        with pytest.raises(ValueError, match="2 generators are needed, .*; got 3"):
+            engine.sample(z, y, num_steps=2, generator=generators() + generators()[:1])
         with pytest.raises(ValueError, match="num_steps must be at least 1"):
             engine.sample(z, y, num_steps=0)
         with pytest.raises(TypeError, match="guidance_scale"):

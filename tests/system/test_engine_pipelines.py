@@ -7,22 +7,6 @@ import torch
 from small_engines import Counter
 from small_pipelines import CLASS, PROMPTS, class_pipeline, drawn, network, seeded, text_pipeline
 
-from tim.sampling import graphs
-
-
-@pytest.fixture
-def captures(monkeypatch):
-    captured = []
-
-    def capture(function, device):
-        out = function()
-        captured.append(function)
-        return lambda: out.copy_(function()), out
-
-    monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setattr(graphs, "obstacle", lambda device: None)
-    return captured
-
 
 def test_the_text_is_read_once_a_call():
     pipeline = text_pipeline()

@@ -7,6 +7,7 @@ import torch
 import torch._dynamo.testing
 from eager import EagerTiM, randomise
 from golden_files import relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tim.models import Packing, TiMTransformer2DModel, pack, unpack
 from tim_kernels import accelerate, use_backend
@@ -183,6 +184,27 @@ def test_gradient_checkpointing_changes_nothing(text, is_dual):
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+class Seen(TorchDispatchMode):
+    """The operations that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.add(op._overloadpacket.__name__)
+        return op(*args, **(kwargs or {}))
+
+
+def test_a_forward_copies_nothing_from_the_host(text):
+    """So that it can be captured in a CUDA graph."""
+    model, latents, *others = problem(text, depth=1)
+    tokens, packing = pack(latents, 2)
+    with Seen() as seen:
+        model(tokens, *others, packing=packing)
+    assert "repeat_interleave" in seen.names and "lift_fresh" not in seen.names
+
+
 def test_a_published_model_that_is_accelerated():
     config = TINY | dict(depth=1)
     model = randomise(EagerTiM(**config))
@@ -194,6 +216,25 @@ def test_a_published_model_that_is_accelerated():
         unpack(model(tokens, *others, packing=packing), packing), expected, strict=True
     ):
         assert relative_error(ours, one[0]) < 2e-5
+
+
+def test_what_an_accelerated_model_refuses(text):
+    """What would be spread over all pictures, or read as something else."""
+    config = TINY | dict(depth=1, cap_feat_dim=text)
+    model = randomise(EagerTiM(**config))
+    accelerate(model)
+    latents, t, r, y = problem(text, depth=1)[1:]
+    tokens, packing = pack(latents, 2)
+    for args, given, message in (
+        ((tokens, t[:1], r[:1], y), packing, r"t must be of 4 pictures, got \(1,\)"),
+        ((tokens, t, r[:1], y), packing, "r must be of 4 pictures"),
+        ((tokens, t, r, y[:1]), packing, "y must be of 4 pictures"),
+        ((tokens[1:], t, r, y), packing, "sizes that sum to 23"),
+        ((tokens.int(), t, r, y), packing, "got .* torch.int32"),
+        ((tokens, t, r, y), packing.segments, "packing must be what `pack` gives"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(*args, packing=given)
 
 
 @pytest.mark.parametrize("order", ["upstream", "grid"])
@@ -273,8 +314,14 @@ def test_bad_input_is_refused():
     for size in ((2, 0), (2,), 3, (2, 1.5)):
         with pytest.raises(ValueError, match="token"):
             Packing.of([(1, 1), size])
-    with pytest.raises(ValueError, match=r"tokens must be \(23, channels, p, p\)"):
-        unpack(tokens[1:], packing)
+    for wrong in (tokens[1:], tokens[..., :1]):
+        with pytest.raises(ValueError, match=r"tokens must be \(23, channels, p, p\)"):
+            unpack(wrong, packing)
+    for size in (0, -2, 1.5):
+        with pytest.raises(ValueError, match="patch_size must be a whole number of at least 1"):
+            pack(latents, size)
+    with pytest.raises(ValueError, match=r"values must be \(…, 23\), got \(2, 1\)"):
+        packing.means(torch.ones(2, 1))
     for args, options, message in (
         ((tokens[1:], t, r, y), {}, r"sizes that sum to 23, got \(22, 3, 2, 2\)"),
         ((tokens.flatten(1), t, r, y), {}, r"x must be tokens \(23, 3, 2, 2\)"),
@@ -283,6 +330,7 @@ def test_bad_input_is_refused():
         ((tokens, t, r, y[:1]), {}, "one integer class label a sample"),
         ((tokens, t, r, y), dict(packing=packing.segments), "what `pack` gives, got a Segments"),
         ((tokens, t, r, y), dict(packing=packing.to("meta")), "must be on cpu like x, got meta"),
+        ((tokens, t, r, y.to("meta")), {}, "y must be on cpu like x, got meta"),
     ):
         with pytest.raises(ValueError, match=message):
             model(*args, **dict(packing=packing) | options)

@@ -108,7 +108,7 @@ def test_what_is_not_finite_stays_in_its_picture():
     torch.testing.assert_close(ours.denoising, expected[2])
 
 
-def test_times_are_drawn_for_pictures():
+def test_times_are_drawn_for_pictures_and_what_does_not_fit_is_refused():
     model, _, x, z, y, *_ = problem(dtype=torch.float32)
     (x, packing), (z, _) = pack(x, 2), pack(z, 2)
     loss = TransitionObjective(make("OT_FM"))(model, x, z, y, packing=packing)
@@ -118,3 +118,5 @@ def test_times_are_drawn_for_pictures():
     with pytest.raises(ValueError, match=r"t must be .* shape \(5,\)"):
         t = torch.ones(len(x))
         TransitionObjective(make("OT_FM"))(model, x, z, y, t=t, r=t, packing=packing)
+    with pytest.raises(ValueError, match=r"features_target must be \(27, 6\) as the features"):
+        TransitionObjective(make("OT_FM"))(model, x, z, y, torch.randn(1, 6), packing=packing)

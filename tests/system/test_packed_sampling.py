@@ -92,6 +92,15 @@ def test_a_step_s_callback_sees_pictures():
         assert relative_error(one, other[0]) < ALONE
 
 
+@pytest.mark.parametrize("change", [lambda x: x[::-1], lambda x: x[:2], lambda x: None])
+def test_what_a_step_s_callback_returns_must_fit(change):
+    """Pictures in another order have as many tokens."""
+    model, z, *others = problem()
+    on_step = lambda step, time, states: change(states)  # noqa: E731
+    with pytest.raises(ValueError, match=r"must return the states, of shapes \[\(3, 4, 6\), "):
+        sample_packed(model, make("OT_FM"), z, *others, num_steps=2, on_step=on_step)
+
+
 def test_one_generator_for_all():
     model, z, *others = problem()
     options = dict(num_steps=3, stochasticity_ratio=0.5)
@@ -100,6 +109,11 @@ def test_one_generator_for_all():
         for _ in range(2)
     ]
     assert all(map(torch.equal, *pair))
+    each = [
+        sample_packed(model, make("OT_FM"), z, *others, generator=kind(generators()), **options)
+        for kind in (list, tuple)
+    ]
+    assert all(map(torch.equal, *each))
     with pytest.raises(ValueError, match="3 generators are needed, one a picture; got 2"):
         sample_packed(model, make("OT_FM"), z, *others, generator=generators(2), **options)
 
@@ -183,6 +197,8 @@ def test_latents_and_a_callback():
         (dict(generator=[torch.Generator()]), "3 generators are needed, one a picture; got 1"),
         (dict(latents=[torch.zeros(4, 4, 4)]), "3 latents are needed"),
         (dict(latents=[torch.zeros(4, 4, 4)] * 3), r"floating-point \(1, 4, 4, 6\)"),
+        (dict(latents=[1, 2, 3]), "latents must be tensors, got .*int"),
+        (dict(height=8, width=8, latents=[torch.zeros(4, 4, 4)] * 3), "one tensor .* got a list"),
     ],
 )
 def test_refusals(changes, message):

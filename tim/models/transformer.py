@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tim_kernels import CONDITIONS, Packing
 from tim_kernels.network.forward import predict
+from tim_kernels.network.packing import check_packed
 from tim_kernels.qk_norm_rope.reference import ORDERS
 
 from ..checks import check_times, whole_sizes
@@ -155,7 +156,7 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
     def _check_inputs(self, x, t, r, y, features: bool, packing: Packing | None = None) -> None:
         channels, patch = self.config.in_channels, self.config.patch_size
         if packing is not None:
-            self._check_tokens(x, packing)
+            check_packed(x, packing, channels, patch)
         elif x.ndim != 4 or x.shape[1] != channels or not x.is_floating_point():
             raise ValueError(
                 f"x must be latents of shape (B, {channels}, H, W), got {tuple(x.shape)} {x.dtype}"
@@ -168,23 +169,10 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
         pictures = x.shape[0] if packing is None else len(packing)
         check_times(t, r, pictures)
         self.y_embedder.check(y, pictures)
+        if y.device != x.device:
+            raise ValueError(f"y must be on {x.device} like x, got {y.device}")
         if features and self.projector is None:
             raise ValueError("features need a projector: build the model with z_dim, projector_dim")
-
-    def _check_tokens(self, x: Tensor, packing: Packing) -> None:
-        channels, patch = self.config.in_channels, self.config.patch_size
-        if not isinstance(packing, Packing):
-            raise ValueError(f"packing must be what `pack` gives, got a {type(packing).__name__}")
-        needed = (packing.total, channels, patch, patch)
-        if tuple(x.shape) != needed or not x.is_floating_point():
-            raise ValueError(
-                f"x must be tokens {needed} of pictures of sizes that sum to {packing.total}, "
-                f"got {tuple(x.shape)} {x.dtype}"
-            )
-        if x.device != packing.grids.device:
-            raise ValueError(
-                f"packing must be on {x.device} like x, got {packing.grids.device}: packing.to(…)"
-            )
 
 
 def _check_config(config) -> None:

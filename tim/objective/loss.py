@@ -158,6 +158,11 @@ class TransitionObjective:
         projection = x.new_zeros(())
         if with_features:
             features = prediction.features.float()
+            if features.shape != features_target.shape:
+                raise ValueError(
+                    f"features_target must be {tuple(features.shape)} as the features, got "
+                    f"{tuple(features_target.shape)}"
+                )
             away = 1 - F.cosine_similarity(features, features_target.float(), dim=-1)
             projection = (away if packing is None else packing.means(away)).mean()
 

@@ -166,6 +166,8 @@ class TiMPipeline(DiffusionPipeline):
         batch = len(sizes)
         generators = generator if isinstance(generator, (list, tuple)) else [generator] * batch
         given = [None] * batch if latents is None else list(latents)
+        if not all(noise is None or isinstance(noise, Tensor) for noise in given):
+            raise ValueError(f"latents must be tensors, got {[type(x).__name__ for x in given]}")
         for name, found in (("generators", generators), ("latents", given)):
             if len(found) != batch:
                 raise ValueError(f"{batch} {name} are needed, one a picture; got {len(found)}")
@@ -184,6 +186,11 @@ class TiMPipeline(DiffusionPipeline):
             )
         if latents is None:
             latents = randn_tensor(shape, generator, self._execution_device, torch.float32)
+        elif not isinstance(latents, Tensor):
+            raise ValueError(
+                f"latents must be one tensor {shape}, got a {type(latents).__name__}; a list goes "
+                "with a list of heights or widths"
+            )
         elif tuple(latents.shape) != shape or not latents.is_floating_point():
             raise ValueError(
                 f"latents must be floating-point {shape}, got {latents.dtype} "

@@ -34,7 +34,8 @@ class Engine:
     What is kept for a run, at width C, depth D and the weights' b bytes an element: 12·C·D·b bytes
     a step and row at most, with a row a sample and two with guidance, for text one in all; and
     2·L·C·D·b bytes for L tokens of text. Of TiM-XL in bfloat16 these are 0.8 MB a step and row, and
-    33 MB for 256 tokens. Weights that are replaced or written to are noticed.
+    33 MB for 256 tokens. Weights that are replaced or written to are noticed, but those that a
+    callback writes through `.data` only by the next run.
 
     Args:
         model: the network F(x, t, r, y), any module.
@@ -137,7 +138,7 @@ class Engine:
         generator: Generators = None, return_trajectory: bool = False, progress: bool = False,
         on_step: StepCallback | None = None, should_stop: Callable[[], bool] | None = None,
     ) -> Tensor:  # fmt: skip
-        check_finite("the initial state z", z)
+        _check(z, y, y_null, generator)
         batch, x = len(z), z.to(torch.float64)
         more = next((size - batch for size in self._sizes if size >= batch), 0)
         is_one = len(set(scales)) == 1
@@ -204,6 +205,20 @@ class Engine:
         rows = most_bytes(self.model, 1, dtype) if together else 0
         forms = copies if together or copies == 1 else copies + 1
         return forms * text_bytes(self.model, y, dtype), rows
+
+
+def _check(z: Tensor, y: Tensor, y_null: Tensor | None, generator: Generators) -> None:
+    """What the network does not see, or sees too late."""
+    if not z.is_floating_point():
+        raise ValueError(f"the initial state z must be floating-point, got {z.dtype}")
+    for name, condition in (("y", y), ("y_null", y_null)):
+        if isinstance(condition, Tensor) and condition.device != z.device:
+            raise ValueError(f"{name} must be on {z.device} like z, got {condition.device}")
+    if isinstance(generator, (list, tuple)) and len(generator) not in (1, len(z)):
+        raise ValueError(
+            f"{len(z)} generators are needed, one a sample, or one for all; got {len(generator)}"
+        )
+    check_finite("the initial state z", z)
 
 
 def drawn(x: Tensor, generator: Generators) -> Tensor:

@@ -20,10 +20,10 @@ from tim_kernels.network.conditioning import (
     is_text,
     most_bytes,
     names_of,
+    obstacle,
     parts,
 )
 from tim_kernels.network.forward import Prepared, predict, prepare, read_text, run
-from tim_kernels.network.layers import is_quiet
 
 from .graphs import Graphs, Shared
 from .steps import Step
@@ -100,7 +100,7 @@ class ReadOnce(StepByStep):
         self._checked: set[tuple] = set()
 
     def is_stale(self) -> bool:
-        return not is_quiet(self.model) or fingerprint(self.model) != self._made_of
+        return obstacle(self.model) is not None or fingerprint(self.model) != self._made_of
 
     def advance(self, x: Tensor, step: Step, draw: Draw) -> Tensor:
         if (key := (step.is_guided, x.shape)) not in self._checked:

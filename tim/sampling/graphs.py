@@ -154,8 +154,9 @@ def obstacle(device: torch.device) -> str | None:
 
 def _settings() -> Hashable:
     """What chooses kernels, beside their arguments."""
-    cuda = torch.backends.cuda
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     return (
+        cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision,
         requested(), torch.are_deterministic_algorithms_enabled(), cuda.matmul.fp32_precision,
         cuda.matmul.allow_bf16_reduced_precision_reduction,
         cuda.matmul.allow_fp16_reduced_precision_reduction,

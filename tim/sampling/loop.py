@@ -53,7 +53,8 @@ def sample(
     between the state is float64; the network runs in its own dtype.
 
     Raises:
-        ValueError: options out of range, y_null missing or not shaped as y, z not finite.
+        ValueError: options out of range; y_null missing or not shaped as y; z not finite, not
+            floating-point or on another device than y; generators of another number.
         FloatingPointError: the samples are not finite, as where float16 overflows in the network.
     """
     return Engine(model, transport).sample(

@@ -22,7 +22,7 @@ def sample_packed(
     y: Tensor,
     y_null: Tensor | None = None,
     *,
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     return_trajectory: bool = False,
     on_step: Callable[[int, float, Pictures], Pictures] | None = None,
     **options: Any,
@@ -39,7 +39,8 @@ def sample_packed(
     Returns the S pictures (C, H, W), or their trajectories (num_steps + 1, C, H, W).
 
     Raises:
-        ValueError: as `sample` and `pack`; or generators of another number than the pictures.
+        ValueError: as `sample` and `pack`; generators of another number than the pictures; an
+            on_step that returns others, or other sizes.
 
     Example:
         >>> z = [transport.initial_state(torch.randn(4, *size)) for size in ((32, 48), (64, 32))]
@@ -47,7 +48,7 @@ def sample_packed(
     """
     tokens, packing = pack(z, model.x_embedder.proj.kernel_size[0])
     draw = generator
-    if isinstance(generator, list):
+    if isinstance(generator, (list, tuple)):
         if len(generator) != len(packing):
             raise ValueError(
                 f"{len(packing)} generators are needed, one a picture; got {len(generator)}"
@@ -57,7 +58,7 @@ def sample_packed(
         draw = _Noise(packing, [generator] * len(packing))
 
     def on_tokens(step: int, time: float, state: Tensor) -> Tensor:
-        return pack(on_step(step, time, unpack(state, packing)), state.shape[-1])[0]
+        return _repacked(on_step(step, time, unpack(state, packing)), state, packing)
 
     x = sample(
         _OnTokens(model, packing), transport, tokens, y, y_null, generator=draw,
@@ -68,6 +69,15 @@ def sample_packed(
         return unpack(x, packing)
     states = zip(*(unpack(state, packing) for state in x), strict=True)
     return [torch.stack(of_one) for of_one in states]
+
+
+def _repacked(pictures: Pictures, state: Tensor, packing: Packing) -> Tensor:
+    """The tokens of what a callback made of the pictures of `state`."""
+    shapes = [tuple(x.shape) for x in unpack(state, packing)]
+    got = [tuple(getattr(x, "shape", ())) for x in pictures] if pictures is not None else None
+    if got != shapes:
+        raise ValueError(f"on_step must return the states, of shapes {shapes}; got {got}")
+    return pack(pictures, state.shape[-1])[0]
 
 
 class _OnTokens(nn.Module):

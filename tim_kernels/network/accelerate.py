@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..names import CONDITIONS, ORDERS, Condition, RopeOrder
 from . import blocks, layers, trial
 from .forward import predict
-from .packing import Packing
+from .packing import Packing, check_packed
 from .tree import CHILDREN, SWIGLU, composites, differences, is_swiglu
 
 CHECKPOINTS = "use_checkpoint", "gradient_checkpointing"  # a model's own switches
@@ -173,12 +173,22 @@ def _model(
         return self.own.forward(self, **args, **others)
     if others:
         raise ValueError(f"an accelerated model takes no {', '.join(others)}: restore(model) first")
+    if packing is not None:
+        _check_packed(self, x, t, r, y, packing)
     is_checkpointed = any(getattr(self, switch, False) for switch in CHECKPOINTS)
     sample, zs = predict(
         self, x, t, r, y, **names, features_depth=self.encoder_depth if return_zs else None,
         checkpoint=_checkpoint if is_checkpointed else None, packing=packing,
     )  # fmt: skip
     return (sample, zs) if return_zs else sample
+
+
+def _check_packed(model, x: Tensor, t: Tensor, r: Tensor, y: Tensor, packing: Packing) -> None:
+    patches = model.x_embedder.proj
+    check_packed(x, packing, patches.in_channels, patches.kernel_size[0])
+    for name, of in (("t", t), ("r", r), ("y", y)):
+        if of.shape[:1] != (len(packing),):
+            raise ValueError(f"{name} must be of {len(packing)} pictures, got {tuple(of.shape)}")
 
 
 def _checkpoint(function, *args):

@@ -170,7 +170,7 @@ def _rope(x: Tensor, patch: int, text, order: str, packing: Packing | None) -> R
     of_text = None
     if text is not None:
         length = (text if isinstance(text, Tensor) else text[0].k).shape[1]
-        of_text = Segments.from_lengths([length] * len(packing), x.device)
+        of_text = Segments.alike(len(packing), length, x.device)
     return Rope(None, order, packing.grids, packing.segments, of_text)
 
 

@@ -77,6 +77,8 @@ class Packing:
     def means(self, values: Tensor) -> Tensor:
         """Of one value a token, (…, T), the mean of each picture's, (…, S): the same bits every
         run, and what is not finite stays in its picture."""
+        if values.shape[-1:] != (self.total,):
+            raise ValueError(f"values must be (…, {self.total}), got {tuple(values.shape)}")
         cu, token = self.segments.cu_seqlens, torch.arange(self.total, device=values.device)
         is_own = (token >= cu[:-1, None]) & (token < cu[1:, None])  # (S, T)
         return torch.where(is_own, values.unsqueeze(-2), 0).sum(-1) / cu.diff()
@@ -93,15 +95,15 @@ def pack(latents: Sequence[Tensor], patch_size: int) -> tuple[Tensor, Packing]:
     samples. A tensor (B, channels, H, W) is B pictures.
 
     Raises:
-        ValueError: no pictures, sides that are no multiples of patch_size, or other channels,
-            dtypes or devices than the first's.
+        ValueError: no pictures, a patch_size that is no whole number of at least 1, sides that are
+            no multiples of it, or other channels, dtypes or devices than the first's.
 
     Example:
         >>> tokens, packing = pack([torch.randn(4, 8, 12), torch.randn(4, 6, 6)], patch_size=2)
         >>> tokens.shape, packing.sizes
         (torch.Size([33, 4, 2, 2]), ((4, 6), (3, 3)))
     """
-    latents, p = list(latents), operator.index(patch_size)
+    latents, p = list(latents), _checked_patch(patch_size)
     for i, x in enumerate(latents):
         first = latents[0]
         if x.ndim != 3 or x.shape[1] % p or x.shape[2] % p:
@@ -131,12 +133,28 @@ def unpack(tokens: Tensor, packing: Packing) -> list[Tensor]:
     Example:
         >>> pictures = unpack(*pack([torch.randn(4, 8, 12), torch.randn(4, 6, 6)], patch_size=2))
     """
-    if tokens.ndim != 4 or len(tokens) != packing.total:
+    if tokens.ndim != 4 or len(tokens) != packing.total or tokens.shape[2] != tokens.shape[3]:
         raise ValueError(
             f"tokens must be ({packing.total}, channels, p, p) as packed, got {tuple(tokens.shape)}"
         )
     parts = tokens.split([h * w for h, w in packing.sizes])
     return [_picture(part, *size) for part, size in zip(parts, packing.sizes, strict=True)]
+
+
+def check_packed(x: Tensor, packing: Packing, channels: int, patch_size: int) -> None:
+    """Refuse tokens that are not those of the packing, as a network of these patches takes them."""
+    if not isinstance(packing, Packing):
+        raise ValueError(f"packing must be what `pack` gives, got a {type(packing).__name__}")
+    needed = (packing.total, channels, patch_size, patch_size)
+    if tuple(x.shape) != needed or not x.is_floating_point():
+        raise ValueError(
+            f"x must be tokens {needed} of pictures of sizes that sum to {packing.total}, "
+            f"got {tuple(x.shape)} {x.dtype}"
+        )
+    if x.device != packing.grids.device:
+        raise ValueError(
+            f"packing must be on {x.device} like x, got {packing.grids.device}: packing.to(…)"
+        )
 
 
 def _patches(x: Tensor, p: int) -> Tensor:
@@ -146,6 +164,15 @@ def _patches(x: Tensor, p: int) -> Tensor:
 
 def _picture(x: Tensor, h: int, w: int) -> Tensor:
     return x.unflatten(0, (h, w)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+
+
+def _checked_patch(size: int) -> int:
+    try:
+        if (p := operator.index(size)) >= 1:
+            return p
+    except TypeError:
+        pass
+    raise ValueError(f"patch_size must be a whole number of at least 1, got {size!r}")
 
 
 def _checked(size: tuple[int, int]) -> tuple[int, int]:
