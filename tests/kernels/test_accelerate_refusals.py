@@ -71,7 +71,8 @@ def test_gemms_in_tf32_are_no_difference(precision, is_fused):
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = precision
     try:
-        assert (accelerate(model).fused == [""]) == is_fused
+        # On a CPU float32 is float32, whatever a training in this process has set.
+        assert (accelerate(model).fused == [""]) == (is_fused and DEVICE != "cpu")
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 

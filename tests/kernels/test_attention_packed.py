@@ -153,12 +153,12 @@ def test_one_graph_for_all_lengths(one_thread):
     frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, backend=frames, fullgraph=True, dynamic=True)
     for lengths in ([4, 6, 1, 3], [3, 9, 2], [7, 2, 5, 5, 1]):
-        qkv = torch.randn(sum(lengths), 3, 2, 8, requires_grad=True)
+        qkv = torch.randn(sum(lengths), 3, 2, 8, dtype=torch.float64, requires_grad=True)
         segments = Segments.from_lengths(lengths)
         out, expected = compiled(qkv, segments), function(qkv, segments)
-        torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
         gradients = [torch.autograd.grad(each.square().sum(), qkv)[0] for each in (out, expected)]
-        torch.testing.assert_close(*gradients, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(*gradients, atol=1e-12, rtol=0)
     assert frames.frame_count == 1
 
 
