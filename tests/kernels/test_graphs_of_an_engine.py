@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from parity import BACKEND, DEVICE
+
+from tim_kernels import use_backend
 
 pytest.importorskip("diffusers", reason="tim.sampling needs diffusers")
 
@@ -9,8 +12,7 @@ from tests.system.small_engines import KINDS, given, tiny  # noqa: E402
 from tim.sampling import Engine  # noqa: E402
 from tim.transports import make  # noqa: E402
 
-DEVICE = "cuda"
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
 
 
 @pytest.mark.parametrize("kind", KINDS)
