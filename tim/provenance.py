@@ -2,10 +2,12 @@
 
 import hashlib
 import importlib.metadata
+import json
 import platform
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,6 +41,11 @@ def file_hash(*paths: Path) -> str:
         for block in _blocks(path):
             digest.update(block)
     return digest.hexdigest()
+
+
+def value_hash(value: Any) -> str:
+    """SHA-256 of what JSON can hold, as JSON, hexadecimal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def weights_hash(network: torch.nn.Module) -> str:

@@ -1,6 +1,5 @@
 """The command `tim`."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +8,7 @@ import typer
 from safetensors.torch import save_file
 
 from tim.app import evaluate, generate
-from tim.app.common import Device, check_device, device_of, errors_without_traceback, fail
+from tim.app.common import Device, check_device, device_of, errors_without_traceback, fail, say
 from tim.processes import launched_group
 
 app = typer.Typer(
@@ -143,12 +142,11 @@ def preprocess(
                 images, latents, autoencoder, image_size=image_size, batch_size=batch_size,
                 pack_tokens=pack_tokens, seed=seed, num_workers=workers, **limits,
             )  # fmt: skip
-    if os.environ.get("RANK", "0") == "0":
-        unreadable = len(made.unreadable)
-        typer.echo(
-            f"{latents}: {made.new} made, {made.there} there before"
-            + f", {unreadable} pictures cannot be read: move them away" * bool(unreadable)
-        )
+    unreadable = len(made.unreadable)
+    say(
+        f"{latents}: {made.new} made, {made.there} there before"
+        + f", {unreadable} pictures cannot be read: move them away" * bool(unreadable)
+    )
 
 
 @app.command()

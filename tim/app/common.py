@@ -1,5 +1,6 @@
 """What the commands share: errors in one line, the device."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,12 @@ def fail(error: Exception | str, code: int) -> NoReturn:
     """End with one line."""
     typer.echo(f"error: {' '.join(str(error).split())}", err=True)
     raise typer.Exit(code) from None
+
+
+def say(text: object) -> None:
+    """Print, by the first of the launched processes alone."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(text)
 
 
 def device_of(name: str | None) -> str:

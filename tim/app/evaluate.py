@@ -1,6 +1,5 @@
 """The commands `tim evaluate …` that measure folders of pictures in numbers."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from tim.app import judge
-from tim.app.common import Device, LeaveOut, Results, device_of, errors_without_traceback
+from tim.app.common import Device, LeaveOut, Results, device_of, errors_without_traceback, say
 from tim.processes import Processes, launched_group
 
 app = typer.Typer(
@@ -57,11 +56,13 @@ def imagenet(
         from tim.evaluation.imagenet import METRICS, check, evaluate
 
         chosen = _chosen(metrics, METRICS)
-        check(pictures, reference, output, count=num_samples, metrics=chosen)
+        opened, _ = check(
+            pictures, reference, output, count=num_samples, metrics=chosen, convert=convert
+        )
         with launched_group():
             network = _inception(inception_weights, download_weights, "adm", device)
             result = evaluate(
-                pictures, reference, network, count=num_samples, metrics=chosen, output=output,
+                opened, reference, network, count=num_samples, metrics=chosen, output=output,
                 work=work, batch_size=batch_size, split=split, k=neighbour, leave_out=leave_out,
                 convert=convert,
             )  # fmt: skip
@@ -150,13 +151,11 @@ def _inception(weights: Path | None, may_download: bool, kind: str, device: str,
 def _print(result: Mapping[str, Any], output: Path) -> None:
     from tim.evaluation import report
 
-    if os.environ.get("RANK", "0") != "0":
-        return
     names, parts = list(result["metrics"]), result["breakdown"]
-    typer.echo(report.table(["", *names], [["all", *result["metrics"].values()], *(
+    say(report.table(["", *names], [["all", *result["metrics"].values()], *(
         [part, *(parts[name].get(part, "–") for name in names)]
         for part in dict.fromkeys(part for values in parts.values() for part in values)
     )]))  # fmt: skip
     for title in ("counts", "settings"):
-        typer.echo("\n".join(["", *(f"{name}: {value}" for name, value in result[title].items())]))
-    typer.echo(f"\n{report.result_in(output)}")
+        say("\n".join(["", *(f"{name}: {value}" for name, value in result[title].items())]))
+    say(f"\n{report.result_in(output)}")

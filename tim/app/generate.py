@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from tim.app.common import Device, device_of, errors_without_traceback
+from tim.app.common import Device, device_of, errors_without_traceback, say
 from tim.generate.settings import KINDS, PRESETS, make
 from tim.processes import launched_group
 
@@ -65,8 +64,7 @@ def _command(name: str) -> Callable[..., None]:
             source = load(checkpoint, config, dtype=getattr(torch, settings.dtype))
             with launched_group():
                 folder = generate(benchmark, source.to(device), output)
-        if os.environ.get("RANK", "0") == "0":
-            typer.echo(folder)
+        say(folder)
 
     options = [
         _parameter("checkpoint", Checkpoint),

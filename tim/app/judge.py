@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from tim.app.common import Device, LeaveOut, Results, device_of, errors_without_traceback
-from tim.processes import Processes, launched_group
+from tim.app.common import Device, LeaveOut, Results, device_of, errors_without_traceback, say
+from tim.processes import launched_group
 
 
 def geneval(
@@ -36,7 +36,7 @@ def geneval(
         check(pictures, output, **options)
         networks = Mask2Former.load(detector, device), ClipColours.load(clip, device)
         result = evaluate(pictures, output, *networks, **options)
-        _say(table(result), output)
+    say(f"{table(result)}\n{output / 'result.json'}")
 
 
 def dpg(
@@ -72,9 +72,4 @@ def dpg(
             pictures, questions, output, load_vqa(vqa, device), per_prompt=per_prompt,
             published_categories=published_categories, leave_out=leave_out,
         )  # fmt: skip
-        _say(table(result), output)
-
-
-def _say(table: str, output: Path) -> None:
-    if Processes.here().is_first:
-        typer.echo(f"{table}\n{output / 'result.json'}")
+    say(f"{table(result)}\n{output / 'result.json'}")

@@ -18,10 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tim.data.files import some
-from tim.evaluation.pictures import Bad, Pictures, key_of
+from tim.evaluation.pictures import Bad, Pictures
 from tim.evaluation.statistics import Moments
 from tim.files import replacing
 from tim.processes import Processes
+from tim.provenance import value_hash
 
 CHUNK = 500  # pictures whose features are one file
 
@@ -58,16 +59,25 @@ class Measured:
     names: list[str]
     bad: list[Bad]
 
-    def __iter__(self) -> Iterator[Features]:
+    @property
+    def kinds(self) -> set[str]:
+        """Of features that there are; a file of bad pictures alone has none but an empty pool."""
+        found: set[str] = set()
         for path in self.files:
             with safe_open(path, "pt") as file:
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if len(found["pool"]):
-                yield Features(**found)
+                found.update(file.keys())
+        return found
+
+    def rows(self, kind: str) -> Iterator[Tensor]:
+        """One kind of features (n, …), file by file; the others are not read."""
+        for path in self.files:
+            with safe_open(path, "pt") as file:
+                if file.get_slice("pool").get_shape()[0]:
+                    yield file.get_tensor(kind)
 
     def joined(self, kind: str = "pool") -> Tensor:
         """One kind of features of all pictures (N, …)."""
-        return torch.cat([getattr(features, kind) for features in self])
+        return torch.cat([*self.rows(kind)])
 
     def moments(self, kind: str = "pool") -> Moments:
         """Of one kind of features, without holding all of them."""
@@ -77,8 +87,7 @@ class Measured:
         """The same by what `part` makes of a picture's name."""
         found: dict[str, Moments] = defaultdict(Moments)
         names, is_quick = iter(self.names), len(self.files) < 10
-        for features in tqdm(self, "statistics", len(self.files), disable=is_quick):
-            rows = getattr(features, kind)
+        for rows in tqdm(self.rows(kind), "statistics", len(self.files), disable=is_quick):
             parts = [part(name) for name in itertools.islice(names, len(rows))]
             for each in dict.fromkeys(parts):
                 chosen = torch.tensor([other == each for other in parts])
@@ -101,7 +110,7 @@ class Work(NamedTuple):
         name = getattr(network, "name", None)
         if name is None or stamp is None:
             return self.once / f"{secrets.token_hex()}.safetensors"
-        return self.kept / f"{key_of(name, stamp)}.safetensors"
+        return self.kept / f"{value_hash([name, stamp])}.safetensors"
 
 
 @contextmanager

@@ -181,9 +181,8 @@ class _Scores(NamedTuple):
 
 
 def _check_kinds(samples: Measured, metrics: Sequence[str]) -> None:
-    first = next(iter(samples))
     for name, kind in (("sfid", "spatial"), ("inception_score", "logits")):
-        if name in metrics and getattr(first, kind) is None:
+        if name in metrics and kind not in samples.kinds:
             raise ValueError(f"{name} needs {kind} features, which this network does not give")
 
 

@@ -1,6 +1,5 @@
 """Judging a folder of pictures: what cannot be judged is named, the work is shared and resumes."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from tim.data.files import some
 from tim.evaluation.reading import ahead, picture
 from tim.files import locked
 from tim.processes import Processes
+from tim.provenance import value_hash
 
 _WORK = "judged"  # what is done, in a result's folder
 _READERS = 4  # threads
@@ -88,7 +88,7 @@ def judged(
     """
     here, folder = Processes.here(), output / _WORK
     folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    digest = value_hash(settings)
     stamps = {name: _stamp(path, digest) for name, path in pictures.items()}
     known = here.gather(_known(folder, stamps) if here.is_first else None)[0]
     todo = [name for name in pictures if name not in known]

@@ -1,6 +1,5 @@
 """Pictures to measure, in a fixed order: a folder, an npz file, or whatever yields them."""
 
-import hashlib
 import itertools
 import json
 import logging
@@ -218,10 +217,6 @@ def opened(given: "str | Path | Pictures | Iterable[Tensor]", count: int, **opti
         found = given if hasattr(given, "stamp") else Stream(given, count)
     enough(found, count, given if isinstance(given, (str, os.PathLike)) else type(given).__name__)
     return found
-
-
-def key_of(*parts: str) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _numeric(name: str) -> list[tuple[int, int | str]]:

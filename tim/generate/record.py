@@ -1,7 +1,6 @@
 """`run.json` beside the pictures: all that is needed to draw them again."""
 
 import dataclasses
-import hashlib
 import json
 import logging
 from collections.abc import Collection
@@ -14,7 +13,7 @@ from tim.generate.benchmarks import Benchmark, ImageNet
 from tim.generate.settings import TextSettings
 from tim.generate.sources import Source
 from tim.processes import Processes
-from tim.provenance import versions
+from tim.provenance import value_hash, versions
 from tim_kernels.dispatch import backend
 
 NAME = "run.json"
@@ -66,7 +65,7 @@ def _pictures(benchmark: Benchmark, source: Source) -> dict[str, Any]:
         settings.pop("lot_size")
     run = {"benchmark": benchmark.name, "settings": settings, **source.described()}
     if not isinstance(benchmark, ImageNet):
-        run["prompts"] = _hash([list(item) for item in benchmark.items])
+        run["prompts"] = value_hash([list(item) for item in benchmark.items])
     run["pictures"] = len(benchmark.items) * benchmark.pictures
     return run
 
@@ -116,7 +115,3 @@ def _read(path: Path) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """As it is read again."""
     return json.loads(json.dumps(value))
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from tim.evaluation.reading import picture
 from tim.evaluation.weights import settings_of
 from tim.files import replacing
 from tim.processes import Processes
+from tim.provenance import value_hash
 
 _SHOWN = 8  # pictures of each tag on a sheet
 Row = dict[str, Any]
@@ -73,7 +73,7 @@ def evaluate(
         **settings_of("detector", detector, detector_name),
         **settings_of("colours", colours, colours_name),
         **rules.SETTINGS,
-        "prompts": sha256(json.dumps([each.metadata for each in listed]).encode()).hexdigest(),
+        "prompts": value_hash([each.metadata for each in listed]),
     }
     with judging.output_folder(output) as output:
         pictures, damaged = judging.without_damaged(found.pictures)
