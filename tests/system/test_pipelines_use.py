@@ -54,6 +54,24 @@ def test_an_interrupted_call_returns_what_it_reached(stop):
     assert len(calls) == 5
 
 
+def test_a_call_without_a_callback_can_be_interrupted_and_asks_nothing_more_of_a_step(monkeypatch):
+    pipeline, calls, asked = class_pipeline(), [], []
+
+    def on_call(*_):
+        calls.append(1)
+        pipeline._interrupt = len(calls) == 2
+
+    handle = pipeline.transformer.register_forward_hook(on_call)
+    pipeline([1], num_inference_steps=4, **LATENT)
+    assert len(calls) == 2
+    handle.remove()
+    monkeypatch.setattr("tim.sampling.evaluation.StepByStep.is_stale", lambda _: asked.append(1))
+    pipeline([1], num_inference_steps=4, **LATENT)
+    assert not asked
+    pipeline([1], num_inference_steps=4, callback_on_step_end=lambda *_: None, **LATENT)
+    assert len(asked) == 4
+
+
 def test_a_sampler_that_is_told_to_stop():
     z, y = torch.randn(1, 4, 4, 4, generator=seeded()), torch.tensor([1])
     args = network(CLASS), make("OT_FM"), z, y

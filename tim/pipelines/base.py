@@ -1,6 +1,7 @@
 """What a pipeline does but for its conditioning: noise, sampling, decoding."""
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, SupportsIndex
@@ -20,6 +21,7 @@ from tim.encoders import Autoencoder
 from tim.files import saved_whole
 from tim.images import by_size
 from tim.sampling import Engine, SampleType, sample_packed
+from tim.sampling.steps import Step
 from tim.transports import TRANSPORTS, TransportName, make
 
 States = Tensor | list[Tensor]  # a list of those of several sizes
@@ -98,25 +100,22 @@ class TiMPipeline(DiffusionPipeline):
         else:
             z = self._initial_state((len(y), *self._shape(*sizes[0])), generator, latents)
         low, high = guidance_interval
-        with self.progress_bar(total=whole("num_inference_steps", num_inference_steps)) as bar:
 
-            def on_step(step: int, time: float, state: States) -> States:
-                bar.update()
-                if callback_on_step_end is None:
-                    return state
-                return _latents_of(
-                    callback_on_step_end(self, step, time, {"latents": state}), state
-                )
+        def until_interrupted(steps: Iterable[Step]) -> Iterable[Step]:
+            return itertools.takewhile(lambda _: not self._interrupt, self.progress_bar(steps))
 
-            carry = self.engine.sample
-            if is_ragged:
-                carry = partial(sample_packed, self.transformer, self._transport)
-            x = carry(
-                z, y, y_null, num_steps=num_inference_steps, cfg_scale=guidance_scale,
-                cfg_low=low, cfg_high=high, stochasticity_ratio=stochasticity_ratio,
-                sample_type=sample_type, generator=generator, on_step=on_step,
-                should_stop=lambda: self._interrupt,
-            )  # fmt: skip
+        def on_step(step: int, time: float, state: States) -> States:
+            return _latents_of(callback_on_step_end(self, step, time, {"latents": state}), state)
+
+        carry = self.engine.sample
+        if is_ragged:
+            carry = partial(sample_packed, self.transformer, self._transport)
+        x = carry(
+            z, y, y_null, num_steps=num_inference_steps, cfg_scale=guidance_scale,
+            cfg_low=low, cfg_high=high, stochasticity_ratio=stochasticity_ratio,
+            sample_type=sample_type, generator=generator, progress=until_interrupted,
+            on_step=None if callback_on_step_end is None else on_step,
+        )  # fmt: skip
         images = x if output_type == "latent" else self._decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

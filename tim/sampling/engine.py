@@ -19,6 +19,7 @@ from .requests import Request, check_guidance, in_batches
 from .steps import Options, Step
 
 Generators = torch.Generator | list[torch.Generator] | Callable[[Tensor], Tensor] | None
+Progress = bool | Callable[[Iterable[Step]], Iterable[Step]]
 StepCallback = Callable[[int, float, Tensor], Tensor]
 BITS = "on a CPU the bits of a GEMM depend on its rows (together=True takes others)"
 
@@ -77,7 +78,7 @@ class Engine:
         *,
         generator: Generators = None,
         return_trajectory: bool = False,
-        progress: bool = False,
+        progress: Progress = False,
         on_step: StepCallback | None = None,
         should_stop: Callable[[], bool] | None = None,
         **options: Any,
@@ -135,7 +136,7 @@ class Engine:
     @torch.no_grad()
     def _carry(
         self, steps: list[Step], z: Tensor, y: Tensor, y_null: Tensor | None, scales: list[float],
-        generator: Generators = None, return_trajectory: bool = False, progress: bool = False,
+        generator: Generators = None, return_trajectory: bool = False, progress: Progress = False,
         on_step: StepCallback | None = None, should_stop: Callable[[], bool] | None = None,
     ) -> Tensor:  # fmt: skip
         _check(z, y, y_null, generator)
@@ -155,7 +156,8 @@ class Engine:
         with self._graphs.held() as graphs:
             given = steps, *conditions, guidance, graphs
             evaluation = self._evaluation(*given)
-            for step in tqdm(steps, disable=not progress):
+            shown = progress(steps) if callable(progress) else tqdm(steps, disable=not progress)
+            for step in shown:
                 if should_stop is not None and should_stop():
                     break
                 if is_watched and evaluation.is_stale():

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tim.transports import Transport
 
-from .engine import Engine, Generators, StepCallback
+from .engine import Engine, Generators, Progress, StepCallback
 from .steps import SampleType
 
 
@@ -28,7 +28,7 @@ def sample(
     sample_type: SampleType = "transition",
     generator: Generators = None,
     return_trajectory: bool = False,
-    progress: bool = False,
+    progress: Progress = False,
     on_step: StepCallback | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Tensor:
@@ -45,7 +45,8 @@ def sample(
         sample_type: "transition" asks the network for F(x, t, r), "ddiffusion" for F(x, t, t).
         generator: of the added noise; one, or one a sample, or a function that makes it of a state.
         return_trajectory: return all num_steps + 1 states.
-        progress: show a bar.
+        progress: show a bar; or what makes one of the steps and gives them, as a pipeline's
+            `progress_bar` does. Where it gives no more, the state reached is returned.
         on_step: given each step's index, the time reached and the state; what it returns goes on.
         should_stop: asked before each step; where it says so, the state reached is returned.
 
