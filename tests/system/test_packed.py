@@ -354,3 +354,43 @@ def test_compiled_blocks_serve_every_packing(one_thread):
         ]
         assert relative_error(*map(joined, gradients)) < 2e-6
     assert counter.frame_count == 1
+
+
+def test_texts_of_their_own_lengths():
+    """What lies beyond a text is not read: sample and gradients are those of the text alone; so
+    they are of two packings together and of a part of one."""
+    model, latents, t, r, y = problem(text=7, dtype=torch.float64)
+    lengths = [2, 5, 1, 4]
+    y.requires_grad_()
+    tokens, packing = pack(latents, 2)
+    packing = packing.reading(lengths, 5)
+    ours = unpack(model(tokens, t, r, y, packing=packing), packing)
+    expected = [
+        model(x[None], t[i : i + 1], r[i : i + 1], y[i : i + 1, :length])[0]
+        for i, (x, length) in enumerate(zip(latents, lengths, strict=True))
+    ]
+    assert relative_error(joined(ours), joined(expected)) < 1e-14
+    gradients = [torch.autograd.grad(joined(x).square().sum(), y)[0] for x in (ours, expected)]
+    assert relative_error(*gradients) < 1e-14
+    assert not gradients[0][0, 2:].any() and gradients[0][1].any(-1).all()
+
+    both = packing + packing
+    doubled = (each.repeat(2, *[1] * (each.ndim - 1)) for each in (tokens, t, r, y))
+    assert relative_error(joined(unpack(model(*doubled, packing=both), both)[4:]), joined(ours)) < (
+        1e-14
+    )
+    last, first = packing[2:].to("cpu"), packing.tokens_of(2)
+    part = model(tokens[first:], t[2:], r[2:], y[2:], packing=last)
+    assert relative_error(joined(unpack(part, last)), joined(ours[2:])) < 1e-14
+
+
+def test_lengths_of_texts_that_do_not_fit():
+    model, latents, t, r, y = problem(text=7)
+    tokens, packing = pack(latents, 2)
+    for lengths in ([1, 2, 3], [0, 1, 2, 3], [1, 2, 3, 6]):
+        with pytest.raises(ValueError, match="lengths must be 4, of 1 to 5 tokens each"):
+            packing.reading(lengths, 5)
+    with pytest.raises(ValueError, match="texts must be of 4 tokens, .* got 5"):
+        model(tokens, t, r, y, packing=packing.reading([1, 2, 3, 4], 4))
+    with pytest.raises(ValueError, match="must be read alike"):
+        packing + packing.reading([1, 2, 3, 4], 5)

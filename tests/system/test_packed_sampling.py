@@ -148,16 +148,29 @@ def test_class_pipeline(output_type):
         assert relative_error(torch.as_tensor(image), torch.as_tensor(alone)) < ALONE
 
 
-def test_text_pipeline():
-    """One prompt is as long alone: here all prompts are of two words."""
-    pipeline, prompts = exact(text_pipeline()), ["red cat", "a dog", "a cat"]
-    options = dict(num_inference_steps=2, output_type="pt")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(guidance_scale=1.0),
+        dict(guidance_interval=(-1.0, 2.0), negative_prompt=["a red dog", "cat", "a"]),
+        dict(guidance_interval=(-1.0, 2.0), negative_prompt="a dog"),
+    ],
+    ids=["guided", "unguided", "negatives", "negative"],
+)
+def test_text_pipeline(options):
+    """A prompt is not changed by longer ones, nor by the padding that they ask for."""
+    pipeline, prompts = exact(text_pipeline()), ["cat", "a red dog on a red cat", "a cat"]
+    options = dict(num_inference_steps=2, output_type="pt") | options
     ours = pipeline(prompts, height=HEIGHTS, width=16, generator=generators(), **options).images
     assert [x.shape for x in ours] == [(3, height, 16) for height in HEIGHTS]
+    negatives = options.pop("negative_prompt", None)
     for i, image in enumerate(ours):
+        negative = negatives[i] if isinstance(negatives, list) else negatives
         alone = pipeline(
-            prompts[i], height=HEIGHTS[i], width=16, generator=generators()[i], **options
-        ).images[0]
+            prompts[i], height=HEIGHTS[i], width=16, generator=generators()[i],
+            negative_prompt=negative, **options,
+        ).images[0]  # fmt: skip
         assert relative_error(image, alone) < ALONE
     some = pipeline(
         PROMPTS[0], height=HEIGHTS, width=8, num_images_per_prompt=3, **options

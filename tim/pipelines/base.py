@@ -88,6 +88,7 @@ class TiMPipeline(DiffusionPipeline):
         guidance_interval: tuple[float, float], stochasticity_ratio: float,
         sample_type: SampleType, generator: Generators | None, latents: States | None,
         output_type: OutputType, return_dict: bool, callback_on_step_end: StepCallback | None,
+        text_lengths: Sequence[int] | None = None,
     ) -> ImagePipelineOutput | tuple[Pictures]:  # fmt: skip
         sizes = self._sizes(height, width)
         if len(sizes) > 1 and len(sizes) != len(y):
@@ -109,7 +110,8 @@ class TiMPipeline(DiffusionPipeline):
 
         carry = self.engine.sample
         if is_ragged:
-            carry = partial(sample_packed, self.transformer, self._transport)
+            given = self.transformer, self._transport
+            carry = partial(sample_packed, *given, text_lengths=text_lengths)
         x = carry(
             z, y, y_null, num_steps=num_inference_steps, cfg_scale=guidance_scale,
             cfg_low=low, cfg_high=high, stochasticity_ratio=stochasticity_ratio,

@@ -27,6 +27,7 @@ from .base import (
     StepCallback,
     TiMPipeline,
     folder_of,
+    is_several,
     transport_of,
 )
 
@@ -197,6 +198,12 @@ class TiMTextPipeline(TiMPipeline):
         check_finite(f"{name}_embeds", embeds)
         return embeds.to(self._execution_device), embeds.shape[1]
 
+    def _encoder(self) -> TextEncoder:
+        return TextEncoder(
+            self.text_encoder, self.tokenizer, self.config.max_seq_length,
+            self.config.use_last_hidden_state, self.config.escape_captions,
+        )  # fmt: skip
+
     def _text_features(self, prompts: list[str]) -> tuple[Tensor, int]:
         """(B, max_seq_length, hidden) and how many tokens the longest prompt has."""
         if self.text_encoder is None or self.tokenizer is None:
@@ -204,10 +211,7 @@ class TiMTextPipeline(TiMPipeline):
                 "this pipeline has no text encoder and tokenizer: give prompt_embeds, and for "
                 "guidance negative_prompt_embeds"
             )
-        encoder = TextEncoder(
-            self.text_encoder, self.tokenizer, self.config.max_seq_length,
-            self.config.use_last_hidden_state, self.config.escape_captions,
-        )  # fmt: skip
+        encoder = self._encoder()
         for lost in filter(None, map(encoder.beyond, prompts)):
             _log.warning(
                 "truncated to max_seq_length = %d tokens, the prompt loses %r",
@@ -284,11 +288,32 @@ class TiMTextPipeline(TiMPipeline):
             do_classifier_free_guidance=guidance_scale > 1, prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
         )  # fmt: skip
+        lengths = None
+        if (is_several(height) or is_several(width)) and prompt is not None:
+            negative = None
+            if guidance_scale > 1:
+                negative = negative_prompt_embeds if negative_prompt is None else negative_prompt
+                negative = "" if negative is None else negative
+            lengths = self._lengths(prompt, negative, len(y))
         return self._generate(
             y, y_null, height, width, num_inference_steps, guidance_scale, guidance_interval,
             stochasticity_ratio, sample_type, generator, latents, output_type, return_dict,
-            callback_on_step_end,
+            callback_on_step_end, lengths,
         )  # fmt: skip
+
+    def _lengths(
+        self, prompt: Prompts, negative: Prompts | Tensor | None, pictures: int
+    ) -> list[int]:  # fmt: skip
+        """How many tokens a picture alone would read, of its prompt and what guidance leads away
+        from: for each of so many pictures."""
+        encoder = self._encoder()
+        lengths = encoder.lengths(_texts("prompt", prompt))
+        if isinstance(negative, Tensor):
+            lengths = [max(length, negative.shape[1]) for length in lengths]
+        elif negative is not None:
+            others = encoder.lengths(_texts("negative_prompt", negative))
+            lengths = list(map(max, lengths, others * (len(lengths) // len(others))))
+        return [length for length in lengths for _ in range(pictures // len(lengths))]
 
 
 def _texts(name: str, given: Prompts | None) -> list[str]:

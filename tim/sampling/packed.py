@@ -25,6 +25,7 @@ def sample_packed(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     return_trajectory: bool = False,
     on_step: Callable[[int, float, Pictures], Pictures] | None = None,
+    text_lengths: Sequence[int] | None = None,
     **options: Any,
 ) -> Pictures:
     """`sample` of S pictures of any sizes, in one row of tokens: each is as if it were alone.
@@ -34,6 +35,8 @@ def sample_packed(
         z: the states (C, H, W), S of them, and y and y_null of as many.
         generator: of the added noise; one, from which pictures draw in turn, or one a picture.
         on_step: as of `sample`, given and giving the S states.
+        text_lengths: how many tokens of each picture's text in y and y_null are read; all of them
+            by default, padding too.
         others: as of `sample`.
 
     Returns the S pictures (C, H, W), or their trajectories (num_steps + 1, C, H, W).
@@ -47,6 +50,8 @@ def sample_packed(
         >>> images = sample_packed(network, transport, z, labels, num_steps=4)
     """
     tokens, packing = pack(z, model.x_embedder.proj.kernel_size[0])
+    if text_lengths is not None:
+        packing = packing.reading(text_lengths, y.shape[1])
     draw = generator
     if isinstance(generator, (list, tuple)):
         if len(generator) != len(packing):

@@ -23,13 +23,15 @@ from .layers import is_plain, is_quiet
 
 class Rope(NamedTuple):
     """Where tokens sit, see `qk_norm_rope`: all samples on one `grid`, or packed in `segments`,
-    each on its own of `sizes`; `text` are then the segments of as long a text for each."""
+    each on its own of `sizes`; `text` are then the segments of their texts, at `text_places` of
+    all (None: everything)."""
 
     grid: tuple[int, int] | None
     order: str
     sizes: Tensor | None = None  # int32 (B, 2)
     segments: Segments | None = None
     text: Segments | None = None
+    text_places: Tensor | None = None
 
     @property
     def positions(self) -> dict[str, Any]:
@@ -224,6 +226,8 @@ def cross_attention(
     k, v = text if isinstance(text, TextKeys) else _read(attn, text)
     if rope.segments is not None:
         k, v = k.flatten(0, 1), v.flatten(0, 1)
+    if rope.text_places is not None:
+        k, v = k[rope.text_places], v[rope.text_places]
     return attn.proj(attention(q, k, v, rope.segments, rope.text).flatten(-2))
 
 

@@ -167,11 +167,19 @@ def run(
 def _rope(x: Tensor, patch: int, text, order: str, packing: Packing | None) -> Rope:
     if packing is None:
         return Rope((x.shape[2] // patch, x.shape[3] // patch), order)
-    of_text = None
+    of_text = None, None
     if text is not None:
         length = (text if isinstance(text, Tensor) else text[0].k).shape[1]
-        of_text = Segments.alike(len(packing), length, x.device)
-    return Rope(None, order, packing.grids, packing.segments, of_text)
+        if packing.texts is None:
+            of_text = Segments.alike(len(packing), length, x.device), None
+        elif packing.texts.longest == length:
+            of_text = packing.texts[:2]
+        else:
+            raise ValueError(
+                f"texts must be of {packing.texts.longest} tokens, as the packing reads them; "
+                f"got {length}"
+            )
+    return Rope(None, order, packing.grids, packing.segments, *of_text)
 
 
 def _leave(layer, x: Tensor, c: Tensor, pending, final, packing: Packing | None) -> Tensor:

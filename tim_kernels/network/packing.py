@@ -2,13 +2,22 @@
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..dispatch.torch_private import register_pytree
 from ..segments import Segments
+
+
+class Texts(NamedTuple):
+    """What of padded texts (S, L, D) is read."""
+
+    segments: Segments  # where the tokens are that are read, end to end
+    places: Tensor  # int64, where each of them is in (S·L)
+    longest: int  # L
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,11 +28,13 @@ class Packing:
         sizes: (h, w) of every picture's row-major grid of tokens, on the host.
         grids: the same, int32 (S, 2) on the tokens' device.
         segments: where each picture's tokens are.
+        texts: what of their texts is read, see `reading`; None is all.
     """
 
     sizes: tuple[tuple[int, int], ...]
     grids: Tensor
     segments: Segments
+    texts: Texts | None = None
 
     @classmethod
     def of(
@@ -55,15 +66,50 @@ class Packing:
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Packing":
         """The same on another device."""
         grids = self.grids.to(device, non_blocking=non_blocking)
-        return Packing(self.sizes, grids, self.segments.to(device, non_blocking))
+        texts = self.texts
+        if texts is not None:
+            moved = texts.segments.to(device, non_blocking)
+            texts = Texts(moved, texts.places.to(device, non_blocking=non_blocking), texts.longest)
+        return Packing(self.sizes, grids, self.segments.to(device, non_blocking), texts)
+
+    def reading(self, lengths: Sequence[int], longest: int) -> "Packing":
+        """The same pictures, that read the first tokens of texts (S, longest, D), so many each.
+
+        Raises:
+            ValueError: there is not a length each of 1 to `longest`.
+
+        Example:
+            >>> Packing.of([(2, 3), (4, 4)]).reading([2, 5], 5).texts.places.tolist()
+            [0, 1, 5, 6, 7, 8, 9]
+        """
+        lengths = list(lengths)
+        if len(lengths) != len(self) or not all(1 <= length <= longest for length in lengths):
+            raise ValueError(
+                f"lengths must be {len(self)}, of 1 to {longest} tokens each, got {lengths}"
+            )
+        places = [i * longest + j for i, length in enumerate(lengths) for j in range(length)]
+        device = self.grids.device
+        texts = Texts(
+            Segments.from_lengths(lengths, device), torch.tensor(places, device=device), longest
+        )
+        return replace(self, texts=texts)
 
     def __getitem__(self, pictures: slice) -> "Packing":
         """Some of the pictures, such as `packing[3:]`."""
-        return Packing.of(self.sizes[pictures], self.grids.device)
+        some = Packing.of(self.sizes[pictures], self.grids.device)
+        if self.texts is None:
+            return some
+        return some.reading(self.texts.segments.lengths[pictures], self.texts.longest)
 
     def __add__(self, others: "Packing") -> "Packing":
         """These pictures and then others."""
-        return Packing.of(self.sizes + others.sizes, self.grids.device)
+        both = Packing.of(self.sizes + others.sizes, self.grids.device)
+        if self.texts is None and others.texts is None:
+            return both
+        if None in (self.texts, others.texts) or self.texts.longest != others.texts.longest:
+            raise ValueError("texts of both must be read alike: see `reading`")
+        lengths = self.texts.segments.lengths + others.texts.segments.lengths
+        return both.reading(lengths, self.texts.longest)
 
     def tokens_of(self, first: int) -> int:
         """How many tokens the first pictures have."""
@@ -84,7 +130,7 @@ class Packing:
         return torch.where(is_own, values.unsqueeze(-2), 0).sum(-1) / cu.diff()
 
 
-register_pytree(Packing, ("sizes", "grids", "segments"))
+register_pytree(Packing, ("sizes", "grids", "segments", "texts"))
 
 
 def pack(latents: Sequence[Tensor], patch_size: int) -> tuple[Tensor, Packing]:
