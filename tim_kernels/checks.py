@@ -50,9 +50,15 @@ def check_tokens(name: str, x: Tensor, cu_seqlens: Tensor | None) -> int:
     return cu_seqlens.shape[0] - 1
 
 
+def is_rows(count: int, samples: int) -> bool:
+    """Whether so many rows are one a sample, or one for all. Not by `in`: dynamo compares symbolic
+    sizes there by what they are, not by their value."""
+    return count == 1 or count == samples
+
+
 def check_cond(name: str, row: Tensor, samples: int, width: int, x: Tensor) -> None:
     """Refuse a conditioning row that is not (samples, width) or (1, width)."""
-    if row.ndim != 2 or row.shape[0] not in (1, samples) or row.shape[1] != width:
+    if row.ndim != 2 or not is_rows(row.shape[0], samples) or row.shape[1] != width:
         raise ValueError(
             f"{name} must be ({samples}, {width}) or (1, {width}), got {tuple(row.shape)}"
         )
@@ -65,7 +71,7 @@ def check_modulation(name: str, cond: Tensor, samples: int, x: Tensor, is_packed
     of_token = (1, *x.shape) if is_packed else tuple(x.shape)
     if cond.ndim == 3 and tuple(cond.shape) == of_token:
         return check_same_device(name, cond, x)
-    if cond.ndim == 2 and cond.shape[0] in (1, samples) and cond.shape[1] == width:
+    if cond.ndim == 2 and is_rows(cond.shape[0], samples) and cond.shape[1] == width:
         return check_same_device(name, cond, x)
     raise ValueError(
         f"{name} must be ({samples}, {width}) or (1, {width}), or {tuple(x.shape)} of each token; "

@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from .checks import is_rows
 from .dispatch.torch_private import is_functorch_wrapped, register_pytree
 
 LONGEST = torch.iinfo(torch.int32).max
@@ -178,7 +179,7 @@ def as_row(row: Tensor | None, x: Tensor, segments: Segments | None) -> Tensor |
         return row
     if row.ndim == 1:
         return row.unsqueeze(0)
-    is_row = row.ndim == 3 and row.shape[1] == 1 and row.shape[0] in (1, *_samples(x, segments))
+    is_row = row.ndim == 3 and row.shape[1] == 1 and _is_rows(row, x, segments)
     return row.squeeze(1) if is_row else row
 
 
@@ -193,8 +194,12 @@ def as_modulation(cond: Tensor | None, x: Tensor, segments: Segments | None) -> 
     if segments is None:  # (1, N, C) is of each token and for all samples
         is_shared = cond.ndim == 3 and cond.shape[0] == 1 and cond.shape[1:] == x.shape[1:]
         return cond.expand(x.shape) if is_shared else cond
-    is_of_token = cond.shape == x.shape and cond.shape[0] not in (1, *_samples(x, segments))
+    is_of_token = cond.shape == x.shape and not _is_rows(cond, x, segments)
     return cond.unsqueeze(0) if is_of_token else cond
+
+
+def _is_rows(cond: Tensor, x: Tensor, segments: Segments | None) -> bool:
+    return any(is_rows(cond.shape[0], samples) for samples in _samples(x, segments) or (1,))
 
 
 def _samples(x: Tensor, segments: Segments | None) -> tuple[int, ...]:

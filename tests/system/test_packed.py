@@ -394,3 +394,16 @@ def test_lengths_of_texts_that_do_not_fit():
         model(tokens, t, r, y, packing=packing.reading([1, 2, 3, 4], 4))
     with pytest.raises(ValueError, match="must be read alike"):
         packing + packing.reading([1, 2, 3, 4], 5)
+
+
+def test_the_whole_model_without_a_graph_break(text, one_thread):
+    """With other numbers and sizes of pictures, and the text's lengths."""
+    torch._dynamo.reset()
+    compiled = torch.compile(problem(text, depth=1)[0], backend="aot_eager", fullgraph=True)
+    for sizes in (SIZES[:2], SIZES[:3]):
+        model, latents, *others = problem(text, sizes=sizes, depth=1)
+        tokens, packing = pack(latents, 2)
+        if text:
+            packing = packing.reading([1 + i % 5 for i in range(len(sizes))], 5)
+        out, expected = (f(tokens, *others, packing=packing) for f in (compiled, model))
+        assert relative_error(out, expected) < 2e-5
