@@ -9,6 +9,6 @@ require("diffusers", "transformers")
 
 from .autoencoder import Autoencoder  # noqa: E402
 from .repa import repa_targets  # noqa: E402
-from .text import TextEncoder  # noqa: E402
+from .text import KeptFeatures, TextEncoder  # noqa: E402
 
-__all__ = ["Autoencoder", "TextEncoder", "repa_targets"]
+__all__ = ["Autoencoder", "KeptFeatures", "TextEncoder", "repa_targets"]
