@@ -15,11 +15,13 @@ from .weights import TIME_WEIGHTS, TimeWeight, time_weight
 
 
 class TransitionLoss(NamedTuple):
-    """`weighted` and `projection` are what one trains on, `denoising` what one watches; scalars."""
+    """`weighted` and `projection` are what one trains on; scalars. What one watches is without the
+    weight: `denoising`, a scalar, and its two `terms` of each sample, squared and cosine, (2, B)."""
 
     weighted: Tensor
     projection: Tensor
     denoising: Tensor
+    terms: Tensor
 
 
 class TransitionObjective:
@@ -156,9 +158,11 @@ class TransitionObjective:
             prediction.F, x, z, self.transport.target_coefficients(t, r),
             dF, derivative.epsilon, F_cond, F_uncond,
         )  # fmt: skip
-        loss = sum(_finite(term) for term in terms)
+        terms = _finite(torch.stack(terms))
+        loss = terms.sum(dim=0)
         weight = self.time_weight(t, r) / (loss.detach() + 1e-5)
-        return TransitionLoss((weight * loss).mean(), projection, loss.detach().mean())
+        watched = loss.detach().mean(), terms.detach()
+        return TransitionLoss((weight * loss).mean(), projection, *watched)
 
     @torch.no_grad()
     def _enhancement(self, ema_model, x_t, t, y, y_null) -> tuple[Tensor | None, Tensor | None]:
