@@ -26,7 +26,7 @@ TONES = {
     "\U0001f3fb": "light", "\U0001f3fc": "medium-light", "\U0001f3fd": "medium",
     "\U0001f3fe": "medium-dark", "\U0001f3ff": "dark",
 }  # fmt: skip
-COLOURS = "red orange yellow green blue purple brown black white".split()
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white")
 _PLAIN = "{name}", "{name} emoji", "icon of {name}", "{name} on white"
 _TONED = (
     "{name}: {tone} skin tone", "{name} with {tone} skin", "{tone} skin {name}",
@@ -111,7 +111,9 @@ class Font:
             )
         font = TTFont(path)
         if "CBDT" not in font:
-            raise ValueError(f"{path} must hold pictures in a table CBDT, got {', '.join(font.keys())}")
+            raise ValueError(
+                f"{path} must hold pictures in a table CBDT, got {', '.join(font.keys())}"
+            )
         self._glyphs = font["CBDT"].strikeData[-1]
         self._of_character = font.getBestCmap()
         self._of_several = dict(_ligatures(font))

@@ -16,7 +16,7 @@ from .weights import TIME_WEIGHTS, TimeWeight, time_weight
 
 class TransitionLoss(NamedTuple):
     """`weighted` and `projection` are what one trains on; scalars. What one watches is without the
-    weight: `denoising`, a scalar, and its two `terms` of each sample, squared and cosine, (2, B)."""
+    weight: `denoising`, a scalar, and the `terms` of each sample, squared and cosine, (2, B)."""
 
     weighted: Tensor
     projection: Tensor
