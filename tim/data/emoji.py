@@ -32,6 +32,7 @@ _TONED = (
     "{name}: {tone} skin tone", "{name} with {tone} skin", "{tone} skin {name}",
     "{name} emoji in a {tone} tone",
 )  # fmt: skip
+TRAIN, HELD_OUT = "captions.jsonl", "held_out.jsonl"
 _SEED = 0  # of the batches
 _ROUNDS = 16  # in which each picture is once, in other company
 
@@ -192,10 +193,23 @@ def prepare(
         (new / "pictures").mkdir()
         for each, picture in drawn.items():
             picture.save(new / each.file)
-        for name, of in (("captions.jsonl", lines), ("held_out.jsonl", held_out)):
+        for name, of in ((TRAIN, lines), (HELD_OUT, held_out)):
             (new / name).write_text("".join(json.dumps(line) + "\n" for line in of))
         (new / "batches.json").write_text(json.dumps(batches(len(train), batch_size)) + "\n")
     return len(train), len(held_out)
+
+
+def read(path: Path) -> list[dict]:
+    """The lines of a file that `prepare` wrote.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is no file: python -m tim.data.emoji {path.parent} makes it"
+        )
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def copy_text_encoder(folder: Path) -> None:
