@@ -83,7 +83,9 @@ def _names() -> dict[str, tuple[str, float]]:
     try:
         from emoji import EMOJI_DATA
     except ImportError as error:
-        raise ImportError("the names of emoji come with: pip install emoji") from error
+        raise ImportError(
+            "the names of emoji come with emoji: pip install 'tim-kernels[emoji]'"
+        ) from error
     return {
         sequence.replace("\ufe0f", ""): (_words(entry["en"]), float(entry["E"]))
         for sequence, entry in EMOJI_DATA.items()
@@ -104,8 +106,12 @@ class Font:
     """
 
     def __init__(self, path: Path = FONT):
-        from fontTools.ttLib import TTFont
-
+        try:
+            from fontTools.ttLib import TTFont
+        except ImportError as error:
+            raise ImportError(
+                "fonts are read by fonttools: pip install 'tim-kernels[emoji]'"
+            ) from error
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} is no file: install fonts-noto-color-emoji, or name the font with --font"
