@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.demo ## draw digits with the shipped model at 1 to 32 steps
+demo: $(VENV)/.demo ## draw digits and emoji with the shipped models at 1 to 32 steps
 	$(BIN)/tim demo
 
 test: lint ## lint, then run every test
@@ -74,4 +74,5 @@ $(VENV)/.torch:
 $(VENV)/.demo $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py
 	$(BIN)/python -m pip install --editable ".[$*]"
 	$(if $(filter test,$*),$(BIN)/python -m pip install --no-deps "timm>=1.0")
+	$(if $(filter demo,$*),$(BIN)/python -m pip install ./weights)
 	touch $@

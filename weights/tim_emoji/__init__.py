@@ -1,0 +1,1 @@
+"""Weights alone: `tim.app.demo` draws with them."""
