@@ -19,6 +19,7 @@ import tim_kernels
 from tests.system import small_pipelines
 from tim import config
 from tim.app.cli import app
+from tim.evaluation import emoji
 from tim.evaluation.mnist import GUIDANCE, table
 
 ROOT = Path(__file__).parents[1]
@@ -122,6 +123,13 @@ def test_the_measurements_are_those_of_the_committed_file():
     for name in ("classifier_accuracy", "frechet_distance_of_train_images"):
         value = RESULTS[name] * (100 if name == "classifier_accuracy" else 1)
         assert f"{value:.1f}" in README and f"{value:.1f}" in PAGES["docs/mnist.md"]
+
+
+def test_the_tables_of_emoji_are_those_of_the_committed_file():
+    results = json.loads((ROOT / "docs/emoji/results.json").read_text())
+    for kind, factor in emoji.TABLES:
+        assert emoji.table(results, kind, factor) in PAGES["docs/emoji.md"], (kind, factor)
+    assert len({network["trained_pictures"] for network in results["networks"].values()}) == 1
 
 
 def test_one_step_is_far_ahead_of_flow_matching_and_more_steps_are_no_worse():

@@ -193,8 +193,10 @@ def test_the_measurements(folder, trained, tmp_path, monkeypatch):
     one, other = results["networks"].values()
     assert one == other and one["trained_pictures"] == 12
     results = json.loads(json.dumps(results))
-    table = evaluation.table(results, 1.5, "pair").splitlines()
-    assert len(table) == 4 and table[2].startswith("| 1 |") and table[2].count("%") == 6
+    for kind, factor in evaluation.TABLES:
+        table = evaluation.table(results, kind, factor).splitlines()
+        assert len(table) == 4 and table[0].endswith("| flow matching, guidance 1.5 |")
+        assert table[2].startswith("| 1 |") and table[2].count("%") == (4 if factor else 0)
     evaluation.plot(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 

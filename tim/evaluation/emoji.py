@@ -32,6 +32,9 @@ from tim.pipelines import TiMTextPipeline
 
 GUIDANCE = (1.0, 1.5)  # classifier-free guidance scales; 1 is none
 KINDS = ("pair", "paraphrase", "seen")
+# What there is to print, a kind and a factor each.
+TABLES = [("pair", "right"), ("pair", "base"), ("pair", "tone"), ("paraphrase", "right")]
+TABLES += [("seen", "right"), ("frechet_distance", "")]
 _CHUNK = 64  # prompts drawn at once
 
 
@@ -173,17 +176,17 @@ def evaluate(
     return results
 
 
-def table(results: dict[str, Any], guidance: float, kind: str) -> str:
-    """The shares of one kind of prompts at one guidance scale as a Markdown table."""
+def table(results: dict[str, Any], kind: str, factor: str = "right") -> str:
+    """The shares of one kind of prompts as a Markdown table; of kind "frechet_distance" that."""
     columns = {}
     for name, network in results["networks"].items():
-        measured = network["by_guidance"][str(guidance)].values()
-        for factor in ("right", "base", "tone"):
-            of_kind = [m[kind] for m in measured]
-            shares = [percent(m[factor], m[f"{factor}_error"]) for m in of_kind]
-            columns[f"{name}: {factor}"] = shares
-        distances = [f"{m['frechet_distance']:.1f}" for m in measured]
-        columns[f"{name}: Fréchet"] = distances
+        for guidance, by_steps in network["by_guidance"].items():
+            head = f"{name}{'' if float(guidance) == 1 else f', guidance {guidance}'}"
+            measured = [m[kind] for m in by_steps.values()]
+            columns[head] = [
+                percent(m[factor], m[f"{factor}_error"]) if isinstance(m, dict) else f"{m:.1f}"
+                for m in measured
+            ]
     return curves.markdown(columns)
 
 
@@ -216,8 +219,8 @@ def main(
     with replacing(output) as path:
         path.write_text(json.dumps(results, indent=2) + "\n")
     plot(results, output.with_suffix(".png"))
-    for kind, guidance in product(KINDS, GUIDANCE):
-        typer.echo(f"\n{kind}, guidance {guidance}\n{table(results, guidance, kind)}")
+    for kind, factor in TABLES:
+        typer.echo(f"\n{kind} {factor}\n{table(results, kind, factor)}")
 
 
 if __name__ == "__main__":
