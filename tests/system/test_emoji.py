@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import matplotlib
 import pytest
@@ -22,6 +23,8 @@ from tim.evaluation import emoji as evaluation
 from tim.training import load_export, loop, save_export
 from tim.training.log import read_log
 
+SHIPPED = Path(__file__).parents[2] / "weights" / "tim_emoji"
+BY_TONE = ("waving hand: medium-dark", "baby: medium", "raised fist: medium-light")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -237,6 +240,23 @@ def test_the_sheet_s_noise_is_the_seed_s(weights, tmp_path, monkeypatch):
         for number, seed in enumerate((0, 0, 1))
     ]
     assert sheets[0] == sheets[1] != sheets[2]
+
+
+def test_the_shipped_network_draws_what_it_is_asked():
+    """Hands of different tones, hearts and apples of their colour."""
+    drawn = demo.drawn_emoji(SHIPPED, steps=(1, 4), seed=0)
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir() if path.is_file()) < 12e6
+    for pictures in zip(*drawn.values(), strict=True):
+        colour = dict(zip(drawn, map(painted, pictures), strict=True))
+        for text in ("heart in green", "green coloured apple"):
+            assert colour[text].argmax() == 1, text
+        dark = [colour[f"{text} skin tone"].mean() for text in BY_TONE]
+        assert dark == sorted(dark), dark
+
+
+def painted(picture):
+    """The mean colour (3,) of what is not white."""
+    return picture[:, picture.mean(0) < 0.8].mean(1)
 
 
 def test_folders_that_hold_nothing(tmp_path):

@@ -1,15 +1,19 @@
 """Digits from the network shipped in the package, and emoji from the one of `tim-emoji`."""
 
 import json
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from tim.checks import whole
 from tim.files import replacing
 from tim.images import labelled_grid, step_grid, step_label
+from tim.pipelines import TiMTextPipeline
+from tim.pipelines.base import transport_of
 from tim.training import load_export
 
 WEIGHTS = Path(__file__).parents[1] / "assets" / "mnist"
@@ -40,32 +44,37 @@ def emoji_weights() -> Path | None:
 def draw_emoji(output: Path, weights: Path, *, seed: int = 0) -> Path:
     """Draw a sheet of prompts, a row each, at 1, 2, 4, 8 and 32 steps from the same noise.
 
+    Raises:
+        FileNotFoundError: see `drawn_emoji`.
+    """
+    rows = drawn_emoji(weights, STEPS, seed)
+    with replacing(output) as path:
+        labelled_grid(rows, [step_label(count) for count in STEPS]).save(path)
+    return output
+
+
+def drawn_emoji(weights: Path, steps: Sequence[int], seed: int) -> dict[str, Tensor]:
+    """Of each prompt its pictures (len(steps), 3, H, W) in [-1, 1], from the same noise.
+
     `weights` holds an exported network, `prompts.json`, the texts, and `prompts.safetensors`, their
     features, so that no text encoder is needed.
 
     Raises:
         FileNotFoundError: one of them is missing.
     """
-    from tim.pipelines import TiMTextPipeline
-    from tim.pipelines.base import transport_of
-
     network, _, cfg = load_export(weights)
     pipeline = TiMTextPipeline(network.float(), None, None, None, *transport_of(cfg))
     texts = json.loads((weights / "prompts.json").read_text())
     features = {k: v.float() for k, v in load_file(weights / "prompts.safetensors").items()}
     shape = (len(texts), 3, network.config.input_size, network.config.input_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(whole("seed", seed)))
-    columns = []
-    for count in STEPS:
+    drawn = []
+    for count in steps:
         pipeline.set_progress_bar_config(desc=f"emoji, {step_label(count)}")
-        columns.append(
-            pipeline(
-                prompt_embeds=features["y"], negative_prompt_embeds=features["y_null"],
-                num_inference_steps=count, guidance_scale=GUIDANCE, guidance_interval=(-1.0, 2.0),
-                latents=noise, output_type="pt",
-            ).images * 2 - 1
-        )  # fmt: skip
-    rows = dict(zip(texts, torch.stack(columns, dim=1), strict=True))
-    with replacing(output) as path:
-        labelled_grid(rows, [step_label(count) for count in STEPS]).save(path)
-    return output
+        pictures = pipeline(
+            prompt_embeds=features["y"], negative_prompt_embeds=features["y_null"],
+            num_inference_steps=count, guidance_scale=GUIDANCE, guidance_interval=(-1.0, 2.0),
+            latents=noise, output_type="pt",
+        ).images  # fmt: skip
+        drawn.append(pictures * 2 - 1)
+    return dict(zip(texts, torch.stack(drawn, dim=1), strict=True))
