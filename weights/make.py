@@ -4,7 +4,6 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
 from tim.evaluation.emoji import load
@@ -23,10 +22,12 @@ def main(model: Path, data: Path) -> None:
     folder = Path(__file__).with_name("tim_emoji")
     network, _, cfg = load_export(model)
     save_export(network.half(), cfg, folder)
-    y, y_null = load(model, data / "text_encoder").encode_prompt(PROMPTS)
-    features = {"y": y, "y_null": y_null}
-    save_file({k: v.to(torch.float16).contiguous() for k, v in features.items()},
-              folder / "prompts.safetensors")  # fmt: skip
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["_name_or_path"]  # where the run was
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    pipeline = load(model, data / "text_encoder")
+    y, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+    save_file({"y": y.half().contiguous()}, folder / "prompts.safetensors")
     (folder / "prompts.json").write_text(json.dumps(PROMPTS, indent=2) + "\n")
 
 

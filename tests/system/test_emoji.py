@@ -190,6 +190,7 @@ def test_the_measurements(folder, trained, tmp_path, monkeypatch):
     shutil.copytree(TEXT, folder / "text_encoder", dirs_exist_ok=True)
     for module in (evaluation, curves):
         monkeypatch.setattr(module, "STEPS", (1, 2))
+    monkeypatch.setattr(evaluation, "UNPROMPTED", 3)
     networks = {"TiM": trained / "model", "flow matching": trained / "model"}
     results = evaluation.evaluate(networks, folder, per_pair=1, most=3)
     assert results["prompts"] == {"pair": 2, "paraphrase": 3, "seen": 3}
@@ -198,7 +199,8 @@ def test_the_measurements(folder, trained, tmp_path, monkeypatch):
     results = json.loads(json.dumps(results))
     for kind, factor in evaluation.TABLES:
         table = evaluation.table(results, kind, factor).splitlines()
-        assert len(table) == 4 and table[0].endswith("| flow matching, guidance 1.5 |")
+        last = "flow matching" + ", guidance 1.5" * (kind != "unprompted_distance")
+        assert len(table) == 4 and table[0].endswith(f"| {last} |")
         assert table[2].startswith("| 1 |") and table[2].count("%") == (4 if factor else 0)
     evaluation.plot(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
@@ -211,13 +213,8 @@ def weights(trained, tmp_path):
     save_export(network.half(), cfg, tmp_path / "tim_emoji")
     (tmp_path / "tim_emoji" / "__init__.py").write_text("")
     (tmp_path / "tim_emoji" / "prompts.json").write_text(json.dumps(["red heart", "fire"]))
-    encode = TextEncoder.load(TEXT, max_seq_length=12)
-    features = {"y": encode(["red heart", "fire"]), "y_null": encode.nothing}
-    features["y_null"] = features["y_null"][:, : features["y"].shape[1]].contiguous()
-    save_file(
-        {k: v.half().contiguous() for k, v in features.items()},
-        tmp_path / "tim_emoji" / "prompts.safetensors",
-    )
+    y = TextEncoder.load(TEXT, max_seq_length=12)(["red heart", "fire"])
+    save_file({"y": y.half().contiguous()}, tmp_path / "tim_emoji" / "prompts.safetensors")
     return tmp_path / "tim_emoji"
 
 

@@ -18,7 +18,6 @@ from tim.training import load_export
 
 WEIGHTS = Path(__file__).parents[1] / "assets" / "mnist"
 STEPS = (1, 2, 4, 8, 32)
-GUIDANCE = 1.5  # of the emoji
 
 
 def draw(output: Path, *, seed: int = 0, weights: Path = WEIGHTS) -> Path:
@@ -65,16 +64,15 @@ def drawn_emoji(weights: Path, steps: Sequence[int], seed: int) -> dict[str, Ten
     network, _, cfg = load_export(weights)
     pipeline = TiMTextPipeline(network.float(), None, None, None, *transport_of(cfg))
     texts = json.loads((weights / "prompts.json").read_text())
-    features = {k: v.float() for k, v in load_file(weights / "prompts.safetensors").items()}
+    y = load_file(weights / "prompts.safetensors")["y"].float()
     shape = (len(texts), 3, network.config.input_size, network.config.input_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(whole("seed", seed)))
     drawn = []
     for count in steps:
         pipeline.set_progress_bar_config(desc=f"emoji, {step_label(count)}")
         pictures = pipeline(
-            prompt_embeds=features["y"], negative_prompt_embeds=features["y_null"],
-            num_inference_steps=count, guidance_scale=GUIDANCE, guidance_interval=(-1.0, 2.0),
-            latents=noise, output_type="pt",
+            prompt_embeds=y, num_inference_steps=count, guidance_scale=1.0, latents=noise,
+            output_type="pt",
         ).images  # fmt: skip
         drawn.append(pictures * 2 - 1)
     return dict(zip(texts, torch.stack(drawn, dim=1), strict=True))

@@ -34,7 +34,8 @@ GUIDANCE = (1.0, 1.5)  # classifier-free guidance scales; 1 is none
 KINDS = ("pair", "paraphrase", "seen")
 # What there is to print, a kind and a factor each.
 TABLES = [("pair", "right"), ("pair", "base"), ("pair", "tone"), ("paraphrase", "right")]
-TABLES += [("seen", "right"), ("frechet_distance", "")]
+TABLES += [("seen", "right"), ("frechet_distance", ""), ("unprompted_distance", "")]
+UNPROMPTED = 256  # samples of the empty prompt, without guidance
 _CHUNK = 64  # prompts drawn at once
 
 
@@ -141,6 +142,13 @@ def frechet_distance(samples: Tensor, real: Tensor) -> float:
     return distance(*moments)
 
 
+def unprompted(pipeline: TiMTextPipeline, real: Real, num_steps: int, seed: int) -> float:
+    """The Fréchet distance between samples of the empty prompt and all real pictures."""
+    texts = [""] * UNPROMPTED
+    samples = draw(pipeline, texts, num_steps=num_steps, guidance=1.0, seed=seed)
+    return frechet_distance(samples, real.images)
+
+
 def evaluate(
     folders: dict[str, Path], data: Path, *, seed: int = 0, per_pair: int = 4, most: int = 228
 ) -> dict[str, Any]:
@@ -163,10 +171,12 @@ def evaluate(
             texts = [prompt.text for prompt in everything]
             samples = draw(pipeline, texts, num_steps=steps, guidance=guidance, seed=seed)
             kinds = zip(KINDS, samples.split(counts), strict=True)
-            by_guidance[str(guidance)][str(steps)] = {
-                **{kind: real.judge(of, asked[kind]) for kind, of in kinds},
-                "frechet_distance": frechet_distance(samples, real.images[real.of(everything)]),
-            }
+            measured = {kind: real.judge(of, asked[kind]) for kind, of in kinds}
+            wanted = real.images[real.of(everything)]
+            measured["frechet_distance"] = frechet_distance(samples, wanted)
+            if guidance == 1:
+                measured["unprompted_distance"] = unprompted(pipeline, real, steps, seed)
+            by_guidance[str(guidance)][str(steps)] = measured
         results["networks"][name] = {
             "parameters": sum(p.numel() for p in pipeline.transformer.parameters()),
             "trained_pictures": cfg.training.max_train_steps * cfg.data.dataloader.batch_size,
@@ -177,12 +187,14 @@ def evaluate(
 
 
 def table(results: dict[str, Any], kind: str, factor: str = "right") -> str:
-    """The shares of one kind of prompts as a Markdown table; of kind "frechet_distance" that."""
+    """The shares of one kind of prompts as a Markdown table; of a distance's name that."""
     columns = {}
     for name, network in results["networks"].items():
         for guidance, by_steps in network["by_guidance"].items():
             head = f"{name}{'' if float(guidance) == 1 else f', guidance {guidance}'}"
-            measured = [m[kind] for m in by_steps.values()]
+            measured = [m[kind] for m in by_steps.values() if kind in m]
+            if not measured:  # of guidance
+                continue
             columns[head] = [
                 percent(m[factor], m[f"{factor}_error"]) if isinstance(m, dict) else f"{m:.1f}"
                 for m in measured
