@@ -186,7 +186,7 @@ def test_the_distance_of_pictures(folder):
     assert same == pytest.approx(0, abs=1e-3) and same < mirrored < noise
 
 
-def test_the_measurements(folder, trained, tmp_path, monkeypatch):
+def test_the_measurements(folder, trained, tmp_path, monkeypatch, capsys):
     shutil.copytree(TEXT, folder / "text_encoder", dirs_exist_ok=True)
     for module in (evaluation, curves):
         monkeypatch.setattr(module, "STEPS", (1, 2))
@@ -202,8 +202,12 @@ def test_the_measurements(folder, trained, tmp_path, monkeypatch):
         last = "flow matching" + ", guidance 1.5" * (kind != "unprompted_distance")
         assert len(table) == 4 and table[0].endswith(f"| {last} |")
         assert table[2].startswith("| 1 |") and table[2].count("%") == (4 if factor else 0)
-    evaluation.plot(results, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    model, output = trained / "model", tmp_path / "results.json"
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args, **options: results)
+    evaluation.main(tim=model, flow=model, output=output, data=folder)
+    assert json.loads(output.read_text()) == results
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert table[2] in capsys.readouterr().out
 
 
 @pytest.fixture
