@@ -118,6 +118,8 @@ def test_fonts_that_do_not_serve(tmp_path):
         emoji.prepare(tmp_path, tmp_path / "plain.ttf")
     with pytest.raises(ValueError, match="batch_size must be at most 13, all pictures, got 14"):
         emoji.prepare(tmp_path, FONT, batch_size=14)
+    with pytest.raises(ValueError, match="size must be a multiple of 32 px, got 40"):
+        emoji.prepare(tmp_path, FONT, size=40)
     assert not (tmp_path / emoji.TRAIN).exists()
 
 

@@ -19,7 +19,9 @@ import numpy as np
 import typer
 from PIL import Image
 
+from tim.checks import whole
 from tim.data import pictures
+from tim.data.captioned_images import UNIT
 from tim.files import filling
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
@@ -187,7 +189,16 @@ def prepare(
 
     Returns:
         How many pictures train and how many (picture, caption) are held out.
+
+    Raises:
+        FileNotFoundError: there is no such font.
+        ValueError: `size` is no multiple of 32, which `CaptionedImages` needs, or `batch_size` is
+            more than there are pictures.
+        ImportError: a package is not installed.
     """
+    if whole("size", size, UNIT) % UNIT:
+        raise ValueError(f"size must be a multiple of {UNIT} px, got {size}")
+    batch_size = whole("batch_size", batch_size, 1)
     drawn, source = {}, Font(font)
     for each in known(newest):
         if (picture := source.picture(each.sequence, size)) is not None:
