@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-nightly test-matrix oldest newest lint bench gpu hub wheels clean
+.PHONY: help demo test test-nightly test-matrix oldest newest inception lint bench gpu hub wheels clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,8 +16,15 @@ demo: $(VENV)/.demo ## draw digits and emoji with the shipped models at 1 to 32 
 test: lint ## lint, then run every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-test-nightly: lint ## the same and longer sweeps over shapes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "nightly or not nightly"
+test-nightly: lint inception ## the same and longer sweeps over shapes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not inception"
+
+# torch-fidelity needs torchvision, which does not import beside a CPU build of torch.
+inception: ## test FID's network with the real torch-fidelity, in an environment of its own
+	test -d build/matrix/$@ || $(PYTHON) -m venv build/matrix/$@
+	TIM_KERNELS_CUDA_ARCHS=none build/matrix/$@/bin/python -m pip install \
+		torch==2.14.1 torchvision==0.29.1 pytest --editable ".[eval]"
+	OMP_NUM_THREADS=1 build/matrix/$@/bin/python -m pytest -m inception tests/system/test_evaluation_inception.py
 
 # One end, another Python, some tests:
 #   make test-matrix ENDS=oldest PYTHON=python3.10 TESTS=tests/kernels/test_swiglu.py

@@ -7,6 +7,7 @@ training    memory and roofline of training a preset, by GPU; needs no GPU
 resources   registers, spills and 16-byte accesses of the compiled kernels; needs no GPU
 cpu         every op and whole networks against PyTorch's own on this CPU, by turns
 host        what a call of an op costs the host; needs no GPU
+packed      pictures of many sizes: packed, padded and one by one; needs no GPU
 derivative  error and price of dF/dt: difference quotient and forward mode
 tune        tile sizes and warps: timed on a GPU, else guessed from compiled code
 fastest     which backend "auto" takes, from the committed results
@@ -30,6 +31,8 @@ def main() -> None:
             from .compare.cpu import main as run
         case "host":
             from .compare.host import main as run
+        case "packed":
+            from .compare.packed import main as run
         case "derivative":
             from .compare.derivative import main as run
         case "tune":

@@ -15,8 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOT_TORCH = {"PIL", "accelerate", "diffusers", "huggingface_hub", "matplotlib", "mlxtend"}
-NOT_TORCH |= {"omegaconf", "safetensors", "scipy", "tim", "torchmetrics", "tqdm", "transformers"}
-NOT_TORCH |= {"triton", "typer"}
+NOT_TORCH |= {"omegaconf", "safetensors", "scipy", "tim", "torch_fidelity", "torchmetrics", "tqdm"}
+NOT_TORCH |= {"transformers", "triton", "typer"}
 
 IMPORT_WITH_TORCH_ALONE = f"""
 import sys
@@ -45,7 +45,7 @@ class Hide:
 
 sys.meta_path[:] = [Hide if finder is PathFinder else finder for finder in sys.meta_path]
 """
-BESIDE = {"torch", "tim", "tim_kernels", "yaml"}  # the last is omegaconf's
+BESIDE = {"torch", "tim", "tim-kernels", "yaml"}  # the last is omegaconf's
 
 
 @pytest.fixture(scope="module")
@@ -166,5 +166,6 @@ def _imported_by(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names.add(node.module)
     tops = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
-    names = {"PIL": "pillow", "fontTools": "fonttools", "huggingface_hub": "huggingface-hub"}
-    return {names.get(top, top) for top in tops}
+    return {
+        {"PIL": "pillow", "fontTools": "fonttools"}.get(top, top.replace("_", "-")) for top in tops
+    }

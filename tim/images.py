@@ -1,6 +1,7 @@
 """From tensors to pictures: grids with a label on every row and column."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -10,6 +11,19 @@ from tqdm import tqdm
 from tim.checks import whole
 from tim.sampling import sample
 from tim.transports import Transport
+
+
+def by_size(function: Callable[..., Tensor], *columns: Iterable[Tensor]) -> list[Tensor]:
+    """`function` of rows of tensors, of those of one shape at a time, stacked; its result for each
+    row, in their order."""
+    rows, groups = list(zip(*columns, strict=True)), defaultdict(list)
+    for place, row in enumerate(rows):
+        groups[tuple(x.shape for x in row)].append(place)
+    found: dict[int, Tensor] = {}
+    for places in groups.values():
+        stacked = map(torch.stack, zip(*(rows[place] for place in places), strict=True))
+        found |= zip(places, function(*stacked), strict=True)
+    return [found[place] for place in range(len(rows))]
 
 
 def to_pil(image: Tensor) -> Image.Image:

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import platform
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    found["torch"] = torch.__version__  # with the build, such as +cpu
+    found["torch"] = str(torch.__version__)  # with the build, such as +cpu
     if torch.cuda.is_available():
         found["device"] = torch.cuda.get_device_name()
         found["cuda"] = str(torch.version.cuda)
@@ -38,6 +39,14 @@ def file_hash(*paths: Path) -> str:
         for block in _blocks(path):
             digest.update(block)
     return digest.hexdigest()
+
+
+def weights_hash(network: torch.nn.Module) -> str:
+    """CRC-32 of all weights and buffers, hexadecimal."""
+    value = 0
+    for tensor in network.state_dict().values():
+        value = zlib.crc32(tensor.cpu().reshape(-1).view(torch.uint8).numpy(), value)
+    return f"{value:08x}"
 
 
 def _blocks(path: Path) -> Iterable[bytes]:

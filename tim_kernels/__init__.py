@@ -7,6 +7,7 @@ from .explain import explain
 from .names import CONDITIONS, Backend, Condition, RopeOrder
 from .network.accelerate import Report, accelerate, restore
 from .network.forward_mode import forward_mode
+from .network.packing import Packing, pack, unpack
 from .qk_norm_rope.op import qk_norm_rope, qkv_norm_rope
 from .qk_norm_rope.reference import grid_positions, rope_tables
 from .segments import Segments
@@ -23,6 +24,7 @@ __all__ = [
     "Backend",
     "BackendUnavailable",
     "Condition",
+    "Packing",
     "Report",
     "RopeOrder",
     "Segments",
@@ -35,6 +37,7 @@ __all__ = [
     "gated_residual",
     "gated_residual_ada_layer_norm",
     "grid_positions",
+    "pack",
     "qk_norm_rope",
     "qkv_norm_rope",
     "restore",
@@ -45,5 +48,6 @@ __all__ = [
     "transition_inputs",
     "transition_loss",
     "transition_step",
+    "unpack",
     "use_backend",
 ]

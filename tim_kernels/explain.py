@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .attention.op import flash_attention
+from .attention.packed import has_varlen
 from .dispatch.backend import OPS, BackendUnavailable, choose, obstacle, requested
 from .network.explanation import explain_model
 
@@ -39,6 +40,7 @@ def _machine() -> Iterator[str]:
         label = "attention, its tangent" if name == "attention" else name
         yield f"{label:<32}{chosen:<12}{others}"
     yield f"{'attention without tangents':<32}{_attention(device)}"
+    yield f"{'attention of packed tokens':<32}{_packed_attention(device)}"
 
 
 def _attention(device: str) -> str:
@@ -48,3 +50,15 @@ def _attention(device: str) -> str:
     if flash is None:
         return "PyTorch   not flash-attn: it is not installed"
     return f"{flash.__name__} for bfloat16 and float16, else PyTorch"
+
+
+def _packed_attention(device: str) -> str:
+    other = "PyTorch, one sequence after the other (padded where their lengths are on the GPU)"
+    if device != "cuda":
+        return other
+    flash = flash_attention()
+    if flash is not None:
+        return f"{flash.__name__} for bfloat16 and float16, else {other}"
+    if has_varlen():
+        return f"PyTorch's varlen_attn for bfloat16 and float16, else {other}"
+    return f"{other}   not varlen_attn: this PyTorch or GPU has none"

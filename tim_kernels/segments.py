@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
 import torch
@@ -28,6 +28,9 @@ class Segments:
         max_length: an upper bound of the longest.
         total: T; read from the tensor unless given, None where it cannot be.
 
+    Attributes:
+        lengths: of every sequence, on the host; None where the tensor was not read.
+
     Raises:
         ValueError: a dtype, shape or values that do not fit. Operations raise it for tensors that
             have not `total` tokens.
@@ -41,6 +44,7 @@ class Segments:
     cu_seqlens: Tensor
     max_length: int
     total: int | None = None
+    lengths: tuple[int, ...] | None = field(default=None, init=False)
 
     def __post_init__(self):
         cu, total = self.cu_seqlens, self.total
@@ -51,7 +55,9 @@ class Segments:
         if torch.compiler.is_compiling():  # there is nothing to read, and nobody has other integers
             return
         if _is_readable(cu) and (total is None or cu.is_cpu):
-            total = _read(cu, max_length, total)
+            lengths = _read(cu, max_length, total)
+            total = sum(lengths)
+            object.__setattr__(self, "lengths", lengths)
         object.__setattr__(self, "max_length", max_length)
         object.__setattr__(self, "total", total)
 
@@ -73,15 +79,19 @@ class Segments:
         if ends[-1] > LONGEST:
             raise ValueError(f"lengths must sum to {LONGEST} at most, got {ends[-1]}")
         cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
-        return cls(cu_seqlens, max(lengths, default=0), ends[-1])
+        return cls(cu_seqlens, max(lengths, default=0), ends[-1])._of(lengths)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Segments":
         """The same on another device."""
         moved = self.cu_seqlens.to(device, non_blocking=non_blocking)
-        return Segments(moved, self.max_length, self.total)
+        return Segments(moved, self.max_length, self.total)._of(self.lengths)
+
+    def _of(self, lengths: Iterable[int] | None) -> "Segments":
+        object.__setattr__(self, "lengths", None if lengths is None else tuple(lengths))
+        return self
 
 
-register_pytree(Segments, ("cu_seqlens", "max_length", "total"))
+register_pytree(Segments, ("cu_seqlens", "max_length", "total", "lengths"))
 
 
 def _check_offsets(cu: Tensor) -> None:
@@ -111,8 +121,8 @@ def _is_readable(cu: Tensor) -> bool:
     return not (cu.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _read(cu: Tensor, max_length: int, total: int | None) -> int:
-    """T, of values that fit."""
+def _read(cu: Tensor, max_length: int, total: int | None) -> tuple[int, ...]:
+    """The lengths, of values that fit."""
     ends = cu.tolist()
     if ends[0] != 0:
         raise ValueError(f"cu_seqlens must start at 0, got {ends[0]}")
@@ -123,7 +133,7 @@ def _read(cu: Tensor, max_length: int, total: int | None) -> int:
             raise ValueError(f"max_length must be {after - before}, or more, got {max_length}")
     if total not in (None, ends[-1]):
         raise ValueError(f"total must be {ends[-1]}, the last of cu_seqlens, got {total}")
-    return ends[-1]
+    return tuple(after - before for before, after in pairwise(ends))
 
 
 def packing(segments: Segments | None, name: str, tokens: Tensor) -> tuple[Tensor | None, int]:

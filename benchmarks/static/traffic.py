@@ -1,6 +1,7 @@
 """Static cost model: launches, bytes, FLOPs and roofline time per op, block and model.
 
     python -m benchmarks traffic [--model c2i-xl|t2i-xl] [--gpu H100] [--bandwidth 3.0] [--ops]
+    python -m benchmarks traffic --sampling [--model c2i-xl|t2i-xl]
 
 Counted on meta tensors by the rule in counting.py, for the datasheet numbers of a GPU or
 for numbers of your own (those that the gate measured, say). A block is the difference
@@ -20,7 +21,8 @@ from tim_kernels import use_backend
 from ..cases.calls import calls
 from ..cases.shapes import MODELS, Model
 from ..clock.machine import Limits
-from ..record.table import Column, text
+from ..record.table import Column, markdown, text
+from . import sampling
 from .counting import ATTENTION, GEMM, REST, Total, Work, count, total
 
 # Bytes a second and dense bfloat16 FLOP a second, from NVIDIA's datasheets: A100 80GB SXM
@@ -181,6 +183,16 @@ def print_ops(name: str, budget: Budget, limits: Limits) -> None:
     print(text(lines, [Column("op", "label"), *columns]))
 
 
+def print_sampling(names: Sequence[str]) -> None:
+    lines = [
+        cost
+        for name in names
+        for batch in sampling.BATCHES[name]
+        for cost in sampling.costs(name, MODELS[name], batch, GPUS)
+    ]
+    print(markdown(lines, sampling.columns(GPUS)))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=BUDGETS, help="both by default")
@@ -188,7 +200,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--bandwidth", type=float, help="TB/s instead of the GPU's datasheet")
     parser.add_argument("--tflops", type=float, help="dense bf16 TFLOP/s instead of the datasheet")
     parser.add_argument("--ops", action="store_true", help="each op, and each launch of a block")
+    parser.add_argument("--sampling", action="store_true", help="a guided step, as Markdown")
     args = parser.parse_args(argv)
+    if args.sampling:
+        print_sampling([args.model] if args.model else list(BUDGETS))
+        return
     limits = GPUS[args.gpu]
     if args.bandwidth:
         limits = limits._replace(bandwidth=args.bandwidth * 1e12)

@@ -7,6 +7,9 @@ from parity import BACKEND, DEVICE
 from benchmarks.cases.calls import DIRECTIONS, calls
 from benchmarks.cases.ops import thunk
 from benchmarks.clock.timing import copies, side_stream
+from tests.system.small_engines import KINDS, given, tiny
+from tim.sampling import Engine
+from tim.transports import make
 from tim_kernels import qk_norm_rope, use_backend
 from tim_kernels.qk_norm_rope import frequencies
 
@@ -67,3 +70,20 @@ def test_the_first_use_may_be_inside_a_compiled_graph():
         for _ in range(3):
             out = compiled(q).clone()
         assert torch.equal(out, qk_norm_rope(q, grid=(4, 5)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sampler_replays_its_steps(kind):
+    """With the bits that they have without a graph, on every run's own conditions and noise."""
+    model = tiny(kind).to(DEVICE).bfloat16()
+    engine, eager = (Engine(model, make("OT_FM"), graphs=graphs) for graphs in (True, False))
+    for run in range(4):
+        args = [x.to(DEVICE) for x in given(kind, seed=run)]
+        options = dict(num_steps=4, cfg_scale=1.5 + run, stochasticity_ratio=0.5)
+        with use_backend(BACKEND):
+            out, expected = (
+                sampler.sample(*args, generator=torch.Generator().manual_seed(run), **options)
+                for sampler in (engine, eager)
+            )
+        assert torch.equal(out, expected)
+    assert "no replay" not in engine.explain()

@@ -44,11 +44,13 @@ def test_refusals(cu_seqlens, max_length, message):
 
 def test_what_is_known_of_them():
     assert Segments(offsets(0, 4, 4, 10), 8).total == 10
+    assert Segments(offsets(0, 4, 4, 10), 8).lengths == (4, 0, 6)
     assert Segments(offsets(0), 0).total == 0
     assert type(Segments(offsets(0, 4), np.int64(4)).max_length) is int
     segments = Segments.from_lengths([4, 0, np.int32(6)], DEVICE)
     assert (segments.max_length, segments.total) == (6, 10)
     assert torch.equal(segments.cu_seqlens, offsets(0, 4, 4, 10))
+    assert segments.lengths == segments.to("meta").lengths == (4, 0, 6)
     assert segments.to("meta").cu_seqlens.is_meta and segments.to("meta").total == 10
     assert Segments.from_lengths([]).total == 0
     for lengths, message in (([3, -1], "not be negative, got -1"), ([2.5], "got a float"),
@@ -108,7 +110,7 @@ def test_only_segments_are_segments():
 
 def test_what_cannot_be_read_is_vouched_for(monkeypatch):
     wrong = offsets(3, 1)
-    assert Segments(wrong.to("meta"), 6).total is None
+    assert Segments(wrong.to("meta"), 6).total is Segments(wrong.to("meta"), 6).lengths is None
     with FakeTensorMode() as mode:
         assert Segments(mode.from_tensor(wrong), 6).total is None
     made = torch.compile(lambda cu: Segments(cu, 6), backend="eager", fullgraph=True)(wrong)
@@ -131,6 +133,7 @@ def test_copies_and_trees():
     copies += [pytree.tree_map(lambda leaf: leaf, SEGMENTS)]
     for each in copies:
         assert type(each) is Segments and (each.max_length, each.total) == (6, 10)
+        assert each.lengths == (4, 6)
         assert torch.equal(each.cu_seqlens, SEGMENTS.cu_seqlens)
     assert pytree.tree_map(lambda _: None, SEGMENTS).cu_seqlens is None
     x = noise(2, 10, 8, device=DEVICE)

@@ -1,5 +1,8 @@
 """Networks of milliseconds on random latents, with classes or text, REPA and an enhanced target."""
 
+import dataclasses
+
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from small_mnist import small
@@ -8,6 +11,7 @@ from tim.data import TrainingSet
 from tim.training import Parts
 from tim.training.conditioning import ClassConditioning, TextConditioning
 from tim.training.repa import Targets
+from tim.training.streams import TokenPacks
 
 CLASSES, SHAPE, WIDTH, Z = 4, (3, 4, 4), 5, 6
 
@@ -35,6 +39,18 @@ class Items(TrainingSet):
         }
 
 
+class Ragged(Items):
+    """24 of five sizes; pictures are 2 px a latent."""
+
+    def __init__(self):
+        g = torch.Generator().manual_seed(0)
+        shapes = [(4, 6), (2, 2), (6, 4), (4, 8), (6, 6)]
+        self.sizes = np.array([shapes[i % 7 % 5] for i in range(24)])
+        sizes = self.sizes.tolist()
+        self.latents = [torch.randn(3, h, w, generator=g) for h, w in sizes]
+        self.images = [torch.rand(3, 2 * h, 2 * w, generator=g) * 2 - 1 for h, w in sizes]
+
+
 def encode(texts):
     """(B, L, WIDTH), L the longest's letters and one; padding is alike everywhere."""
     longest = max(map(len, texts)) + 1
@@ -58,6 +74,15 @@ def parts(kind: str = "class", repa: bool = True) -> Parts:
         conditioning = TextConditioning(encode, encode(["", "x" * 8])[:1], 0.3, shown=("a", "b"))
     targets = Targets(vision, Z, 2) if repa else None
     return Parts(Items(), conditioning, SHAPE, repa=targets, decode=lambda z: z.clamp(-1, 1))
+
+
+def packed_parts(kind: str = "class", tokens: int = 16) -> Parts:
+    """Of pictures of several sizes, packed."""
+    data, given = Ragged(), parts(kind)
+    packs = TokenPacks(data, 2, tokens)
+    return dataclasses.replace(
+        given, dataset=data, sampler=packs, is_packed=True, images_per_batch=packs.images_per_pack
+    )
 
 
 def latents(kind: str = "class", repa: bool = True, mg: bool = False, **training) -> DictConfig:

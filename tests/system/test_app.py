@@ -13,7 +13,7 @@ from small_mnist import NETWORK, small
 from typer.testing import CliRunner
 
 from tim import config
-from tim.app import demo
+from tim.app import common, demo
 from tim.app.cli import app
 from tim.images import labelled_grid
 from tim.training import save_export
@@ -147,3 +147,12 @@ def test_grid_puts_images_in_order_on_white():
     left, top = grid.width - 12, grid.height - 12
     tiles = [[grid.getpixel((left + dx, top + dy)) for dx in (1, 7)] for dy in (1, 7)]
     assert tiles == [[0, 255], [255, 0]]
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    """Also where --device cuda says so."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("tim.app.common.check_device", lambda name: None)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    found = [common.device_of(name) for name in (None, "cuda", "cuda:1", "cpu")]
+    assert found == ["cuda:3", "cuda:3", "cuda:1", "cpu"]

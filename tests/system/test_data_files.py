@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tim import config, data
-from tim.data import native_latents
+from tim.data import packing
 
 C2I, T2I = GOLDEN / "training/c2i", GOLDEN / "training/t2i"
 LATENT = {"latent_dir": C2I / "latents", "image_dir": C2I / "images", "image_size": 32}
@@ -94,12 +94,12 @@ def test_native_packs(native, tmp_path):
 
 def test_packing_is_tight():
     lengths = torch.randint(1, 400, (3000,), generator=torch.Generator().manual_seed(0)).tolist()
-    packs = native_latents.longest_first(lengths, 1024)
+    packs = packing.longest_first(lengths, 1024)
     assert sorted(line for pack in packs for line in pack) == [*range(3000)]
     sums = [sum(lengths[line] for line in pack) for pack in packs]
     assert max(sums) <= 1024 and len(packs) == -(-sum(lengths) // 1024)  # the fewest there can be
     with pytest.raises(ValueError, match="line 1 has 9 tokens, more than a pack's 8"):
-        native_latents.longest_first([3, 9], 8)
+        packing.longest_first([3, 9], 8)
 
 
 def test_missing_latents_are_named_at_the_start(c2i):

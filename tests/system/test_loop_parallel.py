@@ -12,8 +12,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from small_latents import latents, parts
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from two_processes import assert_same, error, gradients, gradients_of_one, in_two_processes, whole
+from two_processes import (
+    assert_same,
+    error,
+    gradients,
+    gradients_of_one,
+    in_two_processes,
+    state_of,
+)
 
 from tim.training import Stopped, loop, merged, snapshots
 from tim.training.log import read_log
@@ -39,18 +45,6 @@ def configuration(case, way="ddp", depth=1, **training):
     cfg.model.network.params.depth = depth
     cfg.model.network.params.use_checkpoint = checkpointing
     return cfg
-
-
-def state_of(trainer):
-    """Everything that a checkpoint has, whole, by name."""
-    state = trainer.state
-    moments = get_optimizer_state_dict(state.network, state.optimizer)["state"]
-    return {
-        **{f"network.{n}": whole(p) for n, p in state.network.named_parameters()},
-        **{f"ema.{n}": whole(p) for n, p in state.average.network.named_parameters()},
-        **{f"{kind}.{n}": whole(v) for n, m in moments.items() for kind, v in m.items()},
-        "counts": torch.tensor([state.step, state.images, state.micro_steps, state.average.step]),
-    }
 
 
 def train(cfg, output):

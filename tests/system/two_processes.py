@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from tqdm import tqdm
 
 from tim.training import loop
@@ -20,6 +21,18 @@ RANKS = 2
 
 def whole(tensor):
     return getattr(tensor, "full_tensor", lambda: tensor)().detach().clone()
+
+
+def state_of(trainer):
+    """Everything that a checkpoint has, whole, by name."""
+    state = trainer.state
+    moments = get_optimizer_state_dict(state.network, state.optimizer)["state"]
+    return {
+        **{f"network.{n}": whole(p) for n, p in state.network.named_parameters()},
+        **{f"ema.{n}": whole(p) for n, p in state.average.network.named_parameters()},
+        **{f"{kind}.{n}": whole(v) for n, m in moments.items() for kind, v in m.items()},
+        "counts": torch.tensor([state.step, state.images, state.micro_steps, state.average.step]),
+    }
 
 
 class Captured(Exception):
@@ -58,8 +71,9 @@ def gradients_of_one(cfg, parts, output):
         for trainer.rank in range(RANKS):
             batches = iter(trainer._loader())
             for micro in range(accumulation):
-                loss, _ = trainer._loss(next(batches), trainer._seen(micro))
-                (loss / accumulation / RANKS).backward()
+                batch = next(batches)
+                loss, _ = trainer._loss(batch, trainer._seen(micro))
+                (loss / trainer._batches_per_step(batch) / RANKS).backward()
     return start, {name: p.grad for name, p in network.named_parameters()}
 
 

@@ -8,10 +8,15 @@ import torch
 import typer
 from safetensors.torch import save_file
 
-from tim.app.common import check_device, errors_without_traceback, fail
-from tim.processes import launched_device, launched_group
+from tim.app import evaluate, generate
+from tim.app.common import Device, check_device, device_of, errors_without_traceback, fail
+from tim.processes import launched_group
 
-app = typer.Typer(help="Transition Models: train, sample, demo.", no_args_is_help=True)
+app = typer.Typer(
+    help="Transition Models: train, sample, generate, evaluate, demo.", no_args_is_help=True
+)
+app.add_typer(generate.app, name="generate")
+app.add_typer(evaluate.app, name="evaluate")
 
 
 @app.callback()
@@ -115,9 +120,7 @@ def preprocess(
     ),
     seed: Annotated[int, typer.Option(help="Of what the autoencoder draws.")] = 0,
     workers: Annotated[int, typer.Option(help="Threads that read and write, each process.")] = 8,
-    device: Annotated[
-        str | None, typer.Option(help="cuda, cpu, …; by default a GPU for each process.")
-    ] = None,
+    device: Device = None,
 ) -> None:
     """Make latents of pictures; a stopped run goes on, and torchrun shares the work."""
     if native == (image_size is not None):
@@ -129,8 +132,7 @@ def preprocess(
     dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
     if dtype not in dtypes:
         raise typer.BadParameter(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
-    device = device or launched_device()
-    check_device(device)
+    device = device_of(device)
     with errors_without_traceback():
         from tim.data.preprocess import preprocess as run
         from tim.encoders import Autoencoder
@@ -194,18 +196,28 @@ def sample(
 
 @app.command()
 def compare(
-    results: Annotated[list[Path], typer.Argument(help="JSON files that `tim evaluate` wrote.")],
-    output: Annotated[Path | None, typer.Option(help="A .png of steps against score.")] = None,
+    results: Annotated[list[Path], typer.Argument(help="What `tim evaluate` wrote, of one kind.")],
+    output: Annotated[Path, typer.Option(help="A .png.")] = Path("tim-compare.png"),
+    metric: Annotated[str | None, typer.Option(help="Plot this one alone.")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="Of each result; equal ones are one line.")
+    ] = None,
+    steps: Annotated[
+        list[int] | None, typer.Option(help="Of each result, where its run.json does not say.")
+    ] = None,
 ) -> None:
-    """Put results side by side, with the published figures: a table, and a plot."""
+    """Results over the number of sampling steps, beside the published figures."""
+    if output.suffix != ".png":
+        raise typer.BadParameter(f"{output} must end in .png")
     with errors_without_traceback():
         from tim.evaluation import compare as comparison
 
-        read = [comparison.read(path) for path in results]
-        typer.echo(comparison.tables(read))
-        if output is not None:
-            comparison.plot(read, output)
-            typer.echo(output)
+        found = comparison.read(results, labels=label or (), steps=steps or ())
+        comparison.plot(found, output, metric)
+        typer.echo(comparison.table(found))
+        if different := comparison.differences(found):
+            typer.echo(f"not measured alike, so not to be compared: {', '.join(different)}")
+    typer.echo(output)
 
 
 @app.command()

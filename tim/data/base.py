@@ -31,10 +31,13 @@ class TrainingSet(Dataset[Item]):
         names: what an item has. `latent` (C, h, w) float32, scaled as the network takes it;
             `image` (C, H, W) float32 in [-1, 1]; `label` () int64; `caption`, a str.
         num_classes: labels are less than this; None without labels.
+        sizes: (N, 2), height and width of every item's latent, or image where it has none; None if
+            all are as the first.
     """
 
     names: tuple[str, ...]
     num_classes: int | None = None
+    sizes: np.ndarray | None = None
 
     def __len__(self) -> int:
         raise NotImplementedError

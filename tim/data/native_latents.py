@@ -1,8 +1,6 @@
 """Latents of many sizes, made beforehand at native resolution (NiT, 2506.03131)."""
 
 import re
-from bisect import bisect_left, insort
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -116,38 +114,3 @@ def by_size(sizes: np.ndarray, batch_size: int, *, seed: int = 0) -> list[list[i
     starts = np.flatnonzero((np.diff(sizes[order], axis=0) != 0).any(axis=1)) + 1
     groups = [group.tolist() for group in np.split(order, starts)]
     return [g[i : i + batch_size] for g in groups for i in range(0, len(g), batch_size)]
-
-
-def longest_first(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Packs of lines whose lengths, in tokens, sum to at most `most`: the longest line first, each
-    into the fullest pack that has room (longest-pack-first histogram packing, 2107.02027).
-
-    Raises:
-        ValueError: a line alone is longer than `most`.
-
-    Example:
-        >>> longest_first([3, 5, 2, 4], 8)
-        [[1, 0], [3, 2]]
-    """
-    most = whole("most", most, 1)
-    packs: list[list[int]] = []
-    with_room = defaultdict(list)  # packs by the tokens that they have left
-    rooms: list[int] = []  # its keys in order
-    for line in np.argsort(-np.asarray(lengths), kind="stable").tolist():
-        length = whole("lengths", lengths[line], 1)
-        if length > most:
-            raise ValueError(f"line {line} has {length} tokens, more than a pack's {most}")
-        at = bisect_left(rooms, length)
-        if at < len(rooms):
-            room = rooms[at]
-            pack = with_room[room].pop()
-            if not with_room[room]:
-                del rooms[at]
-        else:
-            room, pack = most, []
-            packs.append(pack)
-        pack.append(line)
-        if not with_room[room - length]:
-            insort(rooms, room - length)
-        with_room[room - length].append(pack)
-    return packs

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,9 +26,11 @@ from tim.data import pictures
 from tim.data.base import UnreadableError, reading
 from tim.data.files import Names, class_pictures, existing, some
 from tim.data.latent_images import latent_files
-from tim.data.native_latents import NATIVE, longest_first
+from tim.data.native_latents import NATIVE
+from tim.data.packing import longest_first
 from tim.files import filling, locked, replacing
 from tim.processes import Processes
+from tim.provenance import weights_hash
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -186,7 +187,7 @@ class _Job:
             "image_size": self.image_size or [self.min_image_size, self.max_image_size],
             "seed": self.seed,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "autoencoder": _checksum(self.autoencoder.model),
+            "autoencoder": weights_hash(self.autoencoder.model),
         }
         path = self.latent_dir / "preprocess.json"
         if path.is_file():
@@ -348,14 +349,6 @@ class _Job:
             packs = longest_first(lengths, pack_tokens)
             with replacing(self.latent_dir / f"packs-{pack_tokens}.json") as path:
                 path.write_text(json.dumps(packs))
-
-
-def _checksum(model: torch.nn.Module) -> str:
-    """Of all weights."""
-    value = 0
-    for tensor in model.state_dict().values():
-        value = zlib.crc32(tensor.cpu().reshape(-1).view(torch.uint8).numpy(), value)
-    return f"{value:08x}"
 
 
 def _ahead(batches: Iterable[T]) -> Iterator[T]:

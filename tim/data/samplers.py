@@ -92,9 +92,12 @@ class PackedSampler(_Stream):
         packs: batches of any lengths of at least 1, each always together.
         start: images that all processes together have seen. The first batch is the stream's first
             that begins there or later.
+        tokens: of each batch. The batches that the processes have at one time are then as equal as
+            they can be, and another number of processes has another order.
 
     Raises:
-        ValueError: a batch is empty or there is none, or `rank` is not below `world_size`.
+        ValueError: a batch is empty or there is none, `tokens` are of others, or `rank` is not
+            below `world_size`.
 
     Example:
         >>> next(iter(PackedSampler([[0, 1], [2], [3, 4, 5]], seed=0)))
@@ -109,9 +112,13 @@ class PackedSampler(_Stream):
         start: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        tokens: Sequence[int] | None = None,
     ):
         super().__init__(seed, start, rank, world_size)
         self.packs = packs
+        self._tokens = None if tokens is None else np.asarray(tokens)
+        if tokens is not None and len(tokens) != len(packs):
+            raise ValueError(f"tokens must be of {len(packs)} batches, got {len(tokens)}")
         self._sizes = np.array([len(pack) for pack in packs])
         if not (self._sizes > 0).any() or not self._sizes.all():
             raise ValueError(f"packs must be lists of indices, got {len(packs)}, some or all empty")
@@ -124,11 +131,25 @@ class PackedSampler(_Stream):
         """The order of the batches, and the images before each."""
         if epoch not in self._epochs:
             order = self._permutation(len(self.packs), epoch)
+            if self._tokens is not None:
+                order = self._side_by_side(order, epoch)
             before = np.cumsum(self._sizes[order]) - self._sizes[order]
             while len(self._epochs) > 1:  # what reads ahead may be in the next one
                 del self._epochs[min(self._epochs)]
             self._epochs[epoch] = order, before
         return self._epochs[epoch]
+
+    def _side_by_side(self, order: np.ndarray, epoch: int) -> np.ndarray:
+        """The batches in groups of as many tokens, one for each process. An epoch begins and ends
+        inside of a group; these are the largest batches, of which most are alike."""
+        W, length = self.world_size, len(order)
+        order = order[np.argsort(-self._tokens[order], kind="stable")]
+        head = min(-epoch * length % W, length)
+        tail = (length - head) % W
+        groups = order[head + tail :].reshape(-1, W)
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        groups = groups[torch.randperm(len(groups), generator=generator).numpy()]
+        return np.concatenate((order[:head], groups.ravel(), order[head : head + tail]))
 
     def _batch(self, number: int) -> tuple[int, int]:
         """Of the stream's batch: which pack, and the images before it."""

@@ -116,6 +116,10 @@ class TextEncoder:
             return encoded.last_hidden_state, longest
         return encoded.hidden_states[-1 if self.use_last_hidden_state else -2], longest
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens of each are read, 1 or more."""
+        return [max(1, sum(mask)) for mask in self._tokens(texts).attention_mask]
+
     def beyond(self, text: str) -> str:
         """What of a text is not read."""
         (read,) = self._tokens([text]).input_ids

@@ -1,152 +1,155 @@
-"""Results side by side: a table, and steps against score beside the published figures."""
+"""Results of one benchmark side by side, over the number of sampling steps, as table and plot."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tim.evaluation.report import table
+from tim.checks import closest
+from tim.evaluation import report
 from tim.files import replacing
 
-_SOURCE = "TiM, arXiv 2509.04394"
-
-
-class Figure(NamedTuple):
-    """A published number."""
-
-    benchmark: str
-    size: int | None  # height = width, px; None of any
-    metric: str
-    value: float
-    label: str
-
-
-# The paper counts network evaluations; guided steps take two each.
-PUBLISHED = (
-    Figure("geneval", None, "overall", 0.67, "1 step"),
-    Figure("geneval", None, "overall", 0.76, "4 guided steps"),
-    Figure("geneval", None, "overall", 0.83, "64 guided steps"),
-    Figure("imagenet", 256, "fid", 6.14, "1 step"),
-    Figure("imagenet", 256, "fid", 1.65, "250 guided steps"),
-    Figure("imagenet", 512, "fid", 4.79, "1 step"),
-    Figure("imagenet", 512, "fid", 1.69, "250 guided steps"),
-)
-_LINE = {"geneval": "overall", "imagenet": "fid", "mjhq": "fid", "dpg": "score"}  # what is drawn
+SOURCE = "arXiv 2509.04394"
+# Steps → value, by benchmark, metric and the side of its pictures in px (None is any). A single
+# step is not guided, more are: 4 and 64 are what the paper calls 8 and 128 evaluations.
+PUBLISHED: dict[tuple[str, str, int | None], dict[int, float]] = {
+    ("geneval", "overall", None): {1: 0.67, 4: 0.76, 64: 0.83},
+    ("imagenet", "fid", 256): {1: 6.14, 250: 1.65},
+    ("imagenet", "fid", 512): {1: 4.79, 250: 1.69},
+}
+_PLACES = ("pictures", "reference", "text_features")  # settings that are paths
 
 
 class Result(NamedTuple):
-    """What `tim evaluate` wrote."""
+    """One result, and where it stands."""
 
-    name: str
-    benchmark: str
-    metrics: dict[str, float]
-    generated: dict[str, Any]  # the settings that the pictures were made with
-
-    @property
-    def steps(self) -> int | None:
-        return self.generated.get("num_steps")
+    label: str
+    steps: int
+    content: dict[str, Any]
 
     @property
-    def size(self) -> int | None:
-        height, width = self.generated.get("height"), self.generated.get("width")
-        return height if height == width else None
-
-    @property
-    def curve(self) -> str:
-        """Alike for results that differ in the number of steps alone."""
-        checkpoint = self.generated.get("checkpoint")
-        name = Path(str(checkpoint)).name.partition(".")[0] if checkpoint else self.name
-        guidance = self.generated.get("cfg_scale")
-        return name if guidance is None else f"{name}, guidance {guidance}"
+    def metrics(self) -> dict[str, float]:
+        return self.content["metrics"]
 
 
-def read(path: str | Path) -> Result:
-    """A result of `tim evaluate`.
+def read(
+    paths: Sequence[str | Path], *, labels: Sequence[str] = (), steps: Sequence[int] = ()
+) -> list[Result]:
+    """Results that `report.write` wrote, by label and steps.
+
+    Args:
+        paths: the JSON files, or the folders that they are in.
+        labels: one each, the same for those of one line; by default the run's guidance.
+        steps: one each, where the pictures' run.json does not say.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, or it is something else.
+        ValueError: the files are no results, or of several benchmarks; labels or steps are not
+            one each; or nobody says of how many steps a result is.
+        FileNotFoundError: there is no such file.
     """
-    path = Path(path)
+    for name, given in (("labels", labels), ("steps", steps)):
+        if given and len(given) != len(paths):
+            raise ValueError(f"{len(paths)} results need as many {name}, got {len(given)}")
+    results = []
+    for place, path in enumerate(map(Path, paths)):
+        content = _content(path)
+        settings = (content["run"] or {}).get("settings", {})
+        count = steps[place] if steps else settings.get("num_steps")
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{path} does not say its number of steps: give --steps of each")
+        label = labels[place] if labels else _label(content["run"] or {})
+        results.append(Result(label, count, content))
+    if len(kinds := {result.content["benchmark"] for result in results}) != 1:
+        raise ValueError(f"results must be of one benchmark, got {', '.join(sorted(kinds))}")
+    return sorted(results, key=lambda result: result[:2])
+
+
+def _content(path: Path) -> dict[str, Any]:
+    path = report.result_in(path) if path.is_dir() else path
     if not path.is_file():
-        raise FileNotFoundError(f"there is no result {path}: tim evaluate writes such files")
+        raise FileNotFoundError(f"there is no result {path}")
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        benchmark, metrics = result["benchmark"], result["metrics"]
-        generated = (result["run"] or {}).get("settings", {})
-        numbers = {name: float(value) for name, value in metrics.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no result of tim evaluate: {error!r}") from error
-    if benchmark not in _LINE:
-        raise ValueError(f"{path}: benchmark must be one of {', '.join(_LINE)}, got {benchmark!r}")
-    return Result(path.stem, benchmark, numbers, generated)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if {"benchmark", "metrics", "settings", "run"} <= content.keys():
+            return content
+    except (ValueError, AttributeError):
+        pass
+    raise ValueError(f"{path} is no result of `tim evaluate`")
 
 
-def published(results: Iterable[Result]) -> list[Figure]:
-    """The published figures of these benchmarks, at these sizes of pictures."""
-    asked = {(result.benchmark, size) for result in results for size in (None, result.size)}
-    return [figure for figure in PUBLISHED if (figure.benchmark, figure.size) in asked]
+def _label(run: dict[str, Any]) -> str:
+    scale = run.get("settings", {}).get("cfg_scale")
+    return "samples" if scale is None else f"guidance {scale:g}"
 
 
-def tables(results: Sequence[Result]) -> str:
-    """A Markdown table a benchmark, the published figures at its end."""
-    texts = []
-    for benchmark, group in _by_benchmark(results).items():
-        metrics = list(dict.fromkeys(name for result in group for name in result.metrics))
-        rows = [
-            [result.name, result.steps or "–", *(result.metrics.get(m, "–") for m in metrics)]
-            for result in group
-        ]
-        rows += [
-            [f"{_SOURCE}, {f.label}", "–", *(f.value if m == f.metric else "–" for m in metrics)]
-            for f in published(group)
-        ]
-        texts.append(f"{benchmark}\n\n{table([benchmark, 'steps', *metrics], rows)}")
-    return "\n\n".join(texts)
+def differences(results: Sequence[Result]) -> list[str]:
+    """What the results were not measured alike in, so that they do not compare."""
+    every = [result.content["settings"] for result in results]
+    names = dict.fromkeys(name for settings in every for name in settings)
+    return [
+        name for name in names
+        if name not in _PLACES and len({json.dumps(each.get(name)) for each in every}) > 1
+    ]  # fmt: skip
 
 
-def plot(results: Sequence[Result], path: str | Path) -> None:
-    """Steps against each benchmark's score as a PNG, the published figures as dotted lines.
+def published(results: Sequence[Result], metric: str) -> dict[str, dict[int, float]]:
+    """The paper's figures of that metric, steps → value, by what they are called."""
+    benchmark = results[0].content["benchmark"]
+    sides = {_side(result.content["run"] or {}) for result in results}
+    return {
+        f"TiM{f' {side}²' if side else ''}, {SOURCE}": values
+        for (of, name, side), values in PUBLISHED.items()
+        if (of, name) == (benchmark, metric) and (side is None or side in sides)
+    }
+
+
+def _side(run: dict[str, Any]) -> int | None:
+    return run.get("settings", {}).get("height")
+
+
+def table(results: Sequence[Result]) -> str:
+    """All metrics as a Markdown table, with the published figures below."""
+    names = list(dict.fromkeys(name for result in results for name in result.metrics))
+    rows = [
+        [result.label, result.steps, *(result.metrics.get(name, "–") for name in names)]
+        for result in results
+    ]
+    for name in names:
+        for title, values in published(results, name).items():
+            rows += [
+                [title, steps, *(value if other == name else "–" for other in names)]
+                for steps, value in values.items()
+            ]
+    return report.table(["", "steps", *names], rows)
+
+
+def plot(results: Sequence[Result], path: str | Path, metric: str | None = None) -> None:
+    """A panel a metric (all by default) over the steps; published figures are dotted. PNG.
 
     Raises:
-        ValueError: no result says with how many steps its pictures were made.
+        ValueError: no result has that metric.
     """
-    from matplotlib.figure import Figure as Canvas
+    from matplotlib.figure import Figure
 
-    groups = _by_benchmark([result for result in results if result.steps is not None])
-    if not groups:
+    names = list(dict.fromkeys(name for result in results for name in result.metrics))
+    if metric is not None and metric not in names:
         raise ValueError(
-            "no result says how many steps its pictures took: tim generate leaves a run.json "
-            "beside them, which tim evaluate takes up"
+            f"the metrics are {', '.join(names)}; got {metric}{closest(metric, names)}"
         )
-    canvas = Canvas(figsize=(6 * len(groups), 4), layout="constrained")
-    for axes, (benchmark, group) in zip(
-        canvas.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True
-    ):
-        metric = _LINE[benchmark]
-        ticks = sorted({result.steps for result in group})
-        for curve in dict.fromkeys(result.curve for result in group):
-            points = sorted((r.steps, r.metrics[metric]) for r in group if r.curve == curve)
-            axes.plot(*zip(*points, strict=True), marker="o", label=curve)
-        for figure in published(group):
-            axes.axhline(figure.value, color="grey", ls=":")
-            axes.annotate(
-                f"{figure.value:g} at {figure.label}, {_SOURCE}", (1, figure.value),
-                xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7,
-            )  # fmt: skip
+    shown = names if metric is None else [metric]
+    figure = Figure(figsize=(4.5 * len(shown), 3.5), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        having = [result for result in results if name in result.metrics]
+        ticks = {result.steps for result in having}
+        for label in dict.fromkeys(result.label for result in having):
+            line = {each.steps: each.metrics[name] for each in having if each.label == label}
+            axes.plot(line.keys(), line.values(), marker="o", label=label)
+        for title, values in published(results, name).items():
+            axes.plot(values.keys(), values.values(), color="grey", ls=":", marker=".", label=title)
+            ticks |= values.keys()
         axes.set_xscale("log", base=2)
-        axes.set(xlabel="sampling steps", ylabel=f"{benchmark}: {metric}")
-        axes.set(xticks=ticks, xticklabels=ticks)
+        axes.set(xlabel="sampling steps", ylabel=name.replace("_", " "))
+        axes.set_xticks(sorted(ticks), map(str, sorted(ticks)))
         axes.legend(fontsize=8)
     with replacing(path) as new:
-        canvas.savefig(new, dpi=120, format="png")
-
-
-def _by_benchmark(results: Sequence[Result]) -> Mapping[str, list[Result]]:
-    groups: dict[str, list[Result]] = {}
-    for result in results:
-        if _LINE[result.benchmark] not in result.metrics:
-            raise ValueError(
-                f"{result.name} has no {_LINE[result.benchmark]}, got {', '.join(result.metrics)}"
-            )
-        groups.setdefault(result.benchmark, []).append(result)
-    return groups
+        figure.savefig(new, dpi=120, format="png")

@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
 from tim.checks import whole
 from tim.data import mnist
-from tim.evaluation import curves
+from tim.evaluation import curves, statistics
 from tim.evaluation.curves import STEPS, percent
 from tim.files import replacing
 from tim.sampling import sample
@@ -109,11 +108,11 @@ def recognised(classifier: DigitClassifier, images: Tensor, labels: Tensor) -> d
 @torch.no_grad()
 def frechet_distance(classifier: DigitClassifier, images: Tensor, real: Tensor) -> float:
     """Fréchet distance between the classifier's features of two sets (N, 1, 28, 28) in [-1, 1]."""
-    metric = FrechetInceptionDistance(feature=classifier)
-    for images_of, is_real in ((images, False), (real, True)):
+    one, other = statistics.Moments(), statistics.Moments()
+    for moments, images_of in ((one, images), (other, real)):
         for chunk in images_of.split(_CHUNK):
-            metric.update(chunk, real=is_real)
-    return metric.compute().item()
+            moments.add(classifier(chunk))
+    return statistics.distance(one, other)
 
 
 @torch.no_grad()

@@ -2,11 +2,11 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from tim.files import replacing
 from tim.provenance import versions
@@ -15,7 +15,7 @@ _LABEL = 14  # px, the height of a label's line
 
 
 def write(
-    path: str | Path,
+    path: str | Path | None,
     benchmark: str,
     metrics: Mapping[str, float],
     *,
@@ -27,6 +27,7 @@ def write(
     """Write a result as JSON, whole or not at all, and return it.
 
     Args:
+        path: None writes nothing.
         benchmark: "imagenet", "mjhq", "geneval" or "dpg".
         metrics: the numbers by name.
         settings: all that changes them: networks, preprocessing, options.
@@ -35,11 +36,14 @@ def write(
         run: `run.json` of the folder of pictures, where `tim generate` made it.
 
     Raises:
-        ValueError: a metric is not finite.
+        ValueError: a number is not finite.
     """
-    wrong = [name for name, value in metrics.items() if not math.isfinite(value)]
+    numbers = dict(metrics)
+    for name, values in (breakdown or {}).items():
+        numbers |= {f"{name} of {part}": value for part, value in values.items()}
+    wrong = [f"{name} = {value}" for name, value in numbers.items() if not math.isfinite(value)]
     if wrong:
-        raise ValueError(f"not finite: {', '.join(f'{name} = {metrics[name]}' for name in wrong)}")
+        raise ValueError(f"not finite: {', '.join(wrong)}")
     result = {
         "benchmark": benchmark,
         "metrics": dict(metrics),
@@ -49,15 +53,45 @@ def write(
         "versions": versions(),
         "run": dict(run) if run is not None else None,
     }
-    with replacing(path) as new:
-        new.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if path is not None:
+        text = json.dumps(result, indent=2, ensure_ascii=False)
+        with replacing(path) as new:
+            new.write_text(text + "\n", encoding="utf-8")
     return result
 
 
+def result_in(folder: str | Path | None) -> Path | None:
+    """Where `tim evaluate` writes a result in its folder."""
+    return None if folder is None else Path(folder) / "result.json"
+
+
+def apart(output: str | Path | None, pictures: str | Path) -> None:
+    """Raises:
+    ValueError: `output` lies among the pictures, where a rerun would take its sheets for some.
+    """
+    if output is None:
+        return
+    folder, output = Path(pictures).resolve(), Path(output).resolve()
+    if folder in (output, *output.parents):
+        raise ValueError(f"{output} must lie outside the pictures' folder {pictures}")
+
+
 def run_of(folder: str | Path) -> dict[str, Any] | None:
-    """`run.json` beside the pictures, None where `tim generate` did not make them."""
+    """`run.json` beside the pictures, None where `tim generate` did not make them.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
     path = Path(folder) / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(run, dict):
+        raise ValueError(f"{path} must be a JSON object, as tim generate writes it")
+    return run
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -71,11 +105,29 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def sheets(
+    output: str | Path, chosen: Mapping[str, Mapping[str, str]],
+    read: Callable[[Sequence[str]], Sequence[Image.Image]],
+) -> None:  # fmt: skip
+    """`grid.png`, `worst.png` and `best.png` in a result's folder; an earlier run's go.
+
+    Args:
+        chosen: which of the three there are, each {name of a picture: its label}.
+        read: names → pictures.
+    """
+    for title in ("grid", "worst", "best"):
+        path, labels = Path(output) / f"{title}.png", chosen.get(title)
+        if labels:
+            sheet(read([*labels]), [*labels.values()], path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def sheet(
     pictures: Sequence[Image.Image], labels: Sequence[str], path: str | Path,
     *, columns: int = 8, side: int = 256,
 ) -> None:  # fmt: skip
-    """A grid of pictures, each within `side` px and with its label below, as a PNG.
+    """A grid of pictures, each fitted into `side` px and with its label below, as a PNG.
 
     Raises:
         ValueError: there is no picture, or not a label each.
@@ -90,9 +142,9 @@ def sheet(
     for place, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
         row, column = divmod(place, columns)
         x, y = column * cell_w + 4, row * cell_h + 4
-        small = picture.convert("RGB")
-        small.thumbnail((side, side))
-        canvas.paste(small, (x, y))
+        is_small = max(picture.size) < side
+        method = Image.Resampling.NEAREST if is_small else Image.Resampling.LANCZOS
+        canvas.paste(ImageOps.contain(picture.convert("RGB"), (side, side), method), (x, y))
         draw.text((x, y + side + 2), _fitting(label, font, side), fill="black", font=font)
     with replacing(path) as new:
         canvas.save(new, format="PNG")

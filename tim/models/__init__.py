@@ -1,6 +1,8 @@
 from pkgutil import extend_path
 
+from tim_kernels import Packing, pack, unpack
+
 from .transformer import TiMTransformer2DModel, TiMTransformer2DModelOutput
 
 __path__ = extend_path(__path__, __name__)  # the published modules, where they are installed too
-__all__ = ["TiMTransformer2DModel", "TiMTransformer2DModelOutput"]
+__all__ = ["Packing", "TiMTransformer2DModel", "TiMTransformer2DModelOutput", "pack", "unpack"]

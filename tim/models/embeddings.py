@@ -11,6 +11,8 @@ from .layers import SwiGLU
 class PatchEmbed(nn.Module):
     """(B, in_channels, H, W) → (B, H/p·W/p, C), tokens row-major."""
 
+    runs_on_tim_kernels = True
+
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
@@ -21,6 +23,8 @@ class PatchEmbed(nn.Module):
 
 class TimestepEmbedder(nn.Module):
     """(B,) → (B, C): sinusoid(256), then a two-layer MLP."""
+
+    runs_on_tim_kernels = True
 
     def __init__(self, hidden_size: int, frequency_dim: int = 256):
         super().__init__()
@@ -34,6 +38,8 @@ class TimestepEmbedder(nn.Module):
 
 class LabelEmbedder(nn.Module):
     """Class labels (B,) → (B, C). With `null_label` one more row stands for "no class"."""
+
+    runs_on_tim_kernels = True
 
     def __init__(self, num_classes: int, hidden_size: int, null_label: bool):
         super().__init__()
@@ -57,6 +63,8 @@ class LabelEmbedder(nn.Module):
 
 class CaptionEmbedder(nn.Module):
     """Text features (B, L, cap_feat_dim) → (B, L, C)."""
+
+    runs_on_tim_kernels = True
 
     def __init__(self, cap_feat_dim: int, hidden_size: int):
         super().__init__()

@@ -26,6 +26,8 @@ from tim_kernels.network.layers import swiglu_mlp
 class SwiGLU(nn.Module):
     """(…, in) → (…, out): fc2(silu(fc1_g(x))·fc1_x(x)) (arXiv 2002.05202)."""
 
+    runs_on_tim_kernels = True
+
     def __init__(self, in_features: int, hidden_features: int, out_features: int):
         super().__init__()
         self.fc1_g = nn.Linear(in_features, hidden_features)
@@ -43,6 +45,8 @@ def _head_norm(head_dim: int, qk_norm: bool) -> nn.Module:
 class Attention(nn.Module):
     """Self-attention with QK-norm and axial RoPE; `distance_aware` adds qkv_d(delta) to qkv."""
 
+    runs_on_tim_kernels = True
+
     def __init__(self, dim: int, num_heads: int, qk_norm: bool, distance_aware: bool):
         super().__init__()
         self.num_heads = num_heads
@@ -58,6 +62,8 @@ class Attention(nn.Module):
 
 class CrossAttention(nn.Module):
     """Image tokens attend to all text tokens; RoPE on the queries only."""
+
+    runs_on_tim_kernels = True
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool):
         super().__init__()
@@ -88,6 +94,7 @@ class BlockShape(NamedTuple):
 class Block(nn.Module):
     """What both kinds of block share: `function` computes them."""
 
+    runs_on_tim_kernels = True
     gradient_checkpointing = False  # `enable_gradient_checkpointing` of the model sets it
     function: Callable
 
@@ -142,6 +149,8 @@ class TextBlock(Block):
 
 
 class FinalLayer(nn.Module):
+    runs_on_tim_kernels = True
+
     def __init__(self, dim: int, out_features: int):
         super().__init__()
         self.norm_final = _layer_norm(dim)

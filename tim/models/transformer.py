@@ -7,7 +7,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from tim_kernels import CONDITIONS
+from tim_kernels import CONDITIONS, Packing
 from tim_kernels.network.forward import predict
 from tim_kernels.qk_norm_rope.reference import ORDERS
 
@@ -112,6 +112,7 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
         y: Tensor,
         return_features: bool = False,
         return_dict: bool = False,
+        packing: Packing | None = None,
     ) -> Tensor | tuple[Tensor, Tensor] | TiMTransformer2DModelOutput:
         """F(x, t, r, y).
 
@@ -119,8 +120,16 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
         network times, best kept in float32; y is (B,) labels or (B, L, cap_feat_dim) features.
         Returns the sample, shaped as x, and with `return_features` also the projected output of
         block `encoder_depth`, (B, N, z_dim). Raises ValueError for inputs that do not fit.
+
+        With a `packing` of B pictures, of any sizes, x is what `pack` made of them, tokens
+        (T, in_channels, patch_size, patch_size), and features are (T, z_dim); each picture has its
+        own t, r and y, and the result of being alone.
+
+        Example:
+            >>> tokens, packing = pack(latents, model.config.patch_size)
+            >>> latents = unpack(model(tokens, t, r, y, packing=packing), packing)
         """
-        self._check_inputs(x, t, r, y, return_features)
+        self._check_inputs(x, t, r, y, return_features, packing)
         sample, features = predict(
             self,
             x,
@@ -130,6 +139,7 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
             new_condition=self.config.new_condition,
             rope_order=self.config.rope_order,
             features_depth=self.config.encoder_depth if return_features else None,
+            packing=packing,
         )
         if return_dict:
             return TiMTransformer2DModelOutput(sample, features)
@@ -142,21 +152,39 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
             "installed, else PyTorch's attention, among whose kernels sdpa_kernel chooses"
         )
 
-    def _check_inputs(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, features: bool) -> None:
+    def _check_inputs(self, x, t, r, y, features: bool, packing: Packing | None = None) -> None:
         channels, patch = self.config.in_channels, self.config.patch_size
-        if x.ndim != 4 or x.shape[1] != channels or not x.is_floating_point():
+        if packing is not None:
+            self._check_tokens(x, packing)
+        elif x.ndim != 4 or x.shape[1] != channels or not x.is_floating_point():
             raise ValueError(
                 f"x must be latents of shape (B, {channels}, H, W), got {tuple(x.shape)} {x.dtype}"
             )
-        if x.shape[2] % patch or x.shape[3] % patch:
+        elif x.shape[2] % patch or x.shape[3] % patch:
             raise ValueError(
                 f"height and width must be multiples of the patch size {patch}, "
                 f"got {x.shape[2]}×{x.shape[3]}"
             )
-        check_times(t, r, x.shape[0])
-        self.y_embedder.check(y, x.shape[0])
+        pictures = x.shape[0] if packing is None else len(packing)
+        check_times(t, r, pictures)
+        self.y_embedder.check(y, pictures)
         if features and self.projector is None:
             raise ValueError("features need a projector: build the model with z_dim, projector_dim")
+
+    def _check_tokens(self, x: Tensor, packing: Packing) -> None:
+        channels, patch = self.config.in_channels, self.config.patch_size
+        if not isinstance(packing, Packing):
+            raise ValueError(f"packing must be what `pack` gives, got a {type(packing).__name__}")
+        needed = (packing.total, channels, patch, patch)
+        if tuple(x.shape) != needed or not x.is_floating_point():
+            raise ValueError(
+                f"x must be tokens {needed} of pictures of sizes that sum to {packing.total}, "
+                f"got {tuple(x.shape)} {x.dtype}"
+            )
+        if x.device != packing.grids.device:
+            raise ValueError(
+                f"packing must be on {x.device} like x, got {packing.grids.device}: packing.to(…)"
+            )
 
 
 def _check_config(config) -> None:

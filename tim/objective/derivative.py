@@ -1,7 +1,7 @@
 """dF/dt along the trajectory x_t = α x + σ z with r held (arXiv 2509.04394, section 3.3)."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from tim.checks import unordered_times
 from tim.transports import Transport
-from tim_kernels import transition_inputs
+from tim_kernels import Packing, transition_inputs
 from tim_kernels.transition_inputs.op import TransitionInputs
 
 
 class Prediction(NamedTuple):
-    """What the network says at (x_t, t, r), and its features (B, N, z_dim) if asked for."""
+    """What the network says at (x_t, t, r), and its features (B, N, z_dim) if asked for, of packed
+    pictures (T, z_dim)."""
 
     F: Tensor
     features: Tensor | None = None
@@ -28,12 +29,19 @@ def predict(
     r: Tensor,
     y: Tensor,
     with_features: bool = False,
+    packing: Packing | None = None,
 ) -> Prediction:
-    """Ask a network about states x_t (B, C, H, W) at the transport's times c(t) and c(r), (B,)."""
+    """Ask a network about states x_t (B, C, H, W) at the transport's times c(t) and c(r), (B,), or
+    with a `packing` about those of B pictures, (T, C, p, p)."""
     times = transport.network_time(t), transport.network_time(r)
+    options = {} if packing is None else dict(packing=packing)
     if with_features:
-        return Prediction(*model(x_t, *times, y, return_features=True))
-    return Prediction(model(x_t, *times, y))
+        return Prediction(*model(x_t, *times, y, return_features=True, **options))
+    return Prediction(model(x_t, *times, y, **options))
+
+
+def _some(samples: slice, *given: Tensor | Packing | None) -> list[Any]:
+    return [None if each is None else each[samples] for each in given]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -43,6 +51,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 class Derivative(ABC):
     """A way to have F of a batch, and dF/dt of its trailing samples, those with r ≠ t.
+
+    With a `packing` of B pictures their tokens (T, C, p, p) stand for (B, C, H, W), and dF is that
+    of the trailing pictures' tokens; t, r and y stay of pictures, but for `inputs`, to which a
+    token is a sample.
 
     `epsilon` and the dF of `differentiate` and `predict` are what
     `tim_kernels.transition_loss` takes under these names.
@@ -59,9 +71,15 @@ class Derivative(ABC):
 
     @abstractmethod
     def differentiate(
-        self, model: nn.Module, inputs: TransitionInputs, y: Tensor, t: Tensor, r: Tensor
+        self,
+        model: nn.Module,
+        inputs: TransitionInputs,
+        y: Tensor,
+        t: Tensor,
+        r: Tensor,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """dF of the last len(t) samples of `inputs`, whose y, t and r these are."""
+        """dF of the last len(t) samples of `inputs`, whose y, t, r and packing these are."""
 
     @abstractmethod
     def __call__(
@@ -78,14 +96,15 @@ class Derivative(ABC):
         r: Tensor,
         n_diffusion: int,
         with_features: bool,
+        packing: Packing | None = None,
     ) -> tuple[Prediction, Tensor | None]:
         """The prediction of all samples, and dF of all but the first n_diffusion or None."""
-        prediction = predict(model, self.transport, inputs.x_t, t, r, y, with_features)
+        prediction = predict(model, self.transport, inputs.x_t, t, r, y, with_features, packing)
         if n_diffusion == len(t):
             return prediction, None
-        rest = slice(n_diffusion, None)
+        rest = _some(slice(n_diffusion, None), y, t, r, packing)
         with torch.no_grad():
-            return prediction, self.differentiate(model, inputs, y[rest], t[rest], r[rest])
+            return prediction, self.differentiate(model, inputs, *rest)
 
 
 class Difference(Derivative):
@@ -105,11 +124,13 @@ class Difference(Derivative):
             x, z, alpha[:batch], sigma[:batch], alpha_pm=alpha[batch:], sigma_pm=sigma[batch:]
         )
 
-    def differentiate(self, model, inputs, y, t, r):
+    def differentiate(self, model, inputs, y, t, r, packing=None):
         """F(t + ε) and F(t − ε), stacked (2·M, C, H, W)."""
+        both = dict(packing=packing and packing + packing)
         with unordered_times():
             x_pm, times = inputs.x_pm, (self._around(t), r.repeat(2))
-            return predict(unwrapped(model), self.transport, x_pm, *times, torch.cat((y, y))).F
+            y = torch.cat((y, y))
+            return predict(unwrapped(model), self.transport, x_pm, *times, y, **both).F
 
     def __call__(self, model, x, z, y, t, r):
         with torch.no_grad():
@@ -135,37 +156,39 @@ class ForwardMode(Derivative):
         alpha, sigma, *velocity = self.transport.interpolant(t)
         return transition_inputs(x, z, alpha, sigma, *(d[n_diffusion:] for d in velocity))
 
-    def differentiate(self, model, inputs, y, t, r):
-        return self._dual(unwrapped(model), inputs, y, t, r, False)[1]
+    def differentiate(self, model, inputs, y, t, r, packing=None):
+        return self._dual(unwrapped(model), inputs, y, t, r, packing, False)[1]
 
     def __call__(self, model, x, z, y, t, r):
         with torch.no_grad():
             return self.differentiate(model, self.inputs(x, z, t), y, t, r)
 
-    def predict(self, model, inputs, y, t, r, n_diffusion, with_features):
+    def predict(self, model, inputs, y, t, r, n_diffusion, with_features, packing=None):
         if not self._can_share(model, t, n_diffusion):
-            return super().predict(model, inputs, y, t, r, n_diffusion, with_features)
-        rest = slice(n_diffusion, None)
-        prediction, dF = self._dual(
-            unwrapped(model), inputs, y[rest], t[rest], r[rest], with_features
-        )
+            return super().predict(
+                model, inputs, y, t, r, n_diffusion, with_features, packing
+            )  # fmt: skip
+        rest = _some(slice(n_diffusion, None), y, t, r, packing)
+        prediction, dF = self._dual(unwrapped(model), inputs, *rest, with_features)
         if n_diffusion:
-            first = (tensor[:n_diffusion] for tensor in (inputs.x_t, t, r, y))
-            diffusion = predict(model, self.transport, *first, with_features)
+            x_t = inputs.x_t[: -len(inputs.v_t)]
+            t, r, y, packing = _some(slice(n_diffusion), t, r, y, packing)
+            diffusion = predict(model, self.transport, x_t, t, r, y, with_features, packing)
             prediction = Prediction(
                 torch.cat((diffusion.F, prediction.F)),
                 torch.cat((diffusion.features, prediction.features)) if with_features else None,
             )
         return prediction, dF.detach()
 
-    def _dual(self, network, inputs: TransitionInputs, y, t, r, with_features):
+    def _dual(self, network, inputs: TransitionInputs, y, t, r, packing, with_features):
         """The prediction of the last len(t) samples and its derivative, from one forward."""
 
         def trajectory(x_t, t):
-            F, features = predict(network, self.transport, x_t, t, r, y, with_features)
+            F, features = predict(network, self.transport, x_t, t, r, y, with_features, packing)
             return F, [features] if with_features else []  # jvp takes no None
 
-        primals, tangents = (inputs.x_t[-len(t) :], t), (inputs.v_t, torch.ones_like(t))
+        primals = inputs.x_t[-len(inputs.v_t) :], t
+        tangents = inputs.v_t, torch.ones_like(t)
         F, dF, features = torch.func.jvp(trajectory, primals, tangents, has_aux=True)
         return Prediction(F, *features), dF
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tim.checks import check_times, whole
 from tim.transports import Transport
-from tim_kernels import transition_loss
+from tim_kernels import Packing, transition_loss
 
 from .derivative import DERIVATIVES, Derivative, Difference, ForwardMode, predict
 from .weights import TIME_WEIGHTS, TimeWeight, time_weight
@@ -122,8 +122,9 @@ class TransitionObjective:
         r: Tensor | None = None,
         n_diffusion: int | None = None,
         y_ema: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> TransitionLoss:
-        """The loss of one batch.
+        """The loss of one batch: the mean over its samples, however many tokens they have.
 
         Args:
             x, z: data and noise (B, C, H, W).
@@ -134,43 +135,58 @@ class TransitionObjective:
             n_diffusion: promises r = t for that many leading samples and saves their derivative.
             y_ema: the conditioning that `ema_model` sees, shaped as y; y itself by default. As
                 published, class labels before dropping.
+            packing: of B pictures of any sizes, whose tokens (T, C, p, p) then stand for
+                (B, C, H, W), in x and z, and (T, z_dim) for (B, N, z_dim); `pack` makes them.
 
         Raises:
             ValueError: inputs that do not fit.
         """
-        self._check(x, z, ema_model, y_null, t, r)
+        self._check(x, z, ema_model, y_null, t, r, packing)
         if t is None:
-            t, r, n_diffusion = self.sample_times(x.shape[0], device=x.device)
+            samples = len(x if packing is None else packing)
+            t, r, n_diffusion = self.sample_times(samples, device=x.device)
         n_diffusion = n_diffusion or 0
         derivative = self.derivative
-        inputs = derivative.inputs(x, z, t, n_diffusion)
+        if packing is None:
+            t_of_each, r_of_each, first = t, r, n_diffusion
+        else:  # to arithmetic a token is a sample
+            t_of_each, r_of_each = packing.spread(t), packing.spread(r)
+            first = packing.tokens_of(n_diffusion)
+        inputs = derivative.inputs(x, z, t_of_each, first)
         with_features = features_target is not None
-        prediction, dF = derivative.predict(model, inputs, y, t, r, n_diffusion, with_features)
+        prediction, dF = derivative.predict(
+            model, inputs, y, t, r, n_diffusion, with_features, packing
+        )  # fmt: skip
         projection = x.new_zeros(())
         if with_features:
             features = prediction.features.float()
-            projection = (1 - F.cosine_similarity(features, features_target.float(), dim=-1)).mean()
+            away = 1 - F.cosine_similarity(features, features_target.float(), dim=-1)
+            projection = (away if packing is None else packing.means(away)).mean()
 
         F_cond, F_uncond = self._enhancement(
-            ema_model, inputs.x_t, t, y if y_ema is None else y_ema, y_null
+            ema_model, inputs.x_t, t, y if y_ema is None else y_ema, y_null, packing
         )
         terms = transition_loss(
-            prediction.F, x, z, self.transport.target_coefficients(t, r),
+            prediction.F, x, z, self.transport.target_coefficients(t_of_each, r_of_each),
             dF, derivative.epsilon, F_cond, F_uncond,
         )  # fmt: skip
-        terms = _finite(torch.stack(terms))
+        terms = torch.stack(terms)
+        terms = _finite(terms if packing is None else packing.means(terms))
         loss = terms.sum(dim=0)
         weight = self.time_weight(t, r) / (loss.detach() + 1e-5)
         watched = loss.detach().mean(), terms.detach()
         return TransitionLoss((weight * loss).mean(), projection, *watched)
 
     @torch.no_grad()
-    def _enhancement(self, ema_model, x_t, t, y, y_null) -> tuple[Tensor | None, Tensor | None]:
+    def _enhancement(
+        self, ema_model, x_t, t, y, y_null, packing: Packing | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """F_cond and F_uncond at (x_t, t, t), from one doubled forward."""
         if not self.transport.enhance_target:
             return None, None
-        x_t, t = x_t.repeat(2, 1, 1, 1), t.repeat(2)
-        return predict(ema_model, self.transport, x_t, t, t, torch.cat((y, y_null))).F.chunk(2)
+        x_t, t, y = x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat((y, y_null))
+        both = dict(packing=packing and packing + packing)
+        return predict(ema_model, self.transport, x_t, t, t, y, **both).F.chunk(2)
 
     def time_weight(self, t: Tensor, r: Tensor) -> Tensor:
         """w(t, r), (B,); 1 where r = t."""
@@ -181,15 +197,19 @@ class TransitionObjective:
             weight_time_sigmoid=self.weight_time_sigmoid,
         )  # fmt: skip
 
-    def _check(self, x, z, ema_model, y_null, t, r) -> None:
+    def _check(self, x, z, ema_model, y_null, t, r, packing) -> None:
         if x.shape != z.shape or x.ndim != 4:
             raise ValueError(
                 f"x and z must have one shape (B, C, H, W), got {tuple(x.shape)}, {tuple(z.shape)}"
             )
+        if packing is not None and len(x) != packing.total:
+            raise ValueError(
+                f"x must be the {packing.total} tokens of the packing, got {tuple(x.shape)}"
+            )
         if (t is None) != (r is None):
             raise ValueError("give both t and r, or neither")
         if t is not None:
-            check_times(t, r, x.shape[0])
+            check_times(t, r, len(x if packing is None else packing))
         if self.transport.enhance_target and (ema_model is None or y_null is None):
             raise ValueError("an enhanced target needs ema_model and y_null")
 

@@ -1,6 +1,8 @@
 """What a pipeline does but for its conditioning: noise, sampling, decoding."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal, SupportsIndex
 
 import numpy as np
@@ -16,14 +18,18 @@ from tim import config
 from tim.checks import check_computed, whole
 from tim.encoders import Autoencoder, Pixels
 from tim.files import saved_whole
-from tim.sampling import SampleType, sample
+from tim.images import by_size
+from tim.sampling import Engine, SampleType, sample_packed
 from tim.transports import TRANSPORTS, TransportName, make
 
+States = Tensor | list[Tensor]  # a list of those of several sizes
 StepCallback = Callable[
-    [DiffusionPipeline, int, float, dict[str, Tensor]], dict[str, Tensor] | None
+    [DiffusionPipeline, int, float, dict[str, States]], dict[str, States] | None
 ]
 OutputType = Literal["pil", "np", "pt", "latent"]
-Pictures = list[Image.Image] | np.ndarray | Tensor  # of "pil", "np", and "pt" or "latent"
+# Of "pil", "np", and "pt" or "latent"; of several sizes lists of them.
+Pictures = list[Image.Image] | np.ndarray | Tensor | list[np.ndarray] | list[Tensor]
+Side = SupportsIndex | Sequence[SupportsIndex] | None
 Generators = torch.Generator | list[torch.Generator]
 
 
@@ -38,6 +44,8 @@ class TiMPipeline(DiffusionPipeline):
     """
 
     _interrupt = False
+    _engine: Engine | None = None
+    _engine_options: Mapping[str, Any] = MappingProxyType({"graphs": False})
 
     _exclude_from_cpu_offload = ["transformer"]  # of the sequential kind, layer by layer
 
@@ -59,18 +67,46 @@ class TiMPipeline(DiffusionPipeline):
             return Pixels(self.transformer.config.in_channels)
         return Autoencoder(self.vae)
 
+    @property
+    def engine(self) -> Engine:
+        """The sampler; `engine.explain()` says what it forms before the first step."""
+        if self._engine is None or self._engine.model is not self.transformer:
+            self._engine = Engine(self.transformer, self._transport, **self._engine_options)
+        return self._engine
+
+    def enable_cuda_graphs(self, batch_sizes: Sequence[int] = ()) -> None:
+        """Capture a step of sampling in a CUDA graph when its shape comes in a second call, and
+        replay it from then on; see `tim.sampling.Engine`, whose `batch_sizes` these are.
+
+        The graphs keep the memory that a step needs until `disable_cuda_graphs`.
+        """
+        self._engine, self._engine_options = None, {"batch_sizes": tuple(batch_sizes)}
+
+    def disable_cuda_graphs(self) -> None:
+        """Capture and replay nothing, as before `enable_cuda_graphs`."""
+        self._engine, self._engine_options = None, {"graphs": False}
+
     def _generate(
-        self, y: Tensor, y_null: Tensor | None, height: SupportsIndex | None,
-        width: SupportsIndex | None, num_inference_steps: SupportsIndex, guidance_scale: float,
+        self, y: Tensor, y_null: Tensor | None, height: Side, width: Side,
+        num_inference_steps: SupportsIndex, guidance_scale: float,
         guidance_interval: tuple[float, float], stochasticity_ratio: float,
-        sample_type: SampleType, generator: Generators | None, latents: Tensor | None,
+        sample_type: SampleType, generator: Generators | None, latents: States | None,
         output_type: OutputType, return_dict: bool, callback_on_step_end: StepCallback | None,
     ) -> ImagePipelineOutput | tuple[Pictures]:  # fmt: skip
-        z = self._initial_state(len(y), *self._size(height, width), generator, latents)
+        sizes = self._sizes(height, width)
+        if len(sizes) > 1 and len(sizes) != len(y):
+            raise ValueError(
+                f"height and width must be of one or {len(y)} pictures, got {len(sizes)}"
+            )
+        is_ragged = is_several(height) or is_several(width)
+        if is_ragged:
+            z = self._initial_states(sizes * (len(y) // len(sizes)), generator, latents)
+        else:
+            z = self._initial_state((len(y), *self._shape(*sizes[0])), generator, latents)
         low, high = guidance_interval
         with self.progress_bar(total=whole("num_inference_steps", num_inference_steps)) as bar:
 
-            def on_step(step: int, time: float, state: Tensor) -> Tensor:
+            def on_step(step: int, time: float, state: States) -> States:
                 bar.update()
                 if callback_on_step_end is None:
                     return state
@@ -78,11 +114,14 @@ class TiMPipeline(DiffusionPipeline):
                     callback_on_step_end(self, step, time, {"latents": state}), state
                 )
 
-            x = sample(
-                self.transformer, self._transport, z, y, y_null, num_steps=num_inference_steps,
-                cfg_scale=guidance_scale, cfg_low=low, cfg_high=high,
-                stochasticity_ratio=stochasticity_ratio, sample_type=sample_type,
-                generator=generator, on_step=on_step, should_stop=lambda: self._interrupt,
+            carry = self.engine.sample
+            if is_ragged:
+                carry = partial(sample_packed, self.transformer, self._transport)
+            x = carry(
+                z, y, y_null, num_steps=num_inference_steps, cfg_scale=guidance_scale,
+                cfg_low=low, cfg_high=high, stochasticity_ratio=stochasticity_ratio,
+                sample_type=sample_type, generator=generator, on_step=on_step,
+                should_stop=lambda: self._interrupt,
             )  # fmt: skip
         images = x if output_type == "latent" else self._decode(x, output_type)
         self.maybe_free_model_hooks()
@@ -91,12 +130,25 @@ class TiMPipeline(DiffusionPipeline):
     def _check_options(self, height, width, num_inference_steps, guidance_interval, output_type):
         """What can be refused before anything is computed; the sampler refuses the rest."""
         self._interrupt = False  # of the call that begins
-        self._size(height, width)
+        self._sizes(height, width)
         whole("num_inference_steps", num_inference_steps, 1)
         if len(guidance_interval) != 2 or not guidance_interval[0] <= guidance_interval[1]:
             raise ValueError(f"guidance_interval must be (low, high), got {guidance_interval}")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be pil, np, pt or latent, got {output_type!r}")
+
+    def _sizes(self, height: Side, width: Side) -> list[tuple[int, int]]:
+        """The height and width of every picture, or of all."""
+        heights, widths = (
+            list(side) if is_several(side) else [side] for side in (height, width)
+        )  # fmt: skip
+        count = max(len(heights), len(widths))
+        if {len(heights), len(widths)} - {1, count} or not (heights and widths):
+            raise ValueError(
+                f"height and width must be as many, got {len(heights)} and {len(widths)}"
+            )
+        pairs = zip(heights * (count // len(heights)), widths * (count // len(widths)), strict=True)
+        return [self._size(*pair) for pair in pairs]
 
     def _size(
         self, height: SupportsIndex | None, width: SupportsIndex | None
@@ -110,12 +162,32 @@ class TiMPipeline(DiffusionPipeline):
             raise ValueError(f"height and width must be multiples of {unit}, got {height}×{width}")
         return height, width
 
-    def _initial_state(self, batch: int, height: int, width: int, generator, latents) -> Tensor:
-        """The state at T_max of the noise that is drawn or given, (B, in_channels, H/f, W/f)."""
+    def _shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """That of a picture's latents."""
         factor = self.vae_scale_factor
-        shape = (batch, self.transformer.config.in_channels, height // factor, width // factor)
-        if isinstance(generator, (list, tuple)) and len(generator) != batch:
-            raise ValueError(f"{batch} generators are needed, one a picture; got {len(generator)}")
+        return self.transformer.config.in_channels, height // factor, width // factor
+
+    def _initial_states(self, sizes: list[tuple[int, int]], generator, latents) -> list[Tensor]:
+        """Of every picture, as if it were alone."""
+        batch = len(sizes)
+        generators = generator if isinstance(generator, (list, tuple)) else [generator] * batch
+        given = [None] * batch if latents is None else list(latents)
+        for name, found in (("generators", generators), ("latents", given)):
+            if len(found) != batch:
+                raise ValueError(f"{batch} {name} are needed, one a picture; got {len(found)}")
+        return [
+            self._initial_state(
+                (1, *self._shape(*size)), each, None if noise is None else noise[None]
+            )[0]
+            for size, each, noise in zip(sizes, generators, given, strict=True)
+        ]
+
+    def _initial_state(self, shape: tuple[int, ...], generator, latents: Tensor | None) -> Tensor:
+        """The state at T_max of the noise that is drawn or given, (B, in_channels, H/f, W/f)."""
+        if isinstance(generator, (list, tuple)) and len(generator) != shape[0]:
+            raise ValueError(
+                f"{shape[0]} generators are needed, one a picture; got {len(generator)}"
+            )
         if latents is None:
             latents = randn_tensor(shape, generator, self._execution_device, torch.float32)
         elif tuple(latents.shape) != shape or not latents.is_floating_point():
@@ -125,24 +197,41 @@ class TiMPipeline(DiffusionPipeline):
             )
         return self._transport.initial_state(latents.to(self._execution_device))
 
-    def _decode(self, x: Tensor, output_type: str):
-        images = self._autoencoder().decode(x)
+    def _decode(self, x: States, output_type: str):
+        decode = self._autoencoder().decode
+        if isinstance(x, list):
+            images = by_size(decode, x)
+            return [self._postprocessed(image[None], output_type)[0] for image in images]
+        return self._postprocessed(decode(x), output_type)
+
+    def _postprocessed(self, images: Tensor, output_type: str):
         if self.vae is not None:
             check_computed("the pictures", images, "the autoencoder", self.vae.dtype)
         return self.image_processor.postprocess(images.float(), output_type)
 
 
-def _latents_of(returned: Mapping[str, Tensor] | None, state: Tensor) -> Tensor:
+def is_several(side: Side) -> bool:
+    """Whether a height or width is one of each picture."""
+    return isinstance(side, (list, tuple))
+
+
+def _latents_of(returned: Mapping[str, States] | None, state: States) -> States:
     """What a callback made of the state."""
     if returned is None:
         return state
     latents = returned.get("latents", state) if isinstance(returned, Mapping) else None
-    if not isinstance(latents, Tensor) or latents.shape != state.shape:
+    needed, got = ([getattr(x, "shape", None) for x in _rows(each)] for each in (state, latents))
+    if type(latents) is not type(state) or got != needed:
+        shape = tuple(state.shape) if isinstance(state, Tensor) else [*map(tuple, needed)]
         raise ValueError(
-            "callback_on_step_end must return nothing or {'latents': …} of shape "
-            f"{tuple(state.shape)}, got {type(returned).__name__}"
+            f"callback_on_step_end must return nothing or {{'latents': …}} of shape {shape}, "
+            f"got {type(returned).__name__}"
         )
     return latents
+
+
+def _rows(state: Any) -> list[Any]:
+    return state if isinstance(state, list) else [state]
 
 
 def transport_of(cfg: DictConfig) -> tuple[TransportName, dict[str, Any]]:

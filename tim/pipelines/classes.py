@@ -19,6 +19,8 @@ from .base import (
     Generators,
     OutputType,
     Pictures,
+    Side,
+    States,
     StepCallback,
     TiMPipeline,
     folder_of,
@@ -83,22 +85,22 @@ class TiMClassPipeline(TiMPipeline):
 
     @overload
     def __call__(
-        self, class_labels: Labels, height: SupportsIndex | None = ...,
-        width: SupportsIndex | None = ..., num_inference_steps: SupportsIndex = ...,
+        self, class_labels: Labels, height: Side = ..., width: Side = ...,
+        num_inference_steps: SupportsIndex = ...,
         guidance_scale: float = ..., guidance_interval: tuple[float, float] = ...,
         stochasticity_ratio: float = ..., sample_type: SampleType = ...,
-        generator: Generators | None = ..., latents: Tensor | None = ...,
+        generator: Generators | None = ..., latents: States | None = ...,
         output_type: OutputType = ..., return_dict: Literal[True] = ...,
         callback_on_step_end: StepCallback | None = ...,
     ) -> ImagePipelineOutput: ...  # fmt: skip
 
     @overload
     def __call__(
-        self, class_labels: Labels, height: SupportsIndex | None = ...,
-        width: SupportsIndex | None = ..., num_inference_steps: SupportsIndex = ...,
+        self, class_labels: Labels, height: Side = ..., width: Side = ...,
+        num_inference_steps: SupportsIndex = ...,
         guidance_scale: float = ..., guidance_interval: tuple[float, float] = ...,
         stochasticity_ratio: float = ..., sample_type: SampleType = ...,
-        generator: Generators | None = ..., latents: Tensor | None = ...,
+        generator: Generators | None = ..., latents: States | None = ...,
         output_type: OutputType = ..., *, return_dict: Literal[False],
         callback_on_step_end: StepCallback | None = ...,
     ) -> tuple[Pictures]: ...  # fmt: skip
@@ -107,15 +109,15 @@ class TiMClassPipeline(TiMPipeline):
     def __call__(
         self,
         class_labels: Labels,
-        height: SupportsIndex | None = None,
-        width: SupportsIndex | None = None,
+        height: Side = None,
+        width: Side = None,
         num_inference_steps: SupportsIndex = 8,
         guidance_scale: float = 1.5,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         stochasticity_ratio: float = 0.0,
         sample_type: SampleType = "transition",
         generator: Generators | None = None,
-        latents: Tensor | None = None,
+        latents: States | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
@@ -124,7 +126,9 @@ class TiMClassPipeline(TiMPipeline):
 
         Args:
             class_labels: one label or several, B in all.
-            height, width: of the pictures, pixels; the network's training size by default.
+            height, width: of the pictures, pixels; the network's training size by default. Lists
+                are of each picture, which then is as if it were alone; `latents` and what is
+                returned are lists, too.
             num_inference_steps: network evaluations, two each where guidance acts.
             guidance_scale: classifier-free guidance (arXiv 2207.12598); 1 is none.
             guidance_interval: guidance acts where low·T_max < t < high·T_max; as published, not on

@@ -22,6 +22,8 @@ from .base import (
     Generators,
     OutputType,
     Pictures,
+    Side,
+    States,
     StepCallback,
     TiMPipeline,
     folder_of,
@@ -220,12 +222,12 @@ class TiMTextPipeline(TiMPipeline):
 
     @overload
     def __call__(
-        self, prompt: Prompts | None = ..., height: SupportsIndex | None = ...,
-        width: SupportsIndex | None = ..., num_inference_steps: SupportsIndex = ...,
+        self, prompt: Prompts | None = ..., height: Side = ..., width: Side = ...,
+        num_inference_steps: SupportsIndex = ...,
         guidance_scale: float = ..., guidance_interval: tuple[float, float] = ...,
         negative_prompt: Prompts | None = ..., num_images_per_prompt: SupportsIndex = ...,
         stochasticity_ratio: float = ..., sample_type: SampleType = ...,
-        generator: Generators | None = ..., latents: Tensor | None = ...,
+        generator: Generators | None = ..., latents: States | None = ...,
         output_type: OutputType = ..., return_dict: Literal[True] = ...,
         callback_on_step_end: StepCallback | None = ..., prompt_embeds: Tensor | None = ...,
         negative_prompt_embeds: Tensor | None = ...,
@@ -233,12 +235,12 @@ class TiMTextPipeline(TiMPipeline):
 
     @overload
     def __call__(
-        self, prompt: Prompts | None = ..., height: SupportsIndex | None = ...,
-        width: SupportsIndex | None = ..., num_inference_steps: SupportsIndex = ...,
+        self, prompt: Prompts | None = ..., height: Side = ..., width: Side = ...,
+        num_inference_steps: SupportsIndex = ...,
         guidance_scale: float = ..., guidance_interval: tuple[float, float] = ...,
         negative_prompt: Prompts | None = ..., num_images_per_prompt: SupportsIndex = ...,
         stochasticity_ratio: float = ..., sample_type: SampleType = ...,
-        generator: Generators | None = ..., latents: Tensor | None = ...,
+        generator: Generators | None = ..., latents: States | None = ...,
         output_type: OutputType = ..., *, return_dict: Literal[False],
         callback_on_step_end: StepCallback | None = ..., prompt_embeds: Tensor | None = ...,
         negative_prompt_embeds: Tensor | None = ...,
@@ -248,8 +250,8 @@ class TiMTextPipeline(TiMPipeline):
     def __call__(
         self,
         prompt: Prompts | None = None,
-        height: SupportsIndex | None = None,
-        width: SupportsIndex | None = None,
+        height: Side = None,
+        width: Side = None,
         num_inference_steps: SupportsIndex = 8,
         guidance_scale: float = 1.5,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -258,7 +260,7 @@ class TiMTextPipeline(TiMPipeline):
         stochasticity_ratio: float = 0.0,
         sample_type: SampleType = "transition",
         generator: Generators | None = None,
-        latents: Tensor | None = None,
+        latents: States | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,

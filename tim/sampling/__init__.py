@@ -1,5 +1,11 @@
 """Any-step sampling (arXiv 2509.04394, section 3.4)."""
 
-from .loop import SAMPLE_TYPES, SampleType, sample
+from .engine import Engine
+from .loop import sample
+from .packed import sample_packed
+from .requests import Request
+from .steps import SAMPLE_TYPES, Options, SampleType
 
-__all__ = ["SAMPLE_TYPES", "SampleType", "sample"]
+__all__ = [
+    "SAMPLE_TYPES", "Engine", "Options", "Request", "SampleType", "sample", "sample_packed",
+]  # fmt: skip

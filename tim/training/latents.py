@@ -5,10 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tim.images import by_size
 from tim.training.conditioning import Batch
 from tim.training.draws import Draws
 
-Latents = Callable[[Batch, Draws], Tensor]
+Latents = Callable[[Batch, Draws], Tensor | list[Tensor]]  # a list of those of several sizes
 # Images (B, 3, H, W) in [-1, 1] and a generator for the posterior → scaled latents (B, C, h, w).
 Autoencoder = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -19,7 +20,7 @@ class Given:
     def __init__(self, name: str = "latent"):
         self.name = name
 
-    def __call__(self, batch: Batch, draws: Draws) -> Tensor:
+    def __call__(self, batch: Batch, draws: Draws) -> Tensor | list[Tensor]:
         return batch[self.name]
 
 
@@ -30,7 +31,11 @@ class Encoded:
         self.encode = encode
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, draws: Draws) -> Tensor:
-        image = batch["image"]
-        with torch.autocast(image.device.type, enabled=False):
-            return self.encode(image.float(), draws.device)
+    def __call__(self, batch: Batch, draws: Draws) -> Tensor | list[Tensor]:
+        images = batch["image"]
+
+        def encode(images: Tensor) -> Tensor:
+            with torch.autocast(images.device.type, enabled=False):
+                return self.encode(images.float(), draws.device)
+
+        return encode(images) if isinstance(images, Tensor) else by_size(encode, images)

@@ -19,7 +19,7 @@ from tim import config
 from tim.data import Loader
 from tim.files import locked, replacing
 from tim.images import step_grid
-from tim.models import TiMTransformer2DModel
+from tim.models import TiMTransformer2DModel, pack
 from tim.training import draws, initial, profiling, settings, signals, trackers
 from tim.training.average import Average
 from tim.training.checkpoints import Checkpoints
@@ -27,8 +27,9 @@ from tim.training.export import save_export
 from tim.training.figures import DISTANCES, TERMS, Window, by_distance, means_by_distance
 from tim.training.log import LossLog
 from tim.training.parallel import Parallel, clip_gradients
-from tim.training.parts import Parts, Position, build
+from tim.training.parts import Parts, build
 from tim.training.state import State
+from tim.training.streams import Position
 
 SAMPLE_STEPS = (1, 2, 4, 8, 32)
 _log = logging.getLogger(__name__)
@@ -121,8 +122,9 @@ class Trainer:
 
     @property
     def images_per_micro_step(self) -> int:
-        """Images of one forward pass on all devices."""
-        return self.cfg.data.dataloader.batch_size * self.accelerator.num_processes
+        """Images of one forward pass on all devices; of packs on average."""
+        each = self.parts.images_per_batch or self.cfg.data.dataloader.batch_size
+        return round(each * self.accelerator.num_processes)
 
     @property
     def images_per_step(self) -> int:
@@ -231,10 +233,12 @@ class Trainer:
         )
 
     def _on_device(self, loaded: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in loaded.items()
-        }
+        def moved(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(self.device, non_blocking=True)
+            return list(map(moved, value)) if isinstance(value, list) else value
+
+        return {name: moved(value) for name, value in loaded.items()}
 
     def _train_step(self, batches: Iterator[Any]) -> Tensor:
         """One optimizer step; its TERMS and what `by_distance` gives, left on the device."""
@@ -247,8 +251,9 @@ class Trainer:
             with self.parallel.accumulating(self.model, micro == accumulation - 1):
                 batch = self._on_device(loaded)
                 loss, micro_terms = self._loss(batch, images_seen)
-                (loss / accumulation).backward()
-            terms += micro_terms / accumulation
+                count = self._batches_per_step(batch)
+                (loss / count).backward()
+            terms += micro_terms / count
         state = self.state
         grad_norm = clip_gradients(state.network, self.run_cfg.max_grad_norm)
         state.optimizer.step()
@@ -259,6 +264,16 @@ class Trainer:
         last = len(TERMS) - 1
         return torch.cat([terms[:last], grad_norm.reshape(1), terms[last:]])
 
+    def _batches_per_step(self, batch: dict[str, Any]) -> float:
+        """How many like this one this process has in a step; of packs, which have unlike numbers of
+        pictures, by these, so that every picture of all processes counts alike."""
+        accumulation, before = self.run_cfg.gradient_accumulation_steps, self.state.micro_steps
+        if not self.parts.is_packed:
+            return accumulation
+        pictures = self._seen(before + accumulation) - self._seen(before)
+        own = len(next(iter(batch.values())))
+        return pictures / (own * self.accelerator.num_processes)
+
     def _loss(self, batch: dict[str, Any], images_seen: int) -> tuple[Tensor, Tensor]:
         """The loss of a micro-batch, and detached TERMS without the last and `by_distance`."""
         parts, coeff = self.parts, self.cfg.model.proj_coeff
@@ -267,14 +282,18 @@ class Trainer:
             self.device.type, torch.bfloat16, self.run_cfg.mixed_precision == "bf16"
         ):
             with self._window.encoding.span():
-                x = parts.latents(batch, chance)
+                x = latents = parts.latents(batch, chance)
+            packing = None
+            if parts.is_packed:
+                latents = list(x)
+                x, packing = pack(latents, self.state.network.config.patch_size)
             z = torch.randn(x.shape, generator=chance.device, device=self.device)
             t, r, n_diffusion = self.objective.sample_times(
-                len(x), generator=chance.device, device=self.device
+                len(latents), generator=chance.device, device=self.device
             )
             with self._window.encoding.span():
                 condition = parts.conditioning(batch, chance)
-                features = None if parts.repa is None else parts.repa(batch["image"], x)
+                features = None if parts.repa is None else parts.repa(batch["image"], latents)
             losses = self.objective(
                 self.model,
                 x,
@@ -287,6 +306,7 @@ class Trainer:
                 r=r,
                 n_diffusion=n_diffusion,
                 y_ema=condition.y_ema,
+                packing=packing,
             )
         loss = losses.weighted + coeff * losses.projection
         terms = torch.stack([loss, *losses[:3], *losses.terms.mean(dim=1)]).detach()

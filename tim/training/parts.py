@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -15,29 +15,9 @@ from tim.data import TrainingSet
 from tim.encoders import Autoencoder, KeptFeatures, TextEncoder, repa_targets
 from tim.models import radio
 from tim.training.conditioning import ClassConditioning, Conditioning, TextConditioning
-from tim.training.draws import ImageStream
 from tim.training.latents import Encoded, Given, Latents
 from tim.training.repa import Targets
-
-
-class Position(NamedTuple):
-    """Where a process's stream of batches begins."""
-
-    batch_size: int
-    seed: int
-    start: int  # images that all processes have seen
-    rank: int
-    world_size: int
-
-
-def of_the_set(dataset: TrainingSet, at: Position) -> Sampler:
-    """The training set's own sampler."""
-    return dataset.sampler(**at._asdict())
-
-
-def shuffled(dataset: TrainingSet, at: Position) -> Sampler:
-    """Consecutive batches of a stream of images, each epoch in another order."""
-    return ImageStream(len(dataset), **at._asdict())
+from tim.training.streams import Position, TokenPacks, of_the_set, shuffled
 
 
 @dataclass
@@ -47,7 +27,8 @@ class Parts:
     `sample_shape` (C, h, w) is that of the noise which samples are drawn from while training;
     `decode` makes pictures in [-1, 1] of them, as they are without it, or raises OSError.
     `sampler` gives endless batches of indices; its `seen(n)` are the images that all processes
-    have seen after n batches of each.
+    have seen after n batches of each. With `is_packed` a batch's pictures are of any sizes, and go
+    through the network in one row; `images_per_batch` are then those of one process on average.
     """
 
     dataset: TrainingSet
@@ -57,6 +38,8 @@ class Parts:
     repa: Targets | None = None
     decode: Callable[[Tensor], Tensor] | None = None
     sampler: Callable[[TrainingSet, Position], Sampler] = of_the_set
+    is_packed: bool = False
+    images_per_batch: float | None = None  # the configuration's batch_size
 
 
 def build(cfg: DictConfig, network: Mapping[str, Any], device: torch.device) -> Parts:
@@ -69,11 +52,6 @@ def build(cfg: DictConfig, network: Mapping[str, Any], device: torch.device) -> 
     plain = config.resolved(cfg)
     model, kind = plain["model"], plain["data"]["data_type"]
     dataset = data.make(kind, plain["data"]["dataset"])
-    if isinstance(dataset, data.NativeLatents):
-        raise ValueError(
-            f"data.data_type must be of pictures of one size a batch, got {kind}: tim train does "
-            "not pack sizes"
-        )
     is_bf16 = cfg.training.mixed_precision == "bf16"
     with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):  # as in a step
         conditioning = _conditioning(dataset, model, network, device)
@@ -85,20 +63,39 @@ def build(cfg: DictConfig, network: Mapping[str, Any], device: torch.device) -> 
         repa = Targets(target, network["z_dim"], network["patch_size"])
     side = network["input_size"]
     options: dict[str, Any] = {}
+    unit = network["patch_size"]
     if model["vae_dir"] is None or "latent" in dataset.names:
         name = "latent" if "latent" in dataset.names else "image"
         latents, shape = Given(name), tuple(dataset[0][name].shape)
         if model["vae_dir"] is not None:  # for pictures of samples alone
             options["decode"] = lambda z: load().decode(z)
+        if dataset.sizes is not None:
+            shape = (shape[0], side, side)
     else:
         latents, autoencoder = Encoded(load().encode), load()
         shape, options["decode"] = (autoencoder.channels, side, side), autoencoder.decode
-        if "caption" not in dataset.names:  # all of one size
+        unit *= autoencoder.factor
+        if dataset.sizes is None:
             sides = dataset[0]["image"].shape[1:]
             shape = (autoencoder.channels, *(n // autoencoder.factor for n in sides))
     if kind == "mnist":
         options["sampler"] = shuffled
+    options |= _packs(dataset, unit, plain["data"]["pack_tokens"], plain["training"]["seed"])
     return Parts(dataset, conditioning, shape, latents, repa, **options)
+
+
+def _packs(dataset: TrainingSet, unit: int, tokens: int | None, seed: int) -> dict[str, Any]:
+    """What the parts of packed pictures have; nothing where they are not packed."""
+    given = dataset.packs if isinstance(dataset, data.NativeLatents) else None
+    if given is not None and tokens is not None:
+        raise ValueError("data.pack_tokens and data.dataset.packed_json both make packs: one")
+    if given is None and tokens is None:
+        return {}
+    try:
+        packs = TokenPacks(dataset, unit, tokens, given, seed)
+    except ValueError as error:
+        raise ValueError(f"data.pack_tokens {tokens}: {error}") from error
+    return dict(sampler=packs, is_packed=True, images_per_batch=packs.images_per_pack)
 
 
 def _conditioning(dataset, model, network, device) -> Conditioning:

@@ -93,6 +93,7 @@ RULES: dict[str, _Rule] = {
     "model.keep_text_features": _FLAG,
     "data.data_type": _TEXT,
     "data.dataset": _SECTION_OR_NONE,
+    "data.pack_tokens": _WHOLE_OR_NONE,
     "data.dataloader.num_workers": _whole(0),
     "data.dataloader.batch_size": _whole(1),
     "training.seed": _whole(0),
@@ -134,7 +135,7 @@ DEFAULTS = {
         "max_seq_length": 256,
         "keep_text_features": False,
     },
-    "data": {"dataset": None},
+    "data": {"dataset": None, "pack_tokens": None},
     "training": {
         "seed": 0,
         "log_steps": 50,

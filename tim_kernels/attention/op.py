@@ -23,7 +23,7 @@ from ..dispatch.torch_private import (
 )
 from ..launch.plans import Plans, signature
 from ..segments import Segments, packing, unpacked
-from . import reference
+from . import packed, reference
 
 
 def _triton():
@@ -74,7 +74,10 @@ def attention(
 
     Runs flash-attn where it is installed and can (CUDA, bfloat16 or float16, no key_mask, one
     head_dim; if causal, the queries' lengths are the keys'), else PyTorch's
-    scaled_dot_product_attention. Returns q's shape with v's head_dim, and q's dtype.
+    scaled_dot_product_attention; of packed tokens PyTorch's varlen_attn where flash-attn could
+    run, else a sequence after the other, or padded to the longest where the lengths are not known
+    on the host (torch.compile, meta tensors, `Segments` with a `total` on a GPU). No mask grows
+    with T². Returns q's shape with v's head_dim, and q's dtype.
 
     Under forward mode (torch.func.jvp, torch.autograd.forward_ad) our Triton kernel makes the
     output and its tangent in one pass over the keys, in memory that grows with N, for float32,
@@ -120,10 +123,12 @@ def _plain_attention(q, k, v, segments, k_segments, key_mask, scale, is_causal) 
         is_flash = q.shape[:-2] == k.shape[:-2] if segments is None else k_segments is None
     name = _flash_name() if is_flash else None
     flash = sys.modules[name] if name else None
-    if flash is None:
-        return reference.attention(
-            q, k, v, segments, k_segments, key_mask, scale=scale, is_causal=is_causal
+    if flash is None and segments is not None:
+        return packed.attention(
+            q, k, v, segments, k_segments, scale=scale, is_causal=is_causal, has_flash=is_flash
         )
+    if flash is None:
+        return reference.attention(q, k, v, key_mask, scale=scale, is_causal=is_causal)
     options = {} if scale is None else dict(softmax_scale=scale)
     if is_causal:
         options["causal"] = True

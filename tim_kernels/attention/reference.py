@@ -3,15 +3,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch.torch_private import has_tangent, is_mapped, math_attention
-from ..segments import Segments
 
 
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    segments: Segments | None = None,
-    k_segments: Segments | None = None,
     key_mask: Tensor | None = None,
     *,
     scale: float | None = None,
@@ -19,38 +16,22 @@ def attention(
 ) -> Tensor:
     """softmax(scale·q·kᵀ)·v by PyTorch's own scaled_dot_product_attention.
 
-    Packed tokens attend through a block-diagonal mask, whose memory grows with T². Under forward
-    mode it takes the composite implementation, the one that has a forward derivative; its memory
-    grows with N·M.
+    Under forward mode it takes the composite implementation, the one that has a forward derivative;
+    its memory grows with N·M.
     """
-    is_packed = segments is not None
-    mask = None if key_mask is None else key_mask[:, None, None]  # (B, 1, 1, M)
-    if is_packed:
-        (owner, place), (k_owner, k_place) = (
-            _places(s.cu_seqlens, x) for s, x in ((segments, q), (k_segments or segments, k))
-        )
-        mask = owner[:, None] == k_owner  # (T, S)
-        q, k, v = q[None], k[None], v[None]
-    elif is_causal and mask is not None:
-        place, k_place = (torch.arange(x.shape[1], device=x.device) for x in (q, k))
     options = dict(scale=scale)
     if q.shape[-2] != k.shape[-2]:
         options["enable_gqa"] = True
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-    if mask is None:
+    if key_mask is None:
         return _attend(*heads_first, is_causal=is_causal, **options).transpose(1, 2)
+    mask = key_mask[:, None, None]  # (B, 1, 1, M)
     if is_causal:
+        place, k_place = (torch.arange(x.shape[1], device=x.device) for x in (q, k))
         mask = mask & (place[:, None] >= k_place)
     has_key = mask.any(-1, keepdim=True)  # without one a query attends to all, for a finite
     out = torch.where(has_key, _attend(*heads_first, mask | ~has_key, **options), 0)  # gradient
-    return out.transpose(1, 2)[0] if is_packed else out.transpose(1, 2)
-
-
-def _places(cu_seqlens: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each packed token its sequence, from 1 on, and its place in it."""
-    token = torch.arange(len(x), device=x.device)
-    owner = torch.searchsorted(cu_seqlens, token, right=True)
-    return owner, token - cu_seqlens[owner - 1]
+    return out.transpose(1, 2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **options) -> Tensor:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..names import CONDITIONS, ORDERS, Condition, RopeOrder
 from . import blocks, layers, trial
 from .forward import predict
+from .packing import Packing
 from .tree import CHILDREN, SWIGLU, composites, differences, is_swiglu
 
 CHECKPOINTS = "use_checkpoint", "gradient_checkpointing"  # a model's own switches
@@ -41,7 +42,8 @@ def accelerate(
     """Run a live model of the published TiM tree on the fused ops; the report says what came of it.
 
     The model keeps its weights and its call, `model(x, t, r, y, attn_type=…, return_zs=…, jvp=…)`,
-    which returns the sample or (sample, zs); attn_type and jvp no longer matter. Its result is
+    which returns the sample or (sample, zs); attn_type and jvp no longer matter, and it takes
+    pictures of different sizes with `packing`, see `pack`. Its result is
     compared with the fused one on a small input first, and a model that computes something else
     is left alone. Where the tree as a whole is not TiM's, its SwiGLU layers are fused one by one.
 
@@ -162,18 +164,19 @@ def _accelerated_class(own: type[nn.Module], role: str) -> type[nn.Module]:
 
 def _model(
     self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, attn_type=None, return_zs=False, jvp=False,
-    **others,
+    packing: Packing | None = None, **others,
 ):  # fmt: skip
     names, extras = self._tim_kernels
     if not all(map(layers.is_quiet, extras)):
         args = dict(x=x, t=t, r=r, y=y, attn_type=attn_type, return_zs=return_zs, jvp=jvp)
+        args |= {} if packing is None else dict(packing=packing)  # which it refuses
         return self.own.forward(self, **args, **others)
     if others:
         raise ValueError(f"an accelerated model takes no {', '.join(others)}: restore(model) first")
     is_checkpointed = any(getattr(self, switch, False) for switch in CHECKPOINTS)
     sample, zs = predict(
         self, x, t, r, y, **names, features_depth=self.encoder_depth if return_zs else None,
-        checkpoint=_checkpoint if is_checkpointed else None,
+        checkpoint=_checkpoint if is_checkpointed else None, packing=packing,
     )  # fmt: skip
     return (sample, zs) if return_zs else sample
 

@@ -3,10 +3,13 @@
 The gated residual of a sub-layer waits ("pending") and is taken up by the next norm, across blocks
 too. What modulates a block is formed by it from c and delta, or given as `rows` by whoever formed
 it before. Norms are fused with their neighbours where they are plain, and called where not.
+
+Tokens are (B, N, C), or packed (T, C), of pictures that `Rope` describes; everything else is of
+B pictures in both.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,14 +17,24 @@ from torch import Tensor, nn
 from ..ada_layer_norm.op import ada_layer_norm, gated_residual, gated_residual_ada_layer_norm
 from ..attention.op import attention
 from ..qk_norm_rope.op import qk_norm_rope, qkv_norm_rope
+from ..segments import Segments, per_token
 from .layers import is_plain, is_quiet
 
 
 class Rope(NamedTuple):
-    """Where the tokens of a grid sit: see `qk_norm_rope`."""
+    """Where tokens sit, see `qk_norm_rope`: all samples on one `grid`, or packed in `segments`,
+    each on its own of `sizes`; `text` are then the segments of as long a text for each."""
 
-    grid: tuple[int, int]
+    grid: tuple[int, int] | None
     order: str
+    sizes: Tensor | None = None  # int32 (B, 2)
+    segments: Segments | None = None
+    text: Segments | None = None
+
+    @property
+    def positions(self) -> dict[str, Any]:
+        """As `qk_norm_rope` takes them."""
+        return dict(grid=self.grid, sizes=self.sizes, order=self.order, segments=self.segments)
 
 
 class Pending(NamedTuple):
@@ -89,10 +102,10 @@ def class_block(
     """Self-attention and MLP of tokens x (B, N, C); the MLP's output stays pending."""
     modulation, shifts = rows or condition_block(block, c, delta)
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-    x, h = add_and_norm(block.norm1, x, pending, shift1, scale1)
+    x, h = add_and_norm(block.norm1, x, pending, shift1, scale1, rope.segments)
     pending = Pending(block.attn(h, shifts, rope), gate1, shifts.bias)
-    x, h = add_and_norm(block.norm2, x, pending, shift2, scale2)
-    return leave(block, x, Pending(block.mlp(h), gate2))
+    x, h = add_and_norm(block.norm2, x, pending, shift2, scale2, rope.segments)
+    return leave(block, x, Pending(block.mlp(h), gate2), rope.segments)
 
 
 def text_block(
@@ -108,37 +121,49 @@ def text_block(
     """Self-attention, cross-attention to text (B, L, C) and MLP; the MLP's output stays pending."""
     modulation, shifts = rows or condition_block(block, c, delta)
     m = modulation.chunk(9, dim=-1)
-    x, h = add_and_norm(block.norm1, x, pending, m[0], m[1])
+    x, h = add_and_norm(block.norm1, x, pending, m[0], m[1], rope.segments)
     pending = Pending(block.attn(h, shifts, rope), m[2], shifts.bias)
-    x, h = add_and_norm(block.norm2_i, x, pending, m[3], m[4])
+    x, h = add_and_norm(block.norm2_i, x, pending, m[3], m[4], rope.segments)
     text = block.norm2_t(text) if isinstance(text, Tensor) else text
     pending = Pending(block.cross_attn(h, text, rope), m[5])
-    x, h = add_and_norm(block.norm3, x, pending, m[6], m[7])
-    return leave(block, x, Pending(block.mlp(h), m[8]))
+    x, h = add_and_norm(block.norm3, x, pending, m[6], m[7], rope.segments)
+    return leave(block, x, Pending(block.mlp(h), m[8]), rope.segments)
 
 
-def leave(block: nn.Module, x: Tensor, pending: Pending) -> tuple[Tensor, Pending] | Tensor:
-    """What a block gives to the next, or, where somebody looks on, its whole output (B, N, C)."""
-    return (x, pending) if is_quiet(block) else take_up(x, pending)
+def leave(
+    block: nn.Module, x: Tensor, pending: Pending, segments: Segments | None
+) -> tuple[Tensor, Pending] | Tensor:
+    """What a block gives to the next, or, where somebody looks on, its whole output."""
+    return (x, pending) if is_quiet(block) else take_up(x, pending, segments)
 
 
-def take_up(x: Tensor, pending: Pending | None) -> Tensor:
+def take_up(x: Tensor, pending: Pending | None, segments: Segments | None) -> Tensor:
     """x with what is pending added."""
-    return x if pending is None else gated_residual(x, pending.branch, pending.gate, pending.bias)
+    if pending is None:
+        return x
+    return gated_residual(x, pending.branch, pending.gate, pending.bias, segments)
 
 
 def add_and_norm(
-    norm: nn.Module, x: Tensor, pending: Pending | None, shift: Tensor, scale: Tensor
+    norm: nn.Module,
+    x: Tensor,
+    pending: Pending | None,
+    shift: Tensor,
+    scale: Tensor,
+    segments: Segments | None,
 ) -> tuple[Tensor, Tensor]:
     """x with what is pending added, and its modulated norm: one read, where the norm is plain."""
     if not is_plain(norm, nn.LayerNorm) or norm.normalized_shape != x.shape[-1:]:
-        x = take_up(x, pending)
-        return x, norm(x) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+        x = take_up(x, pending, segments)
+        shift, scale = (per_token(row, x, segments) for row in (shift, scale))
+        return x, norm(x) * (1 + scale) + shift
     affine = {} if norm.weight is None else dict(weight=norm.weight, bias=norm.bias)
     if pending is None:
-        return x, ada_layer_norm(x, shift, scale, norm.eps, **affine)
+        return x, ada_layer_norm(x, shift, scale, norm.eps, segments, **affine)
     branch, gate, bias = pending
-    return gated_residual_ada_layer_norm(x, branch, gate, shift, scale, norm.eps, bias, **affine)
+    return gated_residual_ada_layer_norm(
+        x, branch, gate, shift, scale, norm.eps, bias, segments, **affine
+    )
 
 
 def _is_bare(norm: nn.Module) -> bool:
@@ -154,11 +179,16 @@ def norm_text(blocks: Sequence[nn.Module], text: Tensor) -> Tensor | NormedText:
 
 
 def final_layer(
-    layer: nn.Module, x: Tensor, c: Tensor, pending: Pending | None = None, rows=None
+    layer: nn.Module,
+    x: Tensor,
+    c: Tensor,
+    pending: Pending | None = None,
+    rows: tuple[Tensor, Tensor] | None = None,
+    segments: Segments | None = None,
 ) -> Tensor:
     """Tokens (B, N, C), modulated by c (B, C) or (B, 1, C), or `rows` made of it, → (B, N, out)."""
     shift, scale = rows or final_rows(layer, c)
-    return layer.linear(add_and_norm(layer.norm_final, x, pending, shift, scale)[1])
+    return layer.linear(add_and_norm(layer.norm_final, x, pending, shift, scale, segments)[1])
 
 
 def final_rows(layer: nn.Module, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,31 +197,34 @@ def final_rows(layer: nn.Module, c: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def self_attention(attn: nn.Module, h: Tensor, shifts: Shifts, rope: Rope) -> Tensor:
-    """Self-attention of tokens (B, N, C), without `shifts.bias`."""
+    """Self-attention of tokens (B, N, C) or (T, C), without `shifts.bias`."""
     qkv = attn.qkv(h).unflatten(-1, (3, _heads(attn, h.shape[-1]), -1))
     is_fused = is_head_norm(attn.q_norm) and is_head_norm(attn.k_norm)
     if is_fused and _eps(attn.q_norm) == _eps(attn.k_norm):
         q, k, v = qkv_norm_rope(
-            qkv, *_affine(attn.q_norm), *_affine(attn.k_norm), grid=rope.grid, order=rope.order,
+            qkv, *_affine(attn.q_norm), *_affine(attn.k_norm), **rope.positions,
             q_shift=shifts.q, k_shift=shifts.k, eps=_eps(attn.q_norm),
         )  # fmt: skip
     else:
-        q, k, v = qkv.unbind(2)
-        q = _call_norm(attn.q_norm, _shifted(q, shifts.q))
-        k = _call_norm(attn.k_norm, _shifted(k, shifts.k))
-        q, k = qk_norm_rope(q, k, grid=rope.grid, order=rope.order)
-    return attn.proj(attention(q, k, _shifted(v, shifts.v)).flatten(2))
+        q, k, v = qkv.unbind(-3)
+        q = _call_norm(attn.q_norm, _shifted(q, shifts.q, rope))
+        k = _call_norm(attn.k_norm, _shifted(k, shifts.k, rope))
+        q, k = qk_norm_rope(q, k, **rope.positions)
+    out = attention(q, k, _shifted(v, shifts.v, rope), rope.segments)
+    return attn.proj(out.flatten(-2))
 
 
 def cross_attention(
     attn: nn.Module, h: Tensor, text: Tensor | NormedText | TextKeys, rope: Rope
 ) -> Tensor:
-    """Tokens (B, N, C) attend to normed text (B, L, C), or to its keys and values."""
+    """Tokens (B, N, C) or (T, C) attend to normed text (B, L, C), or to its keys and values."""
     text = text.tokens if isinstance(text, NormedText) else text
     q = attn.q(h).unflatten(-1, (_heads(attn, h.shape[-1]), -1))
     q = _norm_rope(attn.q_norm, q, rope)
     k, v = text if isinstance(text, TextKeys) else _read(attn, text)
-    return attn.proj(attention(q, k, v).flatten(2))
+    if rope.segments is not None:
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+    return attn.proj(attention(q, k, v, rope.segments, rope.text).flatten(-2))
 
 
 def text_keys(block: nn.Module, text: Tensor) -> TextKeys:
@@ -205,13 +238,13 @@ def _read(attn: nn.Module, text: Tensor) -> TextKeys:
 
 
 def _norm_rope(norm: nn.Module, x: Tensor, rope: Rope | None = None) -> Tensor:
-    """A head norm of x (B, N, heads, head_dim), turned by its positions if there are any."""
+    """A head norm of x (…, heads, head_dim), turned by its positions if there are any."""
     if not is_head_norm(norm):
         x, norm = _call_norm(norm, x), None
     if rope is None and (norm is None or _affine(norm)[0] is None):
         return x
-    grid, order = rope or (None, "grid")
-    return qk_norm_rope(x, None, *_affine(norm), grid=grid, order=order, eps=_eps(norm))
+    positions = {} if rope is None else rope.positions
+    return qk_norm_rope(x, None, *_affine(norm), eps=_eps(norm), **positions)
 
 
 def is_head_norm(norm: nn.Module) -> bool:
@@ -223,11 +256,15 @@ def is_head_norm(norm: nn.Module) -> bool:
 
 def _call_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """As published: (B, heads, N, head_dim)."""
+    if x.ndim == 3:  # packed
+        return _call_norm(norm, x[None])[0]
     return norm(x.transpose(1, 2)).transpose(1, 2).contiguous()
 
 
-def _shifted(x: Tensor, shift: Tensor | None) -> Tensor:
-    return x if shift is None else x + shift.view(-1, 1, *x.shape[2:])
+def _shifted(x: Tensor, shift: Tensor | None, rope: Rope) -> Tensor:
+    if shift is None:
+        return x
+    return x + per_token(shift, x, rope.segments).unflatten(-1, x.shape[-2:])
 
 
 def _heads(attn: nn.Module, width: int) -> int:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..segments import Segments
 from ..time_pair_embedding.op import time_pair_embedding
 from .blocks import (
     BlockRows,
@@ -32,6 +33,7 @@ from .blocks import (
 from .checkpointing import checkpointed
 from .forward_mode import lean
 from .layers import is_quiet, is_sharded, plain_time_mlp, unpatchify
+from .packing import Packing
 
 
 class Prepared(NamedTuple):
@@ -56,18 +58,23 @@ def predict(
     rope_order: str,
     features_depth: int | None = None,
     checkpoint: Callable | None = None,
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """F(x, t, r, y) and, projected, the output of block `features_depth` (1-based).
 
-    x is (B, channels, H, W), t and r are (B,) network times, y labels (B,), text features
-    (B, L, D) or what `read_text` made of them. Each block forms its own rows, keys and values
-    while it runs: those of one block are held at a time, and checkpointing, by the function
-    `checkpoint` around each block or inside the blocks, forms them again.
+    x is (B, channels, H, W), or with a `packing` of B pictures (T, channels, p, p) as `pack` makes
+    it; t and r are (B,) network times, y labels (B,), text features (B, L, D) or what `read_text`
+    made of them. The first result is shaped as x, the second (B, N, z_dim) or (T, z_dim). Each
+    block forms its own rows, keys and values while it runs: those of one block are held at a time,
+    and checkpointing, by the function `checkpoint` around each block or inside the blocks, forms
+    them again.
     Nothing is checked here.
     """
     prepared = _embed(model, t, r, y, new_condition)
-    options = dict(rope_order=rope_order, features_depth=features_depth, checkpoint=checkpoint)
-    return run(model, x, prepared, **options)
+    return run(
+        model, x, prepared, rope_order=rope_order, features_depth=features_depth,
+        checkpoint=checkpoint, packing=packing,
+    )  # fmt: skip
 
 
 @lean
@@ -127,17 +134,20 @@ def run(
     rope_order: str,
     features_depth: int | None = None,
     checkpoint: Callable | None = None,
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Carry x (B, channels, H, W) through the blocks: see `predict`."""
+    """Carry x (B, channels, H, W) or (T, channels, p, p) through the blocks: see `predict`."""
     c, delta, text, rows, final = prepared
     patch = model.x_embedder.proj.kernel_size[0]
-    rope = Rope((x.shape[2] // patch, x.shape[3] // patch), rope_order)
+    rope = _rope(x, patch, text, rope_order, packing)
     x, pending, features = model.x_embedder(x), None, None
+    if packing is not None:
+        x = x.flatten(0, 1)  # of pictures of one token each
     if isinstance(text, Tensor):
         text = norm_text(model.blocks, text)
     for i, block in enumerate(model.blocks):
         if not is_quiet(block):  # somebody may look at its input
-            x, pending = take_up(x, pending), None
+            x, pending = take_up(x, pending, rope.segments), None
         keys = text[i] if isinstance(text, list) else text
         args = x, pending, c, delta, keys, rope, None if rows is None else rows[i]
         if checkpoint is not None and torch.is_grad_enabled():
@@ -146,10 +156,30 @@ def run(
             out = block(*args)
         x, pending = out if isinstance(out, tuple) else (out, None)
         if i + 1 == features_depth:
-            x, pending = take_up(x, pending), None
+            x, pending = take_up(x, pending, rope.segments), None
             features = model.projector(x)
-    if is_quiet(model.final_layer):
-        out = final_layer(model.final_layer, x, c, pending, final)
-    else:
-        out = model.final_layer(take_up(x, pending), c)
+    out = _leave(model.final_layer, x, c, pending, final, packing)
+    if packing is not None:
+        return unpatchify(out.unflatten(0, (-1, 1)), (1, 1), patch), features
     return unpatchify(out, rope.grid, patch), features
+
+
+def _rope(x: Tensor, patch: int, text, order: str, packing: Packing | None) -> Rope:
+    if packing is None:
+        return Rope((x.shape[2] // patch, x.shape[3] // patch), order)
+    of_text = None
+    if text is not None:
+        length = (text if isinstance(text, Tensor) else text[0].k).shape[1]
+        of_text = Segments.from_lengths([length] * len(packing), x.device)
+    return Rope(None, order, packing.grids, packing.segments, of_text)
+
+
+def _leave(layer, x: Tensor, c: Tensor, pending, final, packing: Packing | None) -> Tensor:
+    """The last layer; to whoever looks at it packed tokens are samples of one token each."""
+    segments = None if packing is None else packing.segments
+    if is_quiet(layer):
+        return final_layer(layer, x, c, pending, final, segments)
+    x = take_up(x, pending, segments)
+    if packing is None:
+        return layer(x, c)
+    return layer(x.unflatten(0, (-1, 1)), packing.spread(c)).flatten(0, 1)

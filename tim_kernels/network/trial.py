@@ -112,7 +112,8 @@ def _difference(own: Tensor, ours: Tensor) -> str | None:
         return f"its forward returns {type(own).__name__}, not a sample shaped like x"
     error = (own.double() - ours.double()).norm()
     tolerance = TOLERANCE.get(own.dtype, 5e-2)
-    if own.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+    is_float32 = own.dtype == torch.float32 and own.is_cuda
+    if is_float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         tolerance = TOLERANCE[torch.float16]  # as many bits, in other places
     if not error <= tolerance * own.double().norm() + 1e-12:
         return f"its forward computes something else (‖difference‖ = {error:.2e} on a trial input)"

@@ -4,6 +4,7 @@ GenEval's ship with the package (MIT, `geneval.LICENSE`); docs/evaluation.md say
 are to be had.
 """
 
+import io
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ def geneval(path: str | Path | None = None) -> list[Prompt]:
     """
     path = Path(__file__).with_name("geneval.jsonl") if path is None else _file(path, "GenEval")
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+    for number, line in enumerate(io.StringIO(_read(path))):
         where = f"{path}, line {number + 1}"
         metadata = _json(line, where)
         if not isinstance(metadata, dict) or not {"tag", "include", "prompt"} <= metadata.keys():
@@ -57,11 +58,7 @@ def dpg(folder: str | Path) -> list[Prompt]:
         raise FileNotFoundError(f"there is no folder {folder} of DPG-Bench's prompts: see {PAGE}")
     prompts = []
     for path in sorted(folder.glob("*.txt")):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: {error}") from error
-        prompts.append(Prompt(path.stem, _text(text, path), {}))
+        prompts.append(Prompt(path.stem, _text(_read(path), path), {}))
     return _some(prompts, folder)
 
 
@@ -75,7 +72,7 @@ def mjhq(path: str | Path) -> list[Prompt]:
         FileNotFoundError: there is no such file.
     """
     path = _file(path, "MJHQ-30K")
-    entries = _json(path.read_text(encoding="utf-8"), path)
+    entries = _json(_read(path), path)
     if not isinstance(entries, dict):
         raise ValueError(f"{path} must be a JSON object {{id: {{category, prompt}}}}")
     prompts = []
@@ -94,6 +91,13 @@ def _file(path: str | Path, benchmark: str) -> Path:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path} of {benchmark}'s prompts: see {PAGE}")
     return Path(path)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
 
 
 def _json(text: str, where: str | Path) -> Any:

@@ -1,0 +1,1 @@
+"""Folders of pictures for GenEval, DPG-Bench, MJHQ-30K and ImageNet."""

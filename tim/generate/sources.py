@@ -1,0 +1,232 @@
+"""From a checkpoint to the networks that draw pictures."""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from tim import checkpoints, config, transports
+from tim.encoders import Autoencoder, TextEncoder
+from tim.generate.settings import Settings
+from tim.models import TiMTransformer2DModel
+from tim.pipelines import TiMTextPipeline
+from tim.provenance import file_hash
+from tim.training import load_export
+from tim.transports import Transport
+
+S = TypeVar("S", bound=Settings)
+M = TypeVar("M", bound=nn.Module)
+_TILE = 2560  # px: longer sides are decoded in tiles, as published
+
+
+@dataclass
+class Source:
+    """What draws pictures.
+
+    Attributes:
+        name: of the checkpoint up to its first dot, part of the folder's name.
+        autoencoder: None for a network of pixels.
+        text: the encoder of prompts, which settings tell whether to escape them; None for a network
+            of classes.
+        files: those that the network's weights were read from.
+
+    Raises:
+        ValueError: the parts do not fit each other.
+    """
+
+    name: str
+    network: TiMTransformer2DModel
+    transport: Transport
+    autoencoder: Autoencoder | None = None
+    text: TextEncoder | None = None
+    files: tuple[Path, ...] = ()
+
+    def __post_init__(self):
+        channels, width = self.network.config.in_channels, self.network.config.cap_feat_dim
+        if self.autoencoder is None and channels not in (1, 3):
+            raise ValueError(
+                f"a network of {channels} channels needs an autoencoder: name it as model.vae_dir"
+            )
+        if self.autoencoder is not None and self.autoencoder.channels != channels:
+            raise ValueError(
+                f"the autoencoder has {self.autoencoder.channels} latent channels, the network "
+                f"{channels}"
+            )
+        if self.text is not None and self.text.width != width:
+            raise ValueError(
+                f"the network reads text features of {width}, the encoder has {self.text.width}"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def to(self, device: torch.device | str) -> "Source":
+        for module in self._modules().values():
+            module.to(device)
+        return self
+
+    def filled(self, settings: S) -> S:
+        """`settings` with what they leave to the network and the transport.
+
+        Raises:
+            ValueError: sizes, guidance or a dtype that are not the network's.
+        """
+        network, factor, dtype = self.network.config, self._factor, self.network.dtype
+        if dtype != getattr(torch, settings.dtype):
+            raise ValueError(f"the network is in {dtype}: load it in {settings.dtype}")
+        own, unit = network.input_size * factor, factor * network.patch_size
+        height, width = settings.height or own, settings.width or own
+        if height % unit or width % unit:
+            raise ValueError(f"height and width must be multiples of {unit}, got {height}×{width}")
+        if settings.cfg_scale > 1 and not network.class_dropout_prob > 0 and self.text is None:
+            raise ValueError(
+                f"guidance (cfg_scale = {settings.cfg_scale}) needs a network with the label of no "
+                "class: it was trained with class_dropout_prob = 0"
+            )
+        times = {
+            name: getattr(self.transport if value is None else settings, name)
+            for name, value in (("T_max", settings.T_max), ("T_min", settings.T_min))
+        }
+        return dataclasses.replace(settings, height=height, width=width, **times)
+
+    def shape(self, settings: Settings) -> tuple[int, int, int]:
+        """(C, h, w) of a picture's state, of settings that are filled."""
+        side = self._factor
+        return self.network.config.in_channels, settings.height // side, settings.width // side
+
+    def decode(self, x: Tensor) -> Tensor:
+        """States (B, C, h, w) to pictures (B, 1 or 3, H, W)."""
+        return x if self.autoencoder is None else self.autoencoder.decode(x)
+
+    def described(self) -> dict[str, Any]:
+        """For run.json: what draws, with SHA-256 of weights (the network's of its files)."""
+        parts = self._modules()
+        network = file_hash(*self.files) if self.files else _state_hash(parts["network"])
+        others = {name: _state_hash(part) for name, part in parts.items() if name != "network"}
+        network_config = self.network.config.items()
+        described = {
+            "weights": {"network": network, **others},
+            "network": {key: value for key, value in network_config if not key.startswith("_")},
+            "transport": {"name": type(self.transport).__name__, **vars(self.transport)},
+        }
+        if self.text is not None:
+            names = "max_seq_length", "use_last_hidden_state"
+            described["text"] = {name: getattr(self.text, name) for name in names}
+        return described
+
+    @property
+    def _factor(self) -> int:
+        return 1 if self.autoencoder is None else self.autoencoder.factor
+
+    def _modules(self) -> dict[str, nn.Module]:
+        parts: dict[str, nn.Module] = {"network": self.network}
+        if self.autoencoder is not None:
+            parts["autoencoder"] = self.autoencoder.model
+        if self.text is not None:
+            parts["text_encoder"] = self.text.model
+        return parts
+
+
+def load(
+    checkpoint: str | Path, preset_or_config: str | Path | None = None, *,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Source:  # fmt: skip
+    """Of a weight file and its configuration, the `model` folder that `tim train` writes, or the
+    folder of a saved pipeline; on the CPU.
+
+    Args:
+        preset_or_config: of a weight file: a preset's name or a YAML file, whose `model.vae_dir`
+            and `model.text_encoder_dir` name the other networks. The folders have their own.
+        dtype: of network and text encoder, which gets bfloat16 in place of float16. The
+            autoencoder is float32, as published.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: the folder is neither kind, a weight file lacks its configuration, or the
+            weights do not fit it.
+        OSError: an autoencoder or text encoder is neither a folder nor to be had from the hub.
+    """
+    path = Path(checkpoint)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    name, files = path.resolve().name.partition(".")[0], _weight_files(path)
+    if (path / "model_index.json").is_file():
+        _refuse_config(path, preset_or_config)
+        return _of_pipeline(name, path, files, dtype)
+    if path.is_dir():
+        _refuse_config(path, preset_or_config)
+        network, _, cfg = load_export(path)
+        _cast(network, dtype)
+    else:
+        if preset_or_config is None:
+            raise ValueError(f"{path} needs its configuration: a preset's name or a YAML file")
+        cfg = config.load(preset_or_config)
+        network = checkpoints.load(path, cfg, dtype=dtype)
+    return _of_config(name, network, cfg, files, dtype)
+
+
+def _of_config(
+    name: str, network: TiMTransformer2DModel, cfg: DictConfig, files: tuple[Path, ...],
+    dtype: torch.dtype,
+) -> Source:  # fmt: skip
+    model, text = cfg.model, None
+    vae = Autoencoder.load(model.vae_dir, tile=_TILE) if model.get("vae_dir") else None
+    if network.config.cap_feat_dim is not None:
+        if not model.get("text_encoder_dir"):
+            raise ValueError("the configuration has no model.text_encoder_dir, which prompts need")
+        text = TextEncoder.load(
+            model.text_encoder_dir, dtype=_text_dtype(dtype),
+            max_seq_length=model.get("max_seq_length", 256),
+            use_last_hidden_state=model.get("use_last_hidden_state", True),
+        )  # fmt: skip
+    return Source(name, network, config.build_transport(cfg), vae, text, files)
+
+
+def _of_pipeline(name: str, path: Path, files: tuple[Path, ...], dtype: torch.dtype) -> Source:
+    pipeline = DiffusionPipeline.from_pretrained(path)
+    settings, text = pipeline.config, None
+    if isinstance(pipeline, TiMTextPipeline):
+        if pipeline.text_encoder is None or pipeline.tokenizer is None:
+            raise ValueError(f"the pipeline {path} has no text encoder and tokenizer")
+        text = TextEncoder(
+            _cast(pipeline.text_encoder, _text_dtype(dtype)), pipeline.tokenizer,
+            settings.max_seq_length, settings.use_last_hidden_state,
+        )  # fmt: skip
+    transport = transports.make(settings.transport, **(settings.transport_params or {}))
+    vae = Autoencoder(pipeline.vae)
+    return Source(name, _cast(pipeline.transformer, dtype), transport, vae, text, files)
+
+
+def _refuse_config(path: Path, given: str | Path | None) -> None:
+    if given is not None:
+        raise ValueError(f"{path} has its own configuration: leave out {given}")
+
+
+def _cast(module: M, dtype: torch.dtype) -> M:
+    return nn.Module.to(module, dtype)  # diffusers' own warns of layers that there are none of
+
+
+def _text_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
+def _weight_files(path: Path) -> tuple[Path, ...]:
+    if path.is_file():
+        return (path,)
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    return tuple(sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")))
+
+
+def _state_hash(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
