@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.demo ## draw digits with the shipped model at 1 to 32 steps
+demo: $(VENV)/.demo ## draw digits and emoji with the shipped models at 1 to 32 steps
 	$(BIN)/tim demo
 
 test: lint ## lint, then run every test

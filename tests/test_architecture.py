@@ -20,7 +20,7 @@ LEVELS = {
         ["pipelines", "training"],
         ["evaluation", "generate"],
         ["app"],
-        ["__main__", "cli"],
+        ["__main__", "assets", "cli"],
         ["__init__"],
     ],
     "tim_kernels": [

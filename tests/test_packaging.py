@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tim.app import assets
+
 ROOT = Path(__file__).parents[1]
+ASSETS = ROOT / "tim" / "assets"
 NOT_TORCH = {"PIL", "accelerate", "diffusers", "huggingface_hub", "matplotlib", "mlxtend"}
 NOT_TORCH |= {"omegaconf", "safetensors", "scipy", "tim", "torch_fidelity", "torchmetrics", "tqdm"}
 NOT_TORCH |= {"transformers", "triton", "typer"}
@@ -65,6 +68,28 @@ def installed(tmp_path_factory) -> Path:
     return folder / "unpacked"
 
 
+def test_trained_networks_are_a_package_of_their_own(installed, tmp_path):
+    """The wheel is small; with tim-assets beside it the networks are found."""
+    ask = [sys.executable, "-c", "from tim.app import assets; print(assets.folder('emoji'))"]
+    path = str(installed)
+    run = subprocess.run(
+        ask, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert "is not installed" in run.stderr.splitlines()[-1]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    shutil.copytree(ASSETS, tmp_path / "assets")
+    subprocess.run([*pip, "--target", tmp_path / "beside", tmp_path / "assets"], check=True)
+    path += os.pathsep + str(tmp_path / "beside")
+    run = subprocess.run(
+        ask, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    found = Path(run.stdout.strip())
+    assert found == tmp_path / "beside" / "tim_assets" / "emoji", run.stderr
+    for name in assets.NAMES:
+        for own in (ASSETS / name).iterdir():
+            assert own.name == "LICENSE" or (found.parent / name / own.name).is_file(), own
+
+
 @pytest.fixture(scope="module")
 def metadata(installed) -> Message:
     (path,) = installed.glob("*.dist-info/METADATA")
@@ -76,7 +101,7 @@ def test_the_wheel_holds_both_packages_with_their_data(installed):
         path.relative_to(ROOT)
         for package in ("tim", "tim_kernels")
         for path in (ROOT / package).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and ASSETS not in path.parents
     }
     assert Path("tim/configs/xl-256.yaml") in wanted
     assert not [path for path in sorted(wanted) if not (installed / path).is_file()]
@@ -166,4 +191,6 @@ def _imported_by(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names.add(node.module)
     tops = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
-    return {{"PIL": "pillow"}.get(top, top.replace("_", "-")) for top in tops}
+    return {
+        {"PIL": "pillow", "fontTools": "fonttools"}.get(top, top.replace("_", "-")) for top in tops
+    }

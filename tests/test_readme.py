@@ -19,6 +19,7 @@ import tim_kernels
 from tests.system import small_pipelines
 from tim import config
 from tim.app.cli import app
+from tim.evaluation import emoji
 from tim.evaluation.mnist import GUIDANCE, table
 
 ROOT = Path(__file__).parents[1]
@@ -122,6 +123,22 @@ def test_the_measurements_are_those_of_the_committed_file():
     for name in ("classifier_accuracy", "frechet_distance_of_train_images"):
         value = RESULTS[name] * (100 if name == "classifier_accuracy" else 1)
         assert f"{value:.1f}" in README and f"{value:.1f}" in PAGES["docs/mnist.md"]
+
+
+def test_the_tables_of_emoji_are_those_of_the_committed_file():
+    results = json.loads((ROOT / "docs/emoji/results.json").read_text())
+    networks = results["networks"]
+    for kind, factor in emoji.TABLES:
+        if factor in ("right", ""):
+            assert emoji.table(results, kind, factor) in PAGES["docs/emoji.md"], (kind, factor)
+    assert {network["trained_pictures"] for network in networks.values()} == {176_000}
+    tim, flow = (networks[name]["by_guidance"] for name in ("TiM", "flow matching"))
+    for by_steps in (*tim.values(), *flow.values()):
+        assert all(measured["pair"]["base"] == 1 for measured in by_steps.values())
+    assert tim["1.5"]["4"]["pair"]["right"] > 0.9
+    one, eight = tim["1.0"]["1"]["pair"], flow["1.0"]["8"]["pair"]
+    assert one["right"] > eight["right"] - one["right_error"]
+    assert flow["1.0"]["1"]["pair"]["right"] > eight["right"]  # which the page says, too
 
 
 def test_one_step_is_far_ahead_of_flow_matching_and_more_steps_are_no_worse():

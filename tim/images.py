@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from tim.checks import whole
 from tim.sampling import sample
@@ -69,13 +70,25 @@ def step_grid(
     steps: Sequence[int],
     columns: Sequence[str] | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
+    *,
+    progress: bool = False,
 ) -> Image.Image:
     """Samples of y (B, …) from one noise (B, C, H, W) of variance 1, a row a step count.
 
-    `columns` names the samples, by default by their labels y (B,); `decode` makes images of them.
+    `columns` names the samples, by default by their labels y (B,); `decode` makes images of them;
+    `progress` shows a bar of all steps.
     """
     z = transport.initial_state(noise)
-    rows = {step_label(count): sample(network, transport, z, y, num_steps=count) for count in steps}
+    with tqdm(total=sum(steps), desc="samples", disable=not progress) as bar:
+
+        def on_step(step: int, time: float, state: Tensor) -> Tensor:
+            bar.update()
+            return state
+
+        rows = {
+            step_label(count): sample(network, transport, z, y, num_steps=count, on_step=on_step)
+            for count in steps
+        }
     if decode is not None:
         rows = {label: decode(latents) for label, latents in rows.items()}
     return labelled_grid(rows, columns or [str(label) for label in y.tolist()])

@@ -18,14 +18,15 @@ from small_folders import TEXTS, captions, contents, drawn
 from two_processes import in_two_processes
 from typer.testing import CliRunner
 
+from tim.app import assets
 from tim.app.cli import app
-from tim.app.demo import WEIGHTS
 from tim.files import locked
 from tim.generate.benchmarks import ImageNet
 from tim.generate.run import Interrupted
 from tim.processes import Processes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+WEIGHTS = assets.folder("mnist")
 MNIST = ["--checkpoint", WEIGHTS, "--dtype", "float32", "--steps", 2]
 
 

@@ -85,6 +85,8 @@ def test_objective(case):
     )  # fmt: skip
     for name in ("weighted", "projection", "denoising"):
         assert float(getattr(losses, name)) == pytest.approx(facts[name], rel=1e-5), name
+    assert losses.terms.shape == (2, len(golden["x"])) and not losses.terms.requires_grad
+    assert losses.terms.sum(0).mean() == pytest.approx(facts["denoising"], rel=1e-5)
     dropped = objective(
         toy, *(golden[name] for name in names), **given,
         t=golden[f"{case}.t"], r=golden[f"{case}.r"],

@@ -13,13 +13,16 @@ from small_pipelines import (
     class_pipeline,
     dc_ae,
     drawn,
+    gemma,
     network,
+    published_config,
     quiet,
     seeded,
     text_pipeline,
+    tokenizer,
 )
 
-from tim.pipelines import TiMTextPipeline
+from tim.pipelines import TiMClassPipeline, TiMTextPipeline
 from tim.sampling import sample
 from tim.transports import make
 
@@ -197,3 +200,37 @@ def test_weights_that_are_not_finite():
     torch.nn.init.constant_(pipeline.transformer.final_layer.linear.bias, torch.nan)
     with pytest.raises(FloatingPointError, match="samples are not finite: the network in torch.fl"):
         pipeline(1, num_inference_steps=1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_network_that_draws_pixels(channels, tmp_path):
+    """Without an autoencoder: samples are pictures; from parts, a folder or a weight file."""
+    params = TEXT | dict(in_channels=channels)
+    pipeline = quiet(TiMTextPipeline(network(params), None, gemma(), tokenizer(), max_seq_length=8))
+    pictures = drawn(pipeline)
+    assert pictures.shape == (2, channels, 4, 4)
+    options = dict(num_inference_steps=2, generator=seeded(), output_type="latent")
+    samples = pipeline(PROMPTS, **options).images
+    assert torch.equal(pictures, (samples / 2 + 0.5).clamp(0, 1))
+    assert pipeline("a cat").images[0].size == (4, 4)
+
+    pipeline.save_pretrained(tmp_path)
+    again = quiet(TiMTextPipeline.from_pretrained(tmp_path))
+    assert again.vae is None and torch.equal(drawn(again), pictures)
+
+    torch.save(pipeline.transformer.state_dict(), tmp_path / "pixels.bin")
+    target = "tim.models.t2i.tim_model.TiM"
+    options = dict(escape_captions=False, max_seq_length=8)
+    path = published_config(tmp_path, params | dict(z_dim=None), target, **options)
+    loaded = TiMTextPipeline.from_checkpoint(
+        tmp_path / "pixels.bin", path, dtype=torch.float32, text_encoder=gemma(),
+        tokenizer=tokenizer(),
+    )  # fmt: skip
+    assert loaded.vae is None and loaded.vae_scale_factor == 1
+
+
+def test_pixels_have_the_channels_of_pictures():
+    with pytest.raises(ValueError, match="1 or 3 channels, those of pictures; got 4"):
+        TiMClassPipeline(network(CLASS), None)
+    pictures = drawn(TiMClassPipeline(network(CLASS | dict(in_channels=3))))
+    assert pictures.shape == (2, 3, 4, 4)

@@ -74,6 +74,9 @@ def test_loss_falls_and_export_is_the_average(tmp_path):
     loop.train(small(max_train_steps=120, log_steps=20, learning_rate=3e-3), tmp_path)
     log = read_log(tmp_path / "log.jsonl")
     assert log[-1]["denoising"] < 0.8 * log[0]["denoising"]
+    assert log[-1]["instant"] < 0.8 * log[0]["instant"]
+    for line in log:
+        assert line["squared"] + line["cosine"] == pytest.approx(line["denoising"], rel=1e-5)
 
     network, transport, cfg = load_export(tmp_path / "model")
     ema = weights(tmp_path)["ema"]

@@ -220,11 +220,15 @@ def compare(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("tim-demo.png"),
+    output: Annotated[
+        Path, typer.Option(help="Where the digits go; the emoji go beside them.")
+    ] = Path("tim-demo.png"),
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
 ) -> None:
-    """Draw the digits 0 to 9 at 1, 2, 4, 8 and 32 steps with the shipped network."""
-    from tim.app.demo import draw
+    """Draw digits and emoji at 1, 2, 4, 8 and 32 steps with networks that are trained already."""
+    from tim.app.demo import draw, draw_emoji
 
     with errors_without_traceback():
         typer.echo(draw(output, seed=seed).resolve())
+        beside = output.with_stem(f"{output.stem}-emoji")
+        typer.echo(draw_emoji(beside, seed=seed).resolve())

@@ -7,8 +7,8 @@ from ..requirements import require
 
 require("diffusers", "transformers")
 
-from .autoencoder import Autoencoder  # noqa: E402
+from .autoencoder import Autoencoder, Pixels  # noqa: E402
 from .repa import repa_targets  # noqa: E402
-from .text import TextEncoder  # noqa: E402
+from .text import KeptFeatures, TextEncoder  # noqa: E402
 
-__all__ = ["Autoencoder", "TextEncoder", "repa_targets"]
+__all__ = ["Autoencoder", "KeptFeatures", "Pixels", "TextEncoder", "repa_targets"]

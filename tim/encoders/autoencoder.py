@@ -1,4 +1,4 @@
-"""Pictures to latents and back."""
+"""Pictures to latents and back, or pictures as they are."""
 
 from pathlib import Path
 
@@ -112,3 +112,22 @@ class Autoencoder:
         """Scaled latents (B, channels, h, w) → images (B, 3, h·factor, w·factor), about [-1, 1]."""
         with torch.autocast(latents.device.type, enabled=False):
             return self.model.decode(latents.to(self.model.dtype) / self.scaling_factor).sample
+
+
+class Pixels:
+    """In place of an `Autoencoder` for a network that draws pictures themselves, of so many
+    channels: nothing is shrunk."""
+
+    factor = 1
+
+    def __init__(self, channels: int):
+        if channels not in (1, 3):
+            raise ValueError(
+                f"without an autoencoder the network must have 1 or 3 channels, those of pictures; "
+                f"got {channels}"
+            )
+        self.channels = channels
+
+    def decode(self, pictures: Tensor) -> Tensor:
+        """(B, channels, H, W), about [-1, 1], as they are."""
+        return pictures

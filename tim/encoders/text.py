@@ -141,6 +141,26 @@ class TextEncoder:
         return escaped(text) if self.escape_captions else text
 
 
+class KeptFeatures:
+    """`encoder` with the features of each text kept, for captions that come again and again.
+
+    They are held in host memory: max_seq_length · width numbers a text.
+    """
+
+    def __init__(self, encoder: TextEncoder):
+        self.encoder = encoder
+        self._kept: dict[str, tuple[Tensor, int]] = {}
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """As the encoder's."""
+        for text in texts:
+            if text not in self._kept:
+                features, length = self.encoder.encode([text])
+                self._kept[text] = features[0].cpu(), length
+        features, lengths = zip(*map(self._kept.__getitem__, texts), strict=True)
+        return torch.stack(features)[:, : max(lengths)].to(self.encoder.model.device)
+
+
 def load_model(folder: str | Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """A decoder without its language head, or the encoder of an encoder-decoder (T5)."""
     config = transformers.AutoConfig.from_pretrained(folder)

@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 from tim.checks import whole
 from tim.data import mnist
-from tim.evaluation import statistics
+from tim.evaluation import curves, statistics
+from tim.evaluation.curves import STEPS, percent
 from tim.files import replacing
 from tim.sampling import sample
 from tim.training import load_export
 from tim.transports import Transport
 
-STEPS = (1, 2, 4, 8, 32)
 GUIDANCE = (1.0, 1.25)  # classifier-free guidance scales; 1 is none
 _CHUNK = 250  # images sampled or classified at once
 
@@ -101,8 +101,8 @@ def train_classifier(*, seed: int = 0, epochs: int = 25) -> tuple[DigitClassifie
 
 def recognised(classifier: DigitClassifier, images: Tensor, labels: Tensor) -> dict[str, float]:
     """The share of images (N, 1, 28, 28) classified as their label, with its standard error."""
-    share = (classifier.predict(images) == labels).double().mean().item()
-    return {"recognised": share, "standard_error": math.sqrt(share * (1 - share) / len(labels))}
+    share, error = curves.share(classifier.predict(images) == labels)
+    return {"recognised": share, "standard_error": error}
 
 
 @torch.no_grad()
@@ -193,45 +193,42 @@ def evaluate(folders: dict[str, Path], *, per_class: int = 100, seed: int = 0) -
 def table(results: dict[str, Any], guidance: float = 1.0) -> str:
     """The measurements at one guidance scale as a Markdown table."""
     networks = results["networks"]
-    measured = [network["by_guidance"][str(guidance)] for network in networks.values()]
-    head = ["steps", *(f"{n}: recognised" for n in networks), *(f"{n}: Fréchet" for n in networks)]
-    lines = [head, ["---:"] * len(head)]
-    for steps in map(str, STEPS):
-        shares = [
-            f"{100 * m[steps]['recognised']:.1f} ± {100 * m[steps]['standard_error']:.1f} %"
-            for m in measured
-        ]
-        lines.append([steps, *shares, *(f"{m[steps]['frechet_distance']:.2f}" for m in measured)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    measured = {n: of["by_guidance"][str(guidance)].values() for n, of in networks.items()}
+    shares = {
+        f"{name}: recognised": [percent(m["recognised"], m["standard_error"]) for m in of]
+        for name, of in measured.items()
+    }
+    distances = {
+        f"{name}: Fréchet": [f"{m['frechet_distance']:.2f}" for m in of]
+        for name, of in measured.items()
+    }
+    return curves.markdown(shares | distances)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """Both measurements over the number of steps, as a PNG."""
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for colour, (name, network) in zip(("C0", "C1"), results["networks"].items(), strict=False):
-        for guidance, style in zip(GUIDANCE, ("-", "--"), strict=True):
-            by_steps = network["by_guidance"][str(guidance)]
-            measured = [by_steps[str(steps)] for steps in STEPS]
-            shares = [100 * m["recognised"] for m in measured]
-            errors = [100 * m["standard_error"] for m in measured]
-            distances = [m["frechet_distance"] for m in measured]
-            look = dict(color=colour, ls=style, marker="o", label=f"{name}, guidance {guidance}")
-            left.errorbar(STEPS, shares, errors, capsize=3, **look)
-            right.plot(STEPS, distances, **look)
-    left.axhline(100 * results["classifier_accuracy"], color="grey", ls=":", label="real, held out")
-    floor = results["frechet_distance_of_train_images"]
-    right.axhline(floor, color="grey", ls=":", label="real, train")
-    left.set(ylabel="recognised as the requested digit, %")
-    right.set(ylabel="Fréchet distance to held-out images", yscale="log")
-    for axes in (left, right):
-        axes.set_xscale("log", base=2)
-        axes.set(xlabel="sampling steps", xticks=STEPS, xticklabels=STEPS)
-        axes.legend(fontsize=8)
-    with replacing(path) as new:
-        figure.savefig(new, dpi=120)
+    def measured(value: str, error: str = "", factor: float = 1) -> curves.Curves:
+        return {
+            name: {
+                guidance: [(factor * m[value], factor * m.get(error, 0)) for m in of.values()]
+                for guidance, of in network["by_guidance"].items()
+            }
+            for name, network in results["networks"].items()
+        }
+
+    share = curves.Panel(
+        "recognised as the requested digit, %",
+        measured("recognised", "standard_error", 100),
+        ("real, held out", 100 * results["classifier_accuracy"]),
+    )
+    distance = curves.Panel(
+        "Fréchet distance to held-out images",
+        measured("frechet_distance"),
+        ("real, train", results["frechet_distance_of_train_images"]),
+        "log",
+    )
+    curves.plot([share, distance], path)
 
 
 def main(

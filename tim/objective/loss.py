@@ -15,11 +15,13 @@ from .weights import TIME_WEIGHTS, TimeWeight, time_weight
 
 
 class TransitionLoss(NamedTuple):
-    """`weighted` and `projection` are what one trains on, `denoising` what one watches; scalars."""
+    """`weighted` and `projection` are what one trains on; scalars. What one watches is without the
+    weight: `denoising`, a scalar, and the `terms` of each sample, squared and cosine, (2, B)."""
 
     weighted: Tensor
     projection: Tensor
     denoising: Tensor
+    terms: Tensor
 
 
 class TransitionObjective:
@@ -173,11 +175,12 @@ class TransitionObjective:
             prediction.F, x, z, self.transport.target_coefficients(t_of_each, r_of_each),
             dF, derivative.epsilon, F_cond, F_uncond,
         )  # fmt: skip
-        if packing is not None:
-            terms = packing.means(torch.stack(terms)).unbind()
-        loss = sum(_finite(term) for term in terms)
+        terms = torch.stack(terms)
+        terms = _finite(terms if packing is None else packing.means(terms))
+        loss = terms.sum(dim=0)
         weight = self.time_weight(t, r) / (loss.detach() + 1e-5)
-        return TransitionLoss((weight * loss).mean(), projection, loss.detach().mean())
+        watched = loss.detach().mean(), terms.detach()
+        return TransitionLoss((weight * loss).mean(), projection, *watched)
 
     @torch.no_grad()
     def _enhancement(

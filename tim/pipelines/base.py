@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tim import config
 from tim.checks import check_computed, whole
-from tim.encoders import Autoencoder
+from tim.encoders import Autoencoder, Pixels
 from tim.files import saved_whole
 from tim.images import by_size
 from tim.sampling import Engine, SampleType, sample_packed
@@ -37,7 +37,8 @@ Generators = torch.Generator | list[torch.Generator]
 
 @saved_whole
 class TiMPipeline(DiffusionPipeline):
-    """What both pipelines share; components are `transformer`, `vae` and those of the text.
+    """What both pipelines share; components are `transformer`, `vae` and those of the text. Without
+    `vae` the network draws pictures themselves, of 1 or 3 channels.
 
     Offloading moves the network as a whole, unless its own `enable_group_offload` does it. As in
     diffusers' pipelines, `_interrupt = True`, set in a callback or by another thread, ends a call
@@ -54,7 +55,7 @@ class TiMPipeline(DiffusionPipeline):
         params = dict(transport_params or {})
         self._transport = make(transport, **params)
         self.register_to_config(transport=transport, transport_params=params)
-        vae = Autoencoder(self.vae)
+        vae = self._autoencoder()
         self.vae_scale_factor = vae.factor
         self.image_processor = VaeImageProcessor(vae_scale_factor=vae.factor)
         if vae.channels != self.transformer.config.in_channels:
@@ -62,6 +63,11 @@ class TiMPipeline(DiffusionPipeline):
                 f"the autoencoder has {vae.channels} latent channels, "
                 f"the network {self.transformer.config.in_channels}"
             )
+
+    def _autoencoder(self) -> Autoencoder | Pixels:
+        if self.vae is None:
+            return Pixels(self.transformer.config.in_channels)
+        return Autoencoder(self.vae)
 
     @property
     def engine(self) -> Engine:
@@ -200,13 +206,15 @@ class TiMPipeline(DiffusionPipeline):
         return self._transport.initial_state(latents.to(self._execution_device))
 
     def _decode(self, x: States, output_type: str):
+        decode = self._autoencoder().decode
         if isinstance(x, list):
-            images = by_size(Autoencoder(self.vae).decode, x)
+            images = by_size(decode, x)
             return [self._postprocessed(image[None], output_type)[0] for image in images]
-        return self._postprocessed(Autoencoder(self.vae).decode(x), output_type)
+        return self._postprocessed(decode(x), output_type)
 
     def _postprocessed(self, images: Tensor, output_type: str):
-        check_computed("the pictures", images, "the autoencoder", self.vae.dtype)
+        if self.vae is not None:
+            check_computed("the pictures", images, "the autoencoder", self.vae.dtype)
         return self.image_processor.postprocess(images.float(), output_type)
 
 
@@ -240,6 +248,13 @@ def transport_of(cfg: DictConfig) -> tuple[TransportName, dict[str, Any]]:
     name = next(name for name, known in TRANSPORTS.items() if known is cls)
     params = cfg.model.transport.get("params") or OmegaConf.create()
     return name, OmegaConf.to_container(params, resolve=True)
+
+
+def is_of_pixels(cfg: DictConfig) -> bool:
+    """Whether a configuration's network draws pictures themselves: it is without an autoencoder and
+    has as many channels as pictures."""
+    channels = OmegaConf.select(cfg, "model.network.params.in_channels")
+    return not cfg.model.get("vae_dir") and channels in (1, 3)
 
 
 def folder_of(cfg: DictConfig, name: str, argument: str) -> str:

@@ -24,6 +24,7 @@ from .base import (
     StepCallback,
     TiMPipeline,
     folder_of,
+    is_of_pixels,
     transport_of,
 )
 
@@ -34,18 +35,20 @@ class TiMClassPipeline(TiMPipeline):
     """Pictures of ImageNet classes, or whichever a class-conditioned network was trained on.
 
     Components: `transformer`, a `TiMTransformer2DModel` without `cap_feat_dim`; `vae`, an
-    `AutoencoderKL` or `AutoencoderDC`. `transport` is a published name such as "OT_FM".
+    `AutoencoderKL` or `AutoencoderDC`, or None for a network that draws pixels. `transport` is a
+    published name such as "OT_FM".
 
     Raises:
         ValueError: components that do not fit each other.
     """
 
     model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]
 
     def __init__(
         self,
         transformer: TiMTransformer2DModel,
-        vae: diffusers.AutoencoderKL | diffusers.AutoencoderDC,
+        vae: diffusers.AutoencoderKL | diffusers.AutoencoderDC | None = None,
         transport: str = "OT_FM",  # not Literal: diffusers reads the annotation
         transport_params: dict[str, Any] | None = None,
     ):
@@ -74,9 +77,11 @@ class TiMClassPipeline(TiMPipeline):
             OSError: `vae_dir` is neither a folder nor to be had from the hub.
         """
         cfg = config.load(preset_or_config)
-        vae_dir = None if vae else folder_of(cfg, "vae_dir", "vae")
+        needs_vae = vae is None and not is_of_pixels(cfg)
+        vae_dir = folder_of(cfg, "vae_dir", "vae") if needs_vae else None
         transformer = checkpoints.load(path, cfg, dtype=dtype)
-        return cls(transformer, vae or Autoencoder.load(vae_dir).model, *transport_of(cfg))
+        vae = Autoencoder.load(vae_dir).model if needs_vae else vae
+        return cls(transformer, vae, *transport_of(cfg))
 
     @overload
     def __call__(

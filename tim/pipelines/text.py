@@ -27,6 +27,7 @@ from .base import (
     StepCallback,
     TiMPipeline,
     folder_of,
+    is_of_pixels,
     is_several,
     transport_of,
 )
@@ -39,24 +40,25 @@ class TiMTextPipeline(TiMPipeline):
     """Pictures of what prompts say, at any size.
 
     Components: `transformer`, a `TiMTransformer2DModel` with `cap_feat_dim`; `vae`, an
-    `AutoencoderDC` or `AutoencoderKL`; `text_encoder` and its `tokenizer`, whose hidden size is
-    `cap_feat_dim`, such as Gemma with or without its language head. `max_seq_length` tokens of a
-    prompt are read; of the encoder, the last layer with its norm, or the second last without it
-    where `use_last_hidden_state` is false. `escape_captions` is for a network that was trained on
-    escaped captions, as the released one was: see `tim.encoders.TextEncoder`. Without
-    `text_encoder` and `tokenizer`, calls take features in place of prompts.
+    `AutoencoderDC` or `AutoencoderKL`, or None for a network that draws pixels; `text_encoder` and
+    its `tokenizer`, whose hidden size is `cap_feat_dim`, such as Gemma with or without its language
+    head. `max_seq_length` tokens of a prompt are read; of the encoder, the last layer with its
+    norm, or the second last without it where `use_last_hidden_state` is false. `escape_captions` is
+    for a network that was trained on escaped captions, as the released one was: see
+    `tim.encoders.TextEncoder`. Without `text_encoder` and `tokenizer`, calls take features in place
+    of prompts.
 
     Raises:
         ValueError: components that do not fit each other.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _optional_components = ["text_encoder", "tokenizer"]
+    _optional_components = ["vae", "text_encoder", "tokenizer"]
 
     def __init__(
         self,
         transformer: TiMTransformer2DModel,
-        vae: diffusers.AutoencoderDC | diffusers.AutoencoderKL,
+        vae: diffusers.AutoencoderDC | diffusers.AutoencoderKL | None = None,
         text_encoder: transformers.PreTrainedModel | None = None,
         tokenizer: transformers.PreTrainedTokenizerBase | None = None,
         transport: str = "OT_FM",
@@ -109,13 +111,14 @@ class TiMTextPipeline(TiMPipeline):
         """
         cfg = config.load(preset_or_config)
         model = cfg.model
-        vae_dir = None if vae else folder_of(cfg, "vae_dir", "vae")
+        needs_vae = vae is None and not is_of_pixels(cfg)
+        vae_dir = folder_of(cfg, "vae_dir", "vae") if needs_vae else None
         is_complete = text_encoder is not None and tokenizer is not None
         text_dir = None if is_complete else folder_of(cfg, "text_encoder_dir", "text_encoder")
         text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
         return cls(
             checkpoints.load(path, cfg, dtype=dtype),
-            vae or Autoencoder.load(vae_dir, tile=2560).model,
+            Autoencoder.load(vae_dir, tile=2560).model if needs_vae else vae,
             text_encoder or load_model(text_dir, text_dtype),
             tokenizer or transformers.AutoTokenizer.from_pretrained(text_dir),
             *transport_of(cfg),

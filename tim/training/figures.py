@@ -7,8 +7,24 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-TERMS = ("loss", "weighted", "projection", "denoising", "grad_norm")
+TERMS = ("loss", "weighted", "projection", "denoising", "squared", "cosine", "grad_norm")
+# The unweighted loss by t − r: none, up to a third, to two thirds, to all of the time there is.
+DISTANCES = ("instant", "short", "middle", "long")
 _GIB = 2**30
+
+
+def by_distance(loss: Tensor, t: Tensor, r: Tensor, time: float) -> Tensor:
+    """For each of DISTANCES the sum of a loss (B,) over its samples, and their numbers, (8,)."""
+    third = torch.ceil(3 * (t - r) / time).clamp(max=3)
+    is_of = third[:, None] == torch.arange(len(DISTANCES), device=t.device)
+    return torch.cat(((is_of * loss[:, None]).sum(dim=0), is_of.sum(dim=0)))
+
+
+def means_by_distance(sums: list[float]) -> dict[str, float]:
+    """Of what `by_distance` gave, summed or averaged over steps; without those of no samples."""
+    losses, numbers = sums[: len(DISTANCES)], sums[len(DISTANCES) :]
+    each = zip(DISTANCES, losses, numbers, strict=True)
+    return {name: loss / number for name, loss, number in each if number}
 
 
 class Stopwatch:

@@ -24,7 +24,7 @@ from tim.training import draws, initial, profiling, settings, signals, trackers
 from tim.training.average import Average
 from tim.training.checkpoints import Checkpoints
 from tim.training.export import save_export
-from tim.training.figures import TERMS, Window
+from tim.training.figures import DISTANCES, TERMS, Window, by_distance, means_by_distance
 from tim.training.log import LossLog
 from tim.training.parallel import Parallel, clip_gradients
 from tim.training.parts import Parts, build
@@ -241,9 +241,9 @@ class Trainer:
         return {name: moved(value) for name, value in loaded.items()}
 
     def _train_step(self, batches: Iterator[Any]) -> Tensor:
-        """One optimizer step; its terms (5,), left on the device."""
+        """One optimizer step; its TERMS and what `by_distance` gives, left on the device."""
         accumulation = self.run_cfg.gradient_accumulation_steps
-        terms = torch.zeros(len(TERMS) - 1, device=self.device)
+        terms = torch.zeros(len(TERMS) - 1 + 2 * len(DISTANCES), device=self.device)
         for micro in range(accumulation):
             images_seen = self._seen(self.state.micro_steps + micro)
             with self._window.loading.span():
@@ -261,7 +261,8 @@ class Trainer:
         state.optimizer.zero_grad()
         if state.average:
             state.average.update(state.network)
-        return torch.cat([terms, grad_norm.reshape(1)])
+        last = len(TERMS) - 1
+        return torch.cat([terms[:last], grad_norm.reshape(1), terms[last:]])
 
     def _batches_per_step(self, batch: dict[str, Any]) -> float:
         """How many like this one this process has in a step; of packs, which have unlike numbers of
@@ -274,7 +275,7 @@ class Trainer:
         return pictures / (own * self.accelerator.num_processes)
 
     def _loss(self, batch: dict[str, Any], images_seen: int) -> tuple[Tensor, Tensor]:
-        """The loss of a micro-batch and its detached terms, `TERMS` without the last."""
+        """The loss of a micro-batch, and detached TERMS without the last and `by_distance`."""
         parts, coeff = self.parts, self.cfg.model.proj_coeff
         chance = draws.Draws.of(self.run_cfg.seed, self.rank, images_seen, device=self.device)
         with torch.autocast(
@@ -308,7 +309,10 @@ class Trainer:
                 packing=packing,
             )
         loss = losses.weighted + coeff * losses.projection
-        return loss, torch.stack([loss, *losses]).detach()
+        terms = torch.stack([loss, *losses[:3], *losses.terms.mean(dim=1)]).detach()
+        transport = self.objective.transport
+        time = transport.T_max - transport.T_min
+        return loss, torch.cat([terms, by_distance(losses.terms.sum(dim=0), t, r, time)])
 
     def _close_window(self) -> dict[str, str]:
         """Log the means since the last line and open the next window."""
@@ -322,7 +326,8 @@ class Trainer:
         record = {
             "step": self.step,
             "images": self.state.images,
-            **dict(zip(TERMS, means, strict=True)),
+            **dict(zip(TERMS, means, strict=False)),
+            **means_by_distance(means[len(TERMS) :]),
             "lr": self.state.scheduler.get_last_lr()[0],
             **window.machine(self.state.images),
         }
@@ -330,7 +335,8 @@ class Trainer:
             self.log.append(record)
         self.accelerator.log(record, step=self.step)
         self._window = Window(self.device, self.state.images)
-        return {"loss": f"{record['loss']:.4f}", "denoising": f"{record['denoising']:.4f}"}
+        shown = ("denoising", *DISTANCES)
+        return {name: f"{record[name]:.3f}" for name in shown if name in record}
 
     def _draw_samples(self) -> None:
         """A PNG of the averaged network's samples, from the same noise at every call."""

@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 
 from tim import config, data
 from tim.data import TrainingSet
-from tim.encoders import Autoencoder, TextEncoder, repa_targets
+from tim.encoders import Autoencoder, KeptFeatures, TextEncoder, repa_targets
 from tim.models import radio
 from tim.training.conditioning import ClassConditioning, Conditioning, TextConditioning
 from tim.training.latents import Encoded, Given, Latents
@@ -113,4 +113,7 @@ def _conditioning(dataset, model, network, device) -> Conditioning:
             f"model.network.params.cap_feat_dim must be {encode.width}, the text encoder's width, "
             f"got {network['cap_feat_dim']}"
         )
-    return TextConditioning(encode, encode.nothing, model["proportion_empty_prompts"])
+    nothing = encode.nothing
+    if model["keep_text_features"]:
+        encode = KeptFeatures(encode)
+    return TextConditioning(encode, nothing, model["proportion_empty_prompts"])

@@ -90,6 +90,7 @@ RULES: dict[str, _Rule] = {
     "model.use_last_hidden_state": _FLAG,
     "model.escape_captions": _FLAG,
     "model.max_seq_length": _whole(1),
+    "model.keep_text_features": _FLAG,
     "data.data_type": _TEXT,
     "data.dataset": _SECTION_OR_NONE,
     "data.pack_tokens": _WHOLE_OR_NONE,
@@ -132,6 +133,7 @@ DEFAULTS = {
         "use_last_hidden_state": True,
         "escape_captions": False,  # as the released network's were, if true
         "max_seq_length": 256,
+        "keep_text_features": False,
     },
     "data": {"dataset": None, "pack_tokens": None},
     "training": {

@@ -1,0 +1,37 @@
+"""Fifteen emoji and the preset that draws them, shrunk until a step takes milliseconds."""
+
+from pathlib import Path
+
+from golden_files import GOLDEN
+from omegaconf import DictConfig, OmegaConf
+
+from tim import config
+from tim.data import emoji
+
+FONT = GOLDEN / "emoji" / "emoji.ttf"
+TEXT = GOLDEN / "training" / "text"
+
+
+def made(folder: Path) -> Path:
+    """What `python -m tim.data.emoji` makes, without the text encoder."""
+    emoji.prepare(folder, FONT, batch_size=4)
+    return folder
+
+
+def small(folder: Path, **training) -> DictConfig:
+    """With the data in `folder` and these settings of the section `training`."""
+    params = {
+        "patch_size": 16, "hidden_size": 32, "depth": 2, "encoder_depth": 1, "num_heads": 2,
+        "lora_hidden_size": 8, "cap_feat_dim": 32,
+    }  # fmt: skip
+    files = {"packed_json": "batches.json", "jsonl_dir": emoji.TRAIN}
+    dataset = {"root_dir": str(folder)} | {k: str(folder / file) for k, file in files.items()}
+    changes = {
+        "model": {"network": {"params": params}, "text_encoder_dir": str(TEXT)},
+        "data": {"dataset": dataset, "dataloader": {"batch_size": 4}},
+        "training": {
+            "max_train_steps": 3, "log_steps": 1, "lr_scheduler": "constant",
+            "lr_scheduler_params": None, "lr_warmup_steps": 0, **training,
+        },
+    }  # fmt: skip
+    return OmegaConf.merge(config.load("emoji"), changes)
