@@ -1,7 +1,7 @@
 """From tensors to pictures: grids with a label on every row and column."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from tim.checks import whole
 from tim.sampling import sample
+from tim.sampling.steps import Step
 from tim.transports import Transport
 
 
@@ -81,12 +82,13 @@ def step_grid(
     z = transport.initial_state(noise)
     with tqdm(total=sum(steps), desc="samples", disable=not progress) as bar:
 
-        def on_step(step: int, time: float, state: Tensor) -> Tensor:
-            bar.update()
-            return state
+        def counted(each: Iterable[Step]) -> Iterator[Step]:
+            for step in each:
+                yield step
+                bar.update()
 
         rows = {
-            step_label(count): sample(network, transport, z, y, num_steps=count, on_step=on_step)
+            step_label(count): sample(network, transport, z, y, num_steps=count, progress=counted)
             for count in steps
         }
     if decode is not None:
