@@ -101,11 +101,11 @@ def captioned(
 ) -> Image.Image:  # fmt: skip
     """One picture of several of one size, each with its caption under it; small ones enlarged.
 
-    `columns` is how many stand side by side, by default about as many as rows.
+    `columns` is how many stand side by side: by default up to six, or about as many as rows.
     """
     width, height = pictures[0].size
     scale, gap, line, most = max(1, 96 // max(width, height)), 8, 14, 4
-    columns = min(columns or math.ceil(math.sqrt(len(pictures))), len(pictures))
+    columns = min(columns or max(6, math.ceil(math.sqrt(len(pictures)))), len(pictures))
     tile_w, tile_h = width * scale, height * scale
     cell = max(tile_w, 96)
     font = ImageFont.load_default(size=11)

@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from small_mnist import NETWORK, small
 from typer.testing import CliRunner
 
@@ -61,45 +60,6 @@ def test_train_refuses_a_misspelt_override(tmp_path):
     result = tim("train", "--config", "mnist", "--output", tmp_path, "training.max_steps=1")
     assert result.exit_code == 1
     assert "max_steps" in result.output
-
-
-def test_sample_writes_what_the_seed_and_labels_say(exported, tmp_path):
-    def sampled(*options):
-        path = tmp_path / f"samples{options}.safetensors"  # what is read may be mapped: keep it
-        result = tim("sample", exported, "--labels", "3,1", "--output", path, *options)
-        assert result.exit_code == 0, result.output
-        return load_file(path)
-
-    first = sampled()
-    assert first["samples"].shape == (2, 1, 28, 28)
-    assert first["labels"].tolist() == [3, 1]
-    assert torch.equal(sampled()["samples"], first["samples"])
-    for change in (["--seed", 1], ["--steps", 2], ["--cfg-scale", 2], ["--labels", "3,2"]):
-        assert not torch.equal(sampled(*change)["samples"], first["samples"])
-
-
-def test_sample_draws_a_grid(exported, tmp_path):
-    path = tmp_path / "grid.png"
-    assert tim("sample", exported, "--labels", "3,1", "--output", path).exit_code == 0
-    assert Image.open(path).width > Image.open(path).height
-
-
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        (["--labels", "a", "--output", "x.png"], "labels must be"),
-        (["--labels", "1", "--output", "x.gif"], "must end in .png or .safetensors"),
-        (["--labels", "11", "--output", "x.png"], "11"),
-        (["--labels", "1", "--output", "x.png", "--device", "nope"], "device 'nope'"),
-        (["--labels", "1", "--output", "x.png", "--cfg-scale", "nan"], "cfg_scale must be finite"),
-        (["--labels", "1", "--output", "x.png", "--steps", 0], "num_steps must be at least 1"),
-    ],
-)
-def test_sample_refuses(exported, arguments, said):
-    result = tim("sample", exported, *arguments)
-    assert result.exit_code in (1, 2)
-    assert said in result.output
-    assert "Traceback" not in result.output
 
 
 @pytest.mark.parametrize(

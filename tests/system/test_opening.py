@@ -9,24 +9,14 @@ import small_mnist
 import small_pipelines
 import torch
 from safetensors.torch import save_file
+from small_runs import run
 
-from tim import config
 from tim.app import assets
 from tim.encoders import TextEncoder
 from tim.opening import open_pipeline, weight_files
 from tim.pipelines import TiMClassPipeline, TiMTextPipeline
-from tim.training import save_export
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def run(folder, cfg):
-    """A run's folder, as `tim train` leaves it, of an untrained network."""
-    torch.manual_seed(0)
-    network = config.build_network(cfg)
-    torch.nn.init.normal_(network.final_layer.linear.weight)
-    save_export(network, cfg, folder / "model")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -104,8 +104,10 @@ def settings_of(values: dict[str, Any]) -> Settings:
     known = [field.name for field in dataclasses.fields(Settings)]
     if unknown := [name + closest(name, known) for name in values if name not in known]:
         raise ValueError(f"there is no setting {', '.join(unknown)}")
-    if missing := [name for name in ("model", "what") if name not in values]:
-        raise ValueError(f"the settings lack {' and '.join(missing)}")
+    if "model" not in values:
+        raise ValueError("the settings name no model")
+    if "what" not in values:
+        raise ValueError("what to draw is missing: give prompts, or ids or names of classes")
     try:
         return Settings(**values)
     except TypeError as error:
