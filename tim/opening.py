@@ -101,6 +101,8 @@ def open_network(
             "or a YAML file"
         )
     cfg = configs.load(config)
+    if "model" not in cfg:
+        raise ValueError(f"{config} has no section model, which describes the network")
     return checkpoints.load(path, cfg, dtype=dtype), cfg
 
 

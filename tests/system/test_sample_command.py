@@ -265,7 +265,7 @@ GOOD = ["digits", 3]
         (["text.bin", 3, "--config", "mnist"], "is truncated or not a .bin file"),
         (["empty.txt", 3, "--config", "mnist"], "a .safetensors or .bin file is needed"),
         (["text.safetensors", 3, "--config", "mnits"], "did you mean mnist?"),
-        (["c2i/c2i.safetensors", 3, "--config", "empty.txt"], "the configuration has no model"),
+        (["c2i/c2i.safetensors", 3, "--config", "empty.txt"], "has no section model"),
         (["--like", "none.png"], "there is no picture none.png"),
         (["--like", "plain.png"], "plain.png holds no settings of tim sample"),
         (["--like", "text.safetensors"], "text.safetensors holds no settings of tim sample"),

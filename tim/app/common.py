@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +61,8 @@ def errors_without_traceback() -> Iterator[None]:
     from tim_kernels import BackendUnavailable
 
     try:
-        yield
+        with _ended_bars():
+            yield
     except BackendUnavailable as error:
         fail(f"{error}; TIM_KERNELS_BACKEND=auto takes what this machine has", 2)
     except KeyboardInterrupt as stop:
@@ -69,6 +71,19 @@ def errors_without_traceback() -> Iterator[None]:
         raise typer.Exit(getattr(stop, "exit_code", 130)) from None
     except _EXPECTED as error:
         fail(error, 1)
+
+
+@contextmanager
+def _ended_bars() -> Iterator[None]:
+    """Progress bars that an error cut off end before it is told."""
+    try:
+        yield
+    except BaseException as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__cause__ or cause.__context__
+        raise
 
 
 def fail(error: Exception | str, code: int) -> NoReturn:

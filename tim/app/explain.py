@@ -6,7 +6,6 @@ from typing import Annotated
 import torch
 import typer
 
-import tim_kernels
 from tim.app.common import check_device, dtype_of, errors_without_traceback
 from tim.provenance import versions as installed
 
@@ -15,6 +14,8 @@ EXAMPLE = "Example: tim explain mnist --steps 4"
 
 def versions() -> Iterator[str]:
     """A line for each part that runs."""
+    import tim_kernels
+
     found = {"tim-kernels": tim_kernels.__version__} | installed()
     for name in ("tim-kernels", "python", "torch", "triton", "diffusers", "transformers", "device"):
         yield f"{name:<14}{found.get(name, 'not installed')}"
@@ -46,6 +47,8 @@ def explain(
     check_device(device)
     with errors_without_traceback():
         if model is None:
+            import tim_kernels
+
             tim_kernels.explain()
             return
         _explain_model(model, config, steps, guidance, dtype_of(dtype), torch.device(device))
@@ -55,6 +58,7 @@ def _explain_model(
     model: str, config: str | None, steps: int, guidance: float, dtype: torch.dtype | None,
     device: torch.device,
 ) -> None:  # fmt: skip
+    import tim_kernels
     from tim.app import assets
     from tim.opening import open_sampler
     from tim.sampling import Engine
