@@ -15,6 +15,7 @@ from tim.processes import launched_group
 
 app = typer.Typer(
     help="Folders of pictures for benchmarks; a stopped run goes on, and torchrun shares the work.",
+    epilog="Example: tim generate imagenet --checkpoint runs/mnist/model --output pictures",
     no_args_is_help=True,
 )
 
@@ -41,6 +42,15 @@ _HELP = {
     "dpg": "DPG-Bench: the 2×2 grid of each prompt.",
     "mjhq": "MJHQ-30K: a JPEG of each prompt, in folders of categories.",
     "imagenet": "ImageNet: numbered pictures of drawn classes.",
+}
+
+
+_EXAMPLES = {
+    "geneval": "--checkpoint t2i_model.bin --config t2i --preset geneval --output pictures",
+    "dpg": "--checkpoint t2i_model.bin --config t2i --caption-dir prompts --output pictures",
+    "mjhq": "--checkpoint t2i_model.bin --config t2i --caption-dir meta_data.json "
+    "--output pictures",
+    "imagenet": "--checkpoint c2i_model_256.safetensors --config xl-256 --output pictures",
 }
 
 
@@ -111,4 +121,5 @@ def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empt
 
 
 for _name in KINDS:
-    app.command(_name, help=_HELP[_name])(_command(_name))
+    _epilog = f"Example: tim generate {_name} {_EXAMPLES[_name]}"
+    app.command(_name, help=_HELP[_name], epilog=_epilog)(_command(_name))
