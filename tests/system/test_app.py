@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from tim import config
 from tim.app import common, demo
 from tim.app.cli import app
-from tim.images import labelled_grid
+from tim.images import captioned, labelled_grid
 from tim.training import save_export
 from tim_kernels import use_backend
 
@@ -107,6 +107,18 @@ def test_grid_puts_images_in_order_on_white():
     left, top = grid.width - 12, grid.height - 12
     tiles = [[grid.getpixel((left + dx, top + dy)) for dx in (1, 7)] for dy in (1, 7)]
     assert tiles == [[0, 255], [255, 0]]
+
+
+def test_captioned_pictures_stand_in_order_over_their_captions():
+    sides = [Image.new("L", (48, 24), level) for level in (0, 100, 200)]
+    sheet = captioned(sides, ["a", "b", "a caption of some more words than fit on one line"], 2)
+    grey = sheet.convert("L")
+    left, right = 8 + 48, 8 + 104 + 48
+    below = next(y for y in range(60, sheet.height) if grey.getpixel((left, y)) == 200)
+    assert [grey.getpixel((left, 8 + 24)), grey.getpixel((right, 8 + 24))] == [0, 100]
+    assert grey.getpixel((right, below + 24)) == 255  # nothing stands there
+    assert min(grey.crop((0, below + 48, 112, sheet.height)).getextrema()) < 100  # its caption
+    assert captioned(sides, ["", "", ""]).width > captioned(sides[:1], [""]).width * 2
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):

@@ -193,6 +193,9 @@ def test_like_with_other_words_and_another_network():
     said = drawn("--like", "three.png", "--model", "mnist", "--output", "other.png")
     assert "note: not the weights that drew three.png (network): expect another picture" in said
     assert settings("other.png") == settings("three.png") | {"model": "mnist"}
+    drawn("digits", 3, 1, "--steps", 1, "--output", "grid.png")
+    drawn("--like", "grid.png", 4, "--output", "four.png")
+    assert Image.open("four.png").size == (28, 28)
 
 
 def test_other_weights_and_versions_are_noted(monkeypatch):
@@ -271,6 +274,8 @@ GOOD = ["digits", 3]
         (["--like", "text.safetensors"], "text.safetensors holds no settings of tim sample"),
         (["--like", "empty.txt"], "empty.txt holds no settings of tim sample"),
         (["--like", "older.png"], "there is no setting stps (did you mean steps?)"),
+        (["--like", "what.png"], "the settings cannot be read"),
+        (["--like", "list.png"], "list.png holds no settings of tim sample"),
         (["--like", "wrong.png"], "steps must be a whole number, got 'four'"),
     ],
 )
@@ -286,8 +291,12 @@ def test_one_line_for_what_is_wrong(runs, monkeypatch, arguments, said):
     Path("cut.safetensors").write_bytes(weights[: len(weights) // 2])
     plain, of = Image.new("L", (4, 4)), {"model": "digits", "what": ["3"]}
     plain.save("plain.png")
-    for name, wrong in (("older.png", {"stps": 1}), ("wrong.png", {"steps": "four"})):
-        record.save(plain, Path(name), {"settings": of | wrong, "weights": {}})
+    others = {"weights": {}, "made_with": {"versions": {}}}
+    for name, wrong in (
+        ("older.png", {"stps": 1}), ("wrong.png", {"steps": "four"}), ("what.png", {"what": 3}),
+    ):  # fmt: skip
+        record.save(plain, Path(name), {"settings": of | wrong, **others})
+    record.save(plain, Path("list.png"), {"settings": of, "weights": {}, "made_with": []})
     before = set(Path().iterdir())
     assert said in refused(*arguments)
     assert set(Path().iterdir()) - before <= {Path("all")}

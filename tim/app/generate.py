@@ -107,11 +107,13 @@ def _caption_dir(name: str) -> list[inspect.Parameter]:
 def _option(field: dataclasses.Field) -> inspect.Parameter:
     """Of a field of the settings; None, where it is not given, leaves it to the preset."""
     name, default, help = field.name.replace("_", "-"), field.default, field.metadata["help"]
+    panel = "Switches" if field.type is bool else "Settings"
     if field.type is bool:
         name, help = f"{name}/--no-{name}", f"{help} {'On' if default else 'Off'} by default."
     elif default is not None:
         help = f"{help} By default {default}."
-    option = typer.Option(f"--{name}", *field.metadata["names"], help=help)
+    names = f"--{name}", *field.metadata["names"]
+    option = typer.Option(*names, help=help, rich_help_panel=panel)
     return _parameter(field.name, Annotated[field.type | None, option], None)
 
 

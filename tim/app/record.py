@@ -34,7 +34,8 @@ def read(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no picture {path}")
     try:
         record = json.loads(_text(path))
-        if isinstance(record["settings"], dict) and isinstance(record["weights"], dict):
+        parts = record["settings"], record["weights"], record["made_with"]["versions"]
+        if all(isinstance(part, dict) for part in parts):
             return record
     except (ValueError, TypeError, KeyError, SafetensorError, UnidentifiedImageError, OSError):
         pass

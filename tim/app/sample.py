@@ -1,5 +1,6 @@
 """The command `tim sample`."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,6 +114,8 @@ def sample(
         }  # fmt: skip
         given = {name: value for name, value in given.items() if value is not None}
         values = {**before.get("settings", {}), **given}
+        if words:
+            values.pop("grid", None)
         values["device"] = _device(device, before)
         _draw(values, output, grid, like, before)
     typer.echo(output)
@@ -125,7 +128,8 @@ def _draw(
     from tim.app import assets, drawing
     from tim.app.settings import settings_of
 
-    settings = settings_of(values | {"grid": _is_grid(values, output, grid)})
+    settings = settings_of(values)
+    settings = dataclasses.replace(settings, grid=_is_grid(settings, output, grid))
     _check_output(output, grid)
     pipeline = assets.open_pipeline(
         settings.model, settings.config, dtype=dtype_of(settings.dtype), device=settings.device,
@@ -199,11 +203,10 @@ def _check_output(output: Path, grid: bool | None) -> None:
         raise PermissionError(f"{folder} may not be written to: give another --output")
 
 
-def _is_grid(values: dict[str, Any], output: Path, grid: bool | None) -> bool:
+def _is_grid(settings: Any, output: Path, grid: bool | None) -> bool:
     if output.suffix != ".png" or grid is not None:
         return bool(grid)
-    is_several = len(values.get("what", ())) > 1 or values.get("count", 1) != 1
-    return values.get("grid", is_several) or is_several
+    return settings.grid or len(settings.what) * settings.count > 1
 
 
 def _note_differences(

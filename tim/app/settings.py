@@ -42,6 +42,8 @@ class Settings:
     grid: bool = False
 
     def __post_init__(self):
+        if isinstance(self.what, str):
+            raise ValueError(f"what must be a list of prompts or classes, got {self.what!r}")
         object.__setattr__(self, "what", tuple(self.what))
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
         for name in ("model", "device", "sample_type"):
