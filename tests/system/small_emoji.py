@@ -6,10 +6,12 @@ from golden_files import GOLDEN
 from omegaconf import DictConfig, OmegaConf
 
 from tim import config
+from tim.app import assets
 from tim.data import emoji
 
 FONT = GOLDEN / "emoji" / "emoji.ttf"
 TEXT = GOLDEN / "training" / "text"
+SHIPPED = assets.folder("emoji")
 
 
 def made(folder: Path) -> Path:
