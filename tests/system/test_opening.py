@@ -89,7 +89,8 @@ def test_a_saved_pipeline_is_the_weight_file_with_its_configuration(released):
         released / "saved", vae=str(released / "vae"), text_encoder=str(released / "text")
     )
     drawn = [pixels(each, "a red cat") for each in (saved, file, given)]
-    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
+    for other in drawn[1:]:  # how weights lie in memory may turn last bits
+        torch.testing.assert_close(other, drawn[0], rtol=1e-5, atol=1e-6)
     assert [len(weight_files(released / name)) for name in ("saved", "t2i.safetensors")] == [1, 1]
 
 
@@ -129,6 +130,7 @@ def test_the_shipped_networks_by_name(tmp_path, monkeypatch):
 
 def test_refusals(digits, released, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     weights = released / "t2i.safetensors"
 
     def refuses(kind, said, *given, **options):
