@@ -94,11 +94,11 @@ def test_captions_of_colours():
 
 
 def test_rounds_of_batches():
-    rounds = emoji.batches(10, 4)
+    rounds = emoji.batches([range(10)], 4)
     assert {len(batch) for batch in rounds} == {4}
     assert len(rounds) == 16 * 2  # two of a round are left out
     assert {index for batch in rounds for index in batch} == {*range(10)}
-    assert rounds == emoji.batches(10, 4) and rounds[:2] != rounds[2:4]
+    assert rounds == emoji.batches([range(10)], 4) and rounds[:2] != rounds[2:4]
 
 
 def test_a_training_set_reads_it(folder):

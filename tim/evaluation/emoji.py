@@ -53,7 +53,13 @@ class Real:
         lines = {line["image_file"]: line for line in read(folder / HELD_OUT)}
         lines |= {line["image_file"]: line for line in read(folder / TRAIN)}
         self._place = {file: i for i, file in enumerate(lines)}
-        self.images = torch.stack([pictures.to_tensor(pictures.read(folder / f)) for f in lines])
+        images = [pictures.to_tensor(pictures.read(folder / file)) for file in lines]
+        if len(shapes := {image.shape for image in images}) > 1:
+            raise ValueError(
+                f"pictures of one size are needed, got {len(shapes)} sizes in {folder}: "
+                "python -m tim.data.emoji makes them without --trim"
+            )
+        self.images = torch.stack(images)
         self._factors = [(line["name"], line["tone"]) for line in lines.values()]
 
     def of(self, prompts: list[Prompt]) -> Tensor:

@@ -17,7 +17,7 @@ from tim.models import radio
 from tim.training.conditioning import ClassConditioning, Conditioning, TextConditioning
 from tim.training.latents import Encoded, Given, Latents
 from tim.training.repa import Targets
-from tim.training.streams import Position, TokenPacks, of_the_set, shuffled
+from tim.training.streams import Position, TokenPacks, check_sides, of_the_set, shuffled
 
 
 @dataclass
@@ -81,6 +81,8 @@ def build(cfg: DictConfig, network: Mapping[str, Any], device: torch.device) -> 
     if kind == "mnist":
         options["sampler"] = shuffled
     options |= _packs(dataset, unit, plain["data"]["pack_tokens"], plain["training"]["seed"])
+    if dataset.sizes is not None and not options.get("is_packed"):
+        check_sides(dataset.sizes, unit)
     return Parts(dataset, conditioning, shape, latents, repa, **options)
 
 
