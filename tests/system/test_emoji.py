@@ -164,6 +164,20 @@ def test_it_trains(trained):
     assert (trained / "model" / "training.yaml").is_file()
 
 
+def test_samples_are_of_the_prompts_that_are_set(folder, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        loop, "step_grid", lambda *given: drawn.append(given[5]) or Image.new("L", (1, 1))
+    )
+    texts = ["red heart", "fire"]
+    cfg = small(folder, validation_prompts=texts, validation_steps=1, max_train_steps=1)
+    loop.train(cfg, tmp_path / "run")
+    assert drawn == [texts]
+    cfg.training.validation_labels = [1]
+    with pytest.raises(ValueError, match="are for classes: give validation_prompts"):
+        loop.train(cfg, tmp_path / "other")
+
+
 def test_real_pictures_are_judged_right(folder):
     real = evaluation.Real(folder)
     asked = evaluation.prompts(folder)["pair"]
