@@ -19,6 +19,7 @@ from tim.data import emoji
 from tim.encoders import KeptFeatures, TextEncoder
 from tim.evaluation import curves
 from tim.evaluation import emoji as evaluation
+from tim.images import step_grid
 from tim.training import load_export, loop, save_export
 from tim.training.log import read_log
 
@@ -166,9 +167,12 @@ def test_it_trains(trained):
 
 def test_samples_are_of_the_prompts_that_are_set(folder, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(
-        loop, "step_grid", lambda *given: drawn.append(given[5]) or Image.new("L", (1, 1))
-    )
+
+    def watched(network, transport, noise, y, steps, names, decode):
+        drawn.append(names)
+        return step_grid(network, transport, noise, y, (1,), names, decode)
+
+    monkeypatch.setattr(loop, "step_grid", watched)
     texts = ["red heart", "fire"]
     cfg = small(folder, validation_prompts=texts, validation_steps=1, max_train_steps=1)
     loop.train(cfg, tmp_path / "run")
