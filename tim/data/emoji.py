@@ -24,6 +24,7 @@ from tim.data import pictures
 from tim.data.buckets import Size, filled, nearest, of_area
 from tim.data.captioned_images import UNIT
 from tim.files import filling
+from tim.processes import errors_in_one_line
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 TONES = {
@@ -213,8 +214,8 @@ def prepare(
 
     Raises:
         FileNotFoundError: there is no such font.
-        ValueError: `size` is no multiple of 32, which `CaptionedImages` needs, or `batch_size` is
-            more than there are pictures.
+        ValueError: `size` is no multiple of 32, which `CaptionedImages` needs; the font has none of
+            the pictures; or `batch_size` is more than there are.
         ImportError: a package is not installed.
     """
     if whole("size", size, UNIT) % UNIT:
@@ -224,6 +225,8 @@ def prepare(
     for each in known(newest):
         if (picture := source.drawn(each.sequence)) is not None:
             drawn[each] = trimmed(picture) if trim else picture
+    if not drawn:
+        raise ValueError(f"{font} has no picture of an emoji of version {newest} or older")
     train, held_out = split(list(drawn))
     if len(train) < batch_size:
         raise ValueError(f"batch_size must be at most {len(train)}, all pictures, got {batch_size}")
@@ -295,10 +298,12 @@ def main(
     ] = False,
 ) -> None:
     """Make pictures with captions of a font, and lay a text encoder beside them."""
-    train, held_out, sizes = prepare(
-        folder, font, size=size, batch_size=batch_size, newest=newest, trim=trim
-    )
-    copy_text_encoder(folder / "text_encoder")
+    with errors_in_one_line():
+        text_encoder()  # before anything is drawn
+        train, held_out, sizes = prepare(
+            folder, font, size=size, batch_size=batch_size, newest=newest, trim=trim
+        )
+        copy_text_encoder(folder / "text_encoder")
     typer.echo(f"{folder}: {train} pictures train, {held_out} prompts are held out")
     if trim:
         typer.echo(f"heights and widths: {', '.join(f'{h}×{w}' for h, w in sizes)}")

@@ -29,6 +29,7 @@ from tim.evaluation.curves import STEPS, percent
 from tim.evaluation.statistics import Moments, distance
 from tim.files import replacing
 from tim.pipelines import TiMTextPipeline
+from tim.processes import errors_in_one_line
 
 GUIDANCE = (1.0, 1.5)  # classifier-free guidance scales; 1 is none
 KINDS = ("pair", "paraphrase", "seen")
@@ -233,7 +234,8 @@ def main(
     seed: int = 0,
 ) -> None:
     """Measure two trained networks and print Markdown tables."""
-    results = evaluate({"TiM": tim, "flow matching": flow}, data, seed=seed)
+    with errors_in_one_line():
+        results = evaluate({"TiM": tim, "flow matching": flow}, data, seed=seed)
     with replacing(output) as path:
         path.write_text(json.dumps(results, indent=2) + "\n")
     plot(results, output.with_suffix(".png"))
