@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -14,10 +15,12 @@ import torch
 import typer.main
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import tim_kernels
 from tests.system import small_pipelines
 from tim import config
+from tim.app import assets
 from tim.app.cli import app
 from tim.evaluation import emoji
 from tim.evaluation.mnist import GUIDANCE, table
@@ -101,6 +104,25 @@ def test_code_runs_as_printed(page, released, capsys):
             "three.png", "retriever.png", "fox.png"
         }  # fmt: skip
         assert "fused: the whole model" in capsys.readouterr().out
+
+
+def test_samples_are_drawn_as_printed(released, tmp_path, monkeypatch):
+    """Every `tim sample` and `tim explain` of docs/cli.md, one after the other."""
+    small_pipelines.package(tmp_path / "site")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    Path("runs/mnist").mkdir(parents=True)
+    Path("runs/mnist/model").symlink_to(assets.folder("mnist"))
+    Path("prompts.txt").write_text("a red cat\na dog\n")
+    lines = "\n".join(blocks("docs/cli.md", "")).splitlines()
+    lines = [
+        line.partition("    ")[0] for line in lines if line[:10] in ("tim sample", "tim explai")
+    ]
+    assert len(lines) == 9
+    for line in lines:
+        result = CliRunner().invoke(app, shlex.split(line)[1:])
+        assert result.exit_code == 0, f"{line}: {result.output}"
+    assert Path("again.png").read_bytes() == Path("hearts.png").read_bytes()
+    assert len(list(Path("pictures").iterdir())) == 2
 
 
 @pytest.mark.parametrize("name", [n for n in tim_kernels.__all__ if n.islower()])
@@ -224,6 +246,8 @@ def test_commands_exist():
                 found["benchmarks"].add(report)
             case ["python", "-m", module, *_]:
                 assert importlib.util.find_spec(module), command
+            case ["tim", "--version" | "-h"]:
+                pass
             case ["tim", name, *options] if name != "…":
                 name = next(n for n in (" ".join([name, *options[:1]]), name) if n in cli)
                 params = cli[name].params

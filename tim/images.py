@@ -1,5 +1,7 @@
 """From tensors to pictures: grids with a label on every row and column."""
 
+import math
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -99,3 +101,36 @@ def step_grid(
     if len(by_name) == len(names) and max(map(_FONT.getlength, names)) > width:
         return labelled_grid(by_name, list(rows))
     return labelled_grid(rows, names)
+
+
+def captioned(
+    pictures: Sequence[Image.Image], captions: Sequence[str], columns: int | None = None
+) -> Image.Image:  # fmt: skip
+    """One picture of several of one size, each with its caption under it; small ones enlarged.
+
+    `columns` is how many stand side by side: by default up to six, or about as many as rows.
+    """
+    width, height = pictures[0].size
+    scale, gap, line, most = max(1, 96 // max(width, height)), 8, 14, 4
+    columns = min(columns or max(6, math.ceil(math.sqrt(len(pictures)))), len(pictures))
+    tile_w, tile_h = width * scale, height * scale
+    cell = max(tile_w, 96)
+    font = ImageFont.load_default(size=11)
+    letters = int(cell / font.getlength("n"))
+    texts = [
+        textwrap.wrap(caption, letters, max_lines=most, placeholder=" …") for caption in captions
+    ]
+    rows = math.ceil(len(pictures) / columns)
+    under = max(map(len, texts)) * line
+    size = columns * (cell + gap) + gap, rows * (tile_h + under + 2 * gap) + gap
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for place, (picture, lines) in enumerate(zip(pictures, texts, strict=True)):
+        row, column = divmod(place, columns)
+        left, top = gap + column * (cell + gap), gap + row * (tile_h + under + 2 * gap)
+        tile = picture.convert("RGB").resize((tile_w, tile_h), Image.Resampling.NEAREST)
+        canvas.paste(tile, (left + (cell - tile_w) // 2, top))
+        for number, text in enumerate(lines):
+            at = left + cell // 2, top + tile_h + gap // 2 + number * line
+            draw.text(at, text, fill="black", font=font, anchor="ma")
+    return canvas

@@ -12,13 +12,14 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from omegaconf import DictConfig
 from torch import nn
 
-from tim import checkpoints
+from tim import checkpoints, transports
 from tim import config as configs
 from tim.encoders import Autoencoder, TextEncoder
 from tim.models import TiMTransformer2DModel
 from tim.pipelines import TiMClassPipeline, TiMTextPipeline
 from tim.pipelines.base import folder_of, is_of_pixels, transport_of
 from tim.training import load_export
+from tim.transports import Transport
 
 M = TypeVar("M", bound=nn.Module)
 P = TypeVar("P")
@@ -57,7 +58,7 @@ def open_pipeline(
         pictures = pipeline([207]).images
     """
     device = torch.device(device)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    dtype = dtype or _usual_dtype(device)
     if isinstance(vae, Source):
         vae = _autoencoder(vae)
     if isinstance(text_encoder, Source):
@@ -100,7 +101,27 @@ def open_network(
             "or a YAML file"
         )
     cfg = configs.load(config)
+    if "model" not in cfg:
+        raise ValueError(f"{config} has no section model, which describes the network")
     return checkpoints.load(path, cfg, dtype=dtype), cfg
+
+
+def open_sampler(
+    source: Source, config: Source | None = None, *, dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[TiMTransformer2DModel, Transport]:  # fmt: skip
+    """What states are sampled with, of any source of `open_pipeline`, with the same errors: no
+    other networks are needed but those of a saved pipeline."""
+    device = torch.device(device)
+    dtype = dtype or _usual_dtype(device)
+    if is_pipeline(source):
+        pipeline = open_pipeline(source, config, dtype=dtype)
+        network, has = pipeline.transformer, pipeline.config
+        transport = transports.make(has.transport, **(has.transport_params or {}))
+    else:
+        network, cfg = open_network(source, config, dtype=dtype)
+        transport = configs.build_transport(cfg)
+    return network.to(device), transport
 
 
 def weight_files(source: Source) -> tuple[Path, ...]:
@@ -190,6 +211,10 @@ def _cast(module: M, dtype: torch.dtype | None) -> M:
     return nn.Module.to(
         module, dtype or module.dtype
     )  # diffusers' own warns of layers that there are none of
+
+
+def _usual_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def _text_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -48,6 +48,15 @@ def value_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def state_hash(module: torch.nn.Module) -> str:
+    """SHA-256 of all weights and buffers with their names, dtypes and shapes, hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def weights_hash(network: torch.nn.Module) -> str:
     """CRC-32 of all weights and buffers, hexadecimal."""
     value = 0

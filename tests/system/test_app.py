@@ -9,14 +9,13 @@ from functools import partial
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from small_mnist import NETWORK, small
 from typer.testing import CliRunner
 
 from tim import config, transports
 from tim.app import assets, common, demo
 from tim.app.cli import app
-from tim.images import labelled_grid, step_grid
+from tim.images import captioned, labelled_grid, step_grid
 from tim.training import load_export, save_export
 from tim_kernels import use_backend
 
@@ -62,45 +61,6 @@ def test_train_refuses_a_misspelt_override(tmp_path):
     result = tim("train", "--config", "mnist", "--output", tmp_path, "training.max_steps=1")
     assert result.exit_code == 1
     assert "max_steps" in result.output
-
-
-def test_sample_writes_what_the_seed_and_labels_say(exported, tmp_path):
-    def sampled(*options):
-        path = tmp_path / f"samples{options}.safetensors"  # what is read may be mapped: keep it
-        result = tim("sample", exported, "--labels", "3,1", "--output", path, *options)
-        assert result.exit_code == 0, result.output
-        return load_file(path)
-
-    first = sampled()
-    assert first["samples"].shape == (2, 1, 28, 28)
-    assert first["labels"].tolist() == [3, 1]
-    assert torch.equal(sampled()["samples"], first["samples"])
-    for change in (["--seed", 1], ["--steps", 2], ["--cfg-scale", 2], ["--labels", "3,2"]):
-        assert not torch.equal(sampled(*change)["samples"], first["samples"])
-
-
-def test_sample_draws_a_grid(exported, tmp_path):
-    path = tmp_path / "grid.png"
-    assert tim("sample", exported, "--labels", "3,1", "--output", path).exit_code == 0
-    assert Image.open(path).width > Image.open(path).height
-
-
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        (["--labels", "a", "--output", "x.png"], "labels must be"),
-        (["--labels", "1", "--output", "x.gif"], "must end in .png or .safetensors"),
-        (["--labels", "11", "--output", "x.png"], "11"),
-        (["--labels", "1", "--output", "x.png", "--device", "nope"], "device 'nope'"),
-        (["--labels", "1", "--output", "x.png", "--cfg-scale", "nan"], "cfg_scale must be finite"),
-        (["--labels", "1", "--output", "x.png", "--steps", 0], "num_steps must be at least 1"),
-    ],
-)
-def test_sample_refuses(exported, arguments, said):
-    result = tim("sample", exported, *arguments)
-    assert result.exit_code in (1, 2)
-    assert said in result.output
-    assert "Traceback" not in result.output
 
 
 @pytest.mark.parametrize(
@@ -163,6 +123,18 @@ def test_names_that_are_wider_than_pictures_have_rows():
     first_row = across.crop((across.width - 2 * tiles, 26, across.width - tiles - 4, 26 + 56))
     corner = down.crop((down.width - 3 * tiles, 26, down.width - 2 * tiles - 4, 26 + 56))
     assert first_row.tobytes() == corner.tobytes()
+
+
+def test_captioned_pictures_stand_in_order_over_their_captions():
+    sides = [Image.new("L", (48, 24), level) for level in (0, 100, 200)]
+    sheet = captioned(sides, ["a", "b", "a caption of some more words than fit on one line"], 2)
+    grey = sheet.convert("L")
+    left, right = 8 + 48, 8 + 104 + 48
+    below = next(y for y in range(60, sheet.height) if grey.getpixel((left, y)) == 200)
+    assert [grey.getpixel((left, 8 + 24)), grey.getpixel((right, 8 + 24))] == [0, 100]
+    assert grey.getpixel((right, below + 24)) == 255  # nothing stands there
+    assert min(grey.crop((0, below + 48, 112, sheet.height)).getextrema()) < 100  # its caption
+    assert captioned(sides, ["", "", ""]).width > captioned(sides[:1], [""]).width * 2
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):

@@ -106,6 +106,21 @@ def test_wrong_overrides(small_yaml, tmp_path, override, said):
     assert not output.exists()
 
 
+ANYTHING = ["abc", "-7", "1.5", "true", "null", ".nan", "[x]", "{a: 1}"]
+
+
+@pytest.mark.parametrize("key", settings.RULES)
+def test_every_setting_refuses_another_kind(small_yaml, key):
+    """Also those that a command line writes as text, flag, list or section."""
+    rule, said = settings.RULES[key], []
+    for text in ANYTHING:
+        value = yaml.safe_load(text)
+        if not rule.fits(value) and not isinstance(value, dict):  # which is merged
+            said.append(refusal("--config", small_yaml, f"{key}={text}"))
+            assert key.rpartition(".")[0] in said[-1] and len(said[-1]) < 400
+    assert said
+
+
 @pytest.mark.parametrize(
     "text, said",
     [

@@ -40,11 +40,18 @@ def open_pipeline(
     Raises:
         ImportError: the text encoder of "emoji" is not installed.
     """
-    if is_name(source):
-        if source == "emoji" and options.get("text_encoder") is None:
-            options["text_encoder"] = _emoji_text_encoder()
-        source = folder(str(source))
-    return opening.open_pipeline(source, config, **options)
+    if is_name(source) and str(source) == "emoji" and options.get("text_encoder") is None:
+        options["text_encoder"] = _emoji_text_encoder()
+    return opening.open_pipeline(path_of(source), config, **options)
+
+
+def path_of(source: Source) -> Source:
+    """The folder of a network of NAMES; any other source as it is.
+
+    Raises:
+        FileNotFoundError: see `folder`.
+    """
+    return folder(str(source)) if is_name(source) else source
 
 
 def is_name(source: Source) -> bool:

@@ -3,30 +3,58 @@
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from safetensors.torch import save_file
 
-from tim.app import evaluate, generate
-from tim.app.common import Device, check_device, device_of, errors_without_traceback, fail, say
+from tim.app import evaluate, explain, generate, sample
+from tim.app.common import (
+    Commands,
+    Device,
+    device_of,
+    dtype_of,
+    errors_without_traceback,
+    fail,
+    say,
+)
 from tim.processes import launched_group
 
+DRAW, TRAIN, MEASURE, HERE = "Draw", "Train", "Measure", "This machine"
 app = typer.Typer(
-    help="Transition Models: train, sample, generate, evaluate, demo.", no_args_is_help=True
-)
-app.add_typer(generate.app, name="generate")
-app.add_typer(evaluate.app, name="evaluate")
+    help="Transition Models: pictures in any number of steps.",
+    epilog="Example: tim sample mnist 3 1 4 --steps 2. Each command has its own -h.",
+    cls=Commands, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        for line in explain.versions():
+            typer.echo(line)
+        raise typer.Exit
 
 
 @app.callback()
-def _check_environment() -> None:
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Versions of what runs, and exit.", callback=_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
     try:
         import tim_kernels  # noqa: F401
     except ValueError as error:  # a wrong TIM_KERNELS_BACKEND
         fail(error, 2)
 
 
-@app.command()
+app.command(rich_help_panel=DRAW, epilog=sample.EXAMPLE)(sample.sample)
+
+
+@app.command(
+    rich_help_panel=TRAIN,
+    epilog="Example: tim train --config mnist training.max_train_steps=100 --output runs/short",
+)
 def train(
     config: Annotated[str, typer.Option(help="A preset's name or a YAML file.")],
     overrides: Annotated[
@@ -50,7 +78,10 @@ def train(
     typer.echo(f"network: {folder}")
 
 
-@app.command()
+@app.command(
+    rich_help_panel=TRAIN,
+    epilog="Example: tim export runs/mnist/checkpoints/step-10000 mnist.safetensors",
+)
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's folder, whole or sharded.")],
     output: Annotated[Path, typer.Argument(help="A .safetensors file.")],
@@ -69,7 +100,7 @@ def export(
     typer.echo(output)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN, epilog="Example: tim download weights --list")
 def download(
     what: Annotated[
         str, typer.Argument(help="imagenet-256, imagenet-512, imagenet-native, t2i-toy or weights.")
@@ -91,7 +122,11 @@ def download(
             typer.echo(line)
 
 
-@app.command()
+@app.command(
+    rich_help_panel=TRAIN,
+    epilog="Example: tim preprocess images latents --vae stabilityai/sd-vae-ft-ema "
+    "--image-size 256",
+)
 def preprocess(
     images: Annotated[Path, typer.Argument(help="A folder of class folders of pictures.")],
     latents: Annotated[Path, typer.Argument(help="Where the latents go.")],
@@ -128,15 +163,13 @@ def preprocess(
     limits = {name: size for name, size in limits.items() if size is not None}
     if limits and not native:
         raise typer.BadParameter("--min-image-size and --max-image-size are for --native")
-    dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-    if dtype not in dtypes:
-        raise typer.BadParameter(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
     device = device_of(device)
     with errors_without_traceback():
+        kind = dtype_of(dtype)
         from tim.data.preprocess import preprocess as run
         from tim.encoders import Autoencoder
 
-        autoencoder = Autoencoder.load(vae, dtype=dtypes[dtype], device=device)
+        autoencoder = Autoencoder.load(vae, dtype=kind, device=device)
         with launched_group():
             made = run(
                 images, latents, autoencoder, image_size=image_size, batch_size=batch_size,
@@ -149,50 +182,7 @@ def preprocess(
     )
 
 
-@app.command()
-def sample(
-    model: Annotated[Path, typer.Argument(help="The `model` folder that `tim train` wrote.")],
-    labels: Annotated[str, typer.Option(help="Class ids, comma-separated.")],
-    output: Annotated[Path, typer.Option(help="A .png grid or .safetensors.")],
-    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 8,
-    cfg_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
-    device: Annotated[
-        str | None, typer.Option(help="cuda, cpu, …; a GPU by default if there is one.")
-    ] = None,
-) -> None:
-    """Draw samples of the given classes from a trained network."""
-    from tim.files import replacing
-    from tim.images import labelled_grid, step_label
-    from tim.sampling import sample as run
-    from tim.training import load_export
-
-    if output.suffix not in (".png", ".safetensors"):
-        raise typer.BadParameter(f"{output} must end in .png or .safetensors")
-    try:
-        y = torch.tensor([int(label) for label in labels.split(",")])
-    except ValueError:
-        raise typer.BadParameter(f"labels must be like 3,1,4, got {labels!r}") from None
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
-    with errors_without_traceback():
-        network, transport, _ = load_export(model)
-        network.to(device)
-        size, channels = network.config.input_size, network.config.in_channels
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(len(y), channels, size, size, generator=generator)
-        y_null = torch.full_like(y, network.config.num_classes)
-        inputs = (tensor.to(device) for tensor in (transport.initial_state(noise), y, y_null))
-        x = run(network, transport, *inputs, num_steps=steps, cfg_scale=cfg_scale).cpu()
-        with replacing(output) as path:
-            if output.suffix == ".png":
-                labelled_grid({step_label(steps): x}, labels.split(",")).save(path)
-            else:
-                save_file({"samples": x, "labels": y}, path)
-    typer.echo(output)
-
-
-@app.command()
+@app.command(rich_help_panel=MEASURE, epilog="Example: tim compare results/4.json results/8.json")
 def compare(
     results: Annotated[list[Path], typer.Argument(help="What `tim evaluate` wrote, of one kind.")],
     output: Annotated[Path, typer.Option(help="A .png.")] = Path("tim-compare.png"),
@@ -218,7 +208,7 @@ def compare(
     typer.echo(output)
 
 
-@app.command()
+@app.command(rich_help_panel=DRAW, epilog="Example: tim demo --seed 1")
 def demo(
     output: Annotated[
         Path, typer.Option(help="Where the digits go; the emoji go beside them.")
@@ -232,3 +222,8 @@ def demo(
         typer.echo(draw(output, seed=seed).resolve())
         beside = output.with_stem(f"{output.stem}-emoji")
         typer.echo(draw_emoji(beside, seed=seed).resolve())
+
+
+app.command(rich_help_panel=HERE, epilog=explain.EXAMPLE)(explain.explain)
+app.add_typer(generate.app, name="generate", rich_help_panel=DRAW)
+app.add_typer(evaluate.app, name="evaluate", rich_help_panel=MEASURE)

@@ -1,14 +1,17 @@
 """What the commands share: errors in one line, the device."""
 
 import os
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
 from omegaconf.errors import OmegaConfBaseException
+from typer.core import TyperGroup
 
 from tim.processes import launched_device
 
@@ -26,10 +29,31 @@ LeaveOut = Annotated[
     ),
 ]
 
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 _EXPECTED = (
     ValueError, OSError, ImportError, ArithmeticError, OmegaConfBaseException,
     torch.OutOfMemoryError,
 )  # fmt: skip
+
+
+_UsageError = typer.BadParameter.__base__  # click's, of which typer may have its own
+
+
+class Commands(TyperGroup):
+    """A group whose errors of usage are one line, as all others are."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **options: Any) -> Any:
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **options)
+        try:
+            code = super().main(*args, standalone_mode=False, **options)
+        except _UsageError as error:
+            message, path = error.format_message(), error.ctx.command_path if error.ctx else "tim"
+            if message:  # none where the help was shown in place of it
+                line = " ".join(f"error: {message}".split()).removesuffix(".")
+                typer.echo(f"{line} ({path} -h says more)", err=True)
+            code = error.exit_code
+        sys.exit(code if isinstance(code, int) else 0)
 
 
 @contextmanager
@@ -37,7 +61,8 @@ def errors_without_traceback() -> Iterator[None]:
     from tim_kernels import BackendUnavailable
 
     try:
-        yield
+        with _ended_bars():
+            yield
     except BackendUnavailable as error:
         fail(f"{error}; TIM_KERNELS_BACKEND=auto takes what this machine has", 2)
     except KeyboardInterrupt as stop:
@@ -46,6 +71,19 @@ def errors_without_traceback() -> Iterator[None]:
         raise typer.Exit(getattr(stop, "exit_code", 130)) from None
     except _EXPECTED as error:
         fail(error, 1)
+
+
+@contextmanager
+def _ended_bars() -> Iterator[None]:
+    """Progress bars that an error cut off end before it is told."""
+    try:
+        yield
+    except BaseException as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__cause__ or cause.__context__
+        raise
 
 
 def fail(error: Exception | str, code: int) -> NoReturn:
@@ -71,3 +109,14 @@ def check_device(name: str) -> None:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
         raise typer.BadParameter(f"device {name!r}: {str(error).splitlines()[0]}") from None
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """That of its name.
+
+    Raises:
+        ValueError: it is another than the three that networks compute in.
+    """
+    if name is not None and name not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
+    return _DTYPES.get(name)

@@ -12,6 +12,7 @@ from tim.processes import Processes, launched_group
 
 app = typer.Typer(
     help="Measure pictures against a benchmark; torchrun shares the work, a rerun goes on.",
+    epilog="Example: tim evaluate geneval pictures --output results",
     no_args_is_help=True,
 )
 WorkFolder = Annotated[
@@ -31,7 +32,10 @@ Convert = Annotated[
 Metrics = Annotated[str | None, typer.Option(help="Some, comma-separated; all by default.")]
 
 
-@app.command()
+@app.command(
+    epilog="Example: tim evaluate imagenet pictures VIRTUAL_imagenet256_labeled.npz "
+    "--output results --download-weights"
+)
 def imagenet(
     pictures: Annotated[Path, typer.Argument(help="A folder of pictures, or an npz of arr_0.")],
     reference: Annotated[Path, typer.Argument(help="ADM's VIRTUAL_imagenet….npz for that size.")],
@@ -69,7 +73,10 @@ def imagenet(
     _print(result, output)
 
 
-@app.command()
+@app.command(
+    epilog="Example: tim evaluate mjhq pictures --meta-data meta_data.json "
+    "--metrics clip_score --output results"
+)
 def mjhq(
     pictures: Annotated[Path, typer.Argument(help="A folder of CATEGORY/ID.jpg.")],
     meta_data: Annotated[Path, typer.Option(help="MJHQ-30K's meta_data.json.")],
@@ -120,8 +127,10 @@ def mjhq(
     _print(result, output)
 
 
-app.command()(judge.geneval)
-app.command()(judge.dpg)
+app.command(epilog="Example: tim evaluate geneval pictures --output results")(judge.geneval)
+app.command(epilog="Example: tim evaluate dpg pictures --questions dpg_bench.csv --output results")(
+    judge.dpg
+)
 
 
 def _chosen(metrics: str | None, known: tuple[str, ...]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from tim.processes import launched_group
 
 app = typer.Typer(
     help="Folders of pictures for benchmarks; a stopped run goes on, and torchrun shares the work.",
+    epilog="Example: tim generate imagenet --checkpoint runs/mnist/model --output pictures",
     no_args_is_help=True,
 )
 
@@ -41,6 +42,15 @@ _HELP = {
     "dpg": "DPG-Bench: the 2×2 grid of each prompt.",
     "mjhq": "MJHQ-30K: a JPEG of each prompt, in folders of categories.",
     "imagenet": "ImageNet: numbered pictures of drawn classes.",
+}
+
+
+_EXAMPLES = {
+    "geneval": "--checkpoint t2i_model.bin --config t2i --preset geneval --output pictures",
+    "dpg": "--checkpoint t2i_model.bin --config t2i --caption-dir prompts --output pictures",
+    "mjhq": "--checkpoint t2i_model.bin --config t2i --caption-dir meta_data.json "
+    "--output pictures",
+    "imagenet": "--checkpoint c2i_model_256.safetensors --config xl-256 --output pictures",
 }
 
 
@@ -97,11 +107,13 @@ def _caption_dir(name: str) -> list[inspect.Parameter]:
 def _option(field: dataclasses.Field) -> inspect.Parameter:
     """Of a field of the settings; None, where it is not given, leaves it to the preset."""
     name, default, help = field.name.replace("_", "-"), field.default, field.metadata["help"]
+    panel = "Switches" if field.type is bool else "Settings"
     if field.type is bool:
         name, help = f"{name}/--no-{name}", f"{help} {'On' if default else 'Off'} by default."
     elif default is not None:
         help = f"{help} By default {default}."
-    option = typer.Option(f"--{name}", *field.metadata["names"], help=help)
+    names = f"--{name}", *field.metadata["names"]
+    option = typer.Option(*names, help=help, rich_help_panel=panel)
     return _parameter(field.name, Annotated[field.type | None, option], None)
 
 
@@ -111,4 +123,5 @@ def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empt
 
 
 for _name in KINDS:
-    app.command(_name, help=_HELP[_name])(_command(_name))
+    _epilog = f"Example: tim generate {_name} {_EXAMPLES[_name]}"
+    app.command(_name, help=_HELP[_name], epilog=_epilog)(_command(_name))

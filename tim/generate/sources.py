@@ -1,7 +1,6 @@
 """From a checkpoint to the networks that draw pictures."""
 
 import dataclasses
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ from tim.generate.settings import Settings
 from tim.models import TiMTransformer2DModel
 from tim.opening import open_pipeline, weight_files
 from tim.pipelines import TiMTextPipeline
-from tim.provenance import file_hash
+from tim.provenance import file_hash, state_hash
 from tim.transports import Transport
 
 S = TypeVar("S", bound=Settings)
@@ -104,8 +103,8 @@ class Source:
     def described(self) -> dict[str, Any]:
         """For run.json: what draws, with SHA-256 of weights (the network's of its files)."""
         parts = self._modules()
-        network = file_hash(*self.files) if self.files else _state_hash(parts["network"])
-        others = {name: _state_hash(part) for name, part in parts.items() if name != "network"}
+        network = file_hash(*self.files) if self.files else state_hash(parts["network"])
+        others = {name: state_hash(part) for name, part in parts.items() if name != "network"}
         network_config = self.network.config.items()
         described = {
             "weights": {"network": network, **others},
@@ -159,11 +158,3 @@ def load(
         text=text,
         files=weight_files(checkpoint),
     )
-
-
-def _state_hash(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
