@@ -21,7 +21,7 @@ LEVELS = {
         ["opening"],
         ["evaluation", "generate"],
         ["app"],
-        ["__main__", "assets", "cli"],
+        ["__main__", "assets", "cli", "comfyui"],
         ["__init__"],
     ],
     "tim_kernels": [

@@ -15,6 +15,8 @@ from tim.sampling import sample
 from tim.sampling.steps import Step
 from tim.transports import Transport
 
+_FONT = ImageFont.load_default(size=14)
+
 
 def by_size(function: Callable[..., Tensor], *columns: Iterable[Tensor]) -> list[Tensor]:
     """`function` of rows of tensors, of those of one shape at a time, stacked; its result for each
@@ -42,18 +44,17 @@ def labelled_grid(
     scale, gap = whole("scale", scale, 1), whole("gap", gap, 0)
     height, width = next(iter(rows.values())).shape[-2:]
     tile_h, tile_w = height * scale, width * scale
-    font = ImageFont.load_default(size=14)
-    left = max(int(font.getlength(label)) for label in rows) + 3 * gap
+    left = max(int(_FONT.getlength(label)) for label in rows) + 3 * gap
     top = 14 + 3 * gap
     size = (left + len(columns) * (tile_w + gap), top + len(rows) * (tile_h + gap))
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     for j, label in enumerate(columns):
         centre = left + j * (tile_w + gap) + tile_w // 2
-        draw.text((centre, top // 2), label, fill="black", font=font, anchor="mm")
+        draw.text((centre, top // 2), label, fill="black", font=_FONT, anchor="mm")
     for i, (label, images) in enumerate(rows.items()):
         y = top + i * (tile_h + gap)
-        draw.text((left - 2 * gap, y + tile_h // 2), label, fill="black", font=font, anchor="rm")
+        draw.text((left - 2 * gap, y + tile_h // 2), label, fill="black", font=_FONT, anchor="rm")
         for j, image in enumerate(images):
             tile = to_pil(image).resize((tile_w, tile_h), Image.Resampling.NEAREST)
             canvas.paste(tile, (left + j * (tile_w + gap), y))
@@ -76,7 +77,8 @@ def step_grid(
     *,
     progress: bool = False,
 ) -> Image.Image:
-    """Samples of y (B, …) from one noise (B, C, H, W) of variance 1, a row a step count.
+    """Samples of y (B, …) from one noise (B, C, H, W) of variance 1, a row a step count; or, where
+    their names are wider than they are, a column.
 
     `columns` names the samples, by default by their labels y (B,); `decode` makes images of them;
     `progress` shows a bar of all steps.
@@ -95,7 +97,12 @@ def step_grid(
         }
     if decode is not None:
         rows = {label: decode(latents) for label, latents in rows.items()}
-    return labelled_grid(rows, columns or [str(label) for label in y.tolist()])
+    names = list(columns or [str(label) for label in y.tolist()])
+    by_name = dict(zip(names, torch.stack([*rows.values()], dim=1), strict=True))
+    width = 2 * next(iter(rows.values())).shape[-1]
+    if len(by_name) == len(names) and max(map(_FONT.getlength, names)) > width:
+        return labelled_grid(by_name, list(rows))
+    return labelled_grid(rows, names)
 
 
 def captioned(

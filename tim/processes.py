@@ -23,6 +23,15 @@ def launched_group() -> Iterator[None]:
         distributed.destroy_process_group()
 
 
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Of a module that is run: what was wrong with its input ends it without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from None
+
+
 class Processes(NamedTuple):
     """This process's place among those that share the work."""
 

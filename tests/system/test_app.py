@@ -4,6 +4,7 @@ import os
 import runpy
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ from PIL import Image
 from small_mnist import NETWORK, small
 from typer.testing import CliRunner
 
-from tim import config
-from tim.app import common, demo
+from tim import config, transports
+from tim.app import assets, common, demo
 from tim.app.cli import app
-from tim.images import captioned, labelled_grid
-from tim.training import save_export
+from tim.images import captioned, labelled_grid, step_grid
+from tim.training import load_export, save_export
 from tim_kernels import use_backend
 
 
@@ -107,6 +108,21 @@ def test_grid_puts_images_in_order_on_white():
     left, top = grid.width - 12, grid.height - 12
     tiles = [[grid.getpixel((left + dx, top + dy)) for dx in (1, 7)] for dy in (1, 7)]
     assert tiles == [[0, 255], [255, 0]]
+
+
+def test_names_that_are_wider_than_pictures_have_rows():
+    """And the pictures are the same."""
+    y, noise = torch.arange(2), torch.randn(2, 1, 28, 28)
+    make = partial(step_grid, load_export(assets.folder("mnist"))[0], transports.make("OT_FM"))
+    across, down = (
+        make(noise, y, (1, 2, 4), names) for names in (["0", "1"], ["a picture of zero", "one"])
+    )
+    tiles = 2 * 28 + 4
+    tall, wide = ((grid.height // tiles, grid.width // tiles) for grid in (across, down))
+    assert tall[0] == 3 and wide[0] == 2 and wide[1] > 3
+    first_row = across.crop((across.width - 2 * tiles, 26, across.width - tiles - 4, 26 + 56))
+    corner = down.crop((down.width - 3 * tiles, 26, down.width - 2 * tiles - 4, 26 + 56))
+    assert first_row.tobytes() == corner.tobytes()
 
 
 def test_captioned_pictures_stand_in_order_over_their_captions():

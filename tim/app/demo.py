@@ -24,7 +24,9 @@ def draw(output: Path, *, seed: int = 0, weights: Path | None = None) -> Path:
 
     Raises:
         FileNotFoundError: `weights` does not hold an exported network.
+        ValueError: `output` is not called .png.
     """
+    _check_png(output)
     network, transport, _ = load_export(weights or assets.folder("mnist"))
     noise = torch.randn(10, 1, 28, 28, generator=torch.Generator().manual_seed(whole("seed", seed)))
     grid = step_grid(network, transport, noise, torch.arange(10), STEPS, progress=True)
@@ -38,7 +40,9 @@ def draw_emoji(output: Path, *, seed: int = 0, weights: Path | None = None) -> P
 
     Raises:
         FileNotFoundError: see `drawn_emoji`.
+        ValueError: `output` is not called .png.
     """
+    _check_png(output)
     rows = drawn_emoji(weights or assets.folder("emoji"), STEPS, seed)
     with replacing(output) as path:
         labelled_grid(rows, [step_label(count) for count in STEPS]).save(path)
@@ -69,3 +73,8 @@ def drawn_emoji(weights: Path, steps: Sequence[int], seed: int) -> dict[str, Ten
         ).images  # fmt: skip
         drawn.append(pictures * 2 - 1)
     return dict(zip(texts, torch.stack(drawn, dim=1), strict=True))
+
+
+def _check_png(output: Path) -> None:
+    if output.suffix != ".png":
+        raise ValueError(f"the output must end in .png, got {output}")

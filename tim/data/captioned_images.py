@@ -1,17 +1,19 @@
 """Pictures with captions, in batches of one size."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Sampler
 
 from tim.captions import escaped
+from tim.checks import whole
 from tim.data import pictures
 from tim.data.base import Item, TrainingSet, choice
 from tim.data.files import JsonLines, Packs, existing
 from tim.data.samplers import PackedSampler, Visit
 
-UNIT = 32  # px
+UNIT = 32  # px, which the released network's autoencoder makes one latent of
 
 
 class CaptionedImages(TrainingSet):
@@ -21,7 +23,8 @@ class CaptionedImages(TrainingSet):
         root_dir: the folder that the paths of `jsonl_dir` start from.
         packed_json: a JSON file, list of lists of line numbers from 0 on; each is one batch.
         jsonl_dir: a file of one JSON object a line: `image_file`; `bucket`, which ends in "-HxW"
-            (px, cut to multiples of 32); `captions`, a list of texts.
+            (px, cut to multiples of `unit`); `captions`, a list of texts.
+        unit: px of a token's side, that of the patch times what the autoencoder shrinks by.
         escape_captions: by `tim.captions.escaped`, as the released network was trained.
 
     Items: image (3, H, W) float32 in [-1, 1], stretched to its bucket; caption, a str.
@@ -43,13 +46,15 @@ class CaptionedImages(TrainingSet):
         packed_json: str | Path,
         jsonl_dir: str | Path,
         *,
+        unit: int = UNIT,
         escape_captions: bool = False,
     ):
+        unit = whole("unit", unit, 1)
         self.root_dir = existing("root_dir", root_dir, "folder")
         if not isinstance(escape_captions, bool):
             raise ValueError(f"escape_captions must be true or false, got {escape_captions!r}")
         self.escape_captions = escape_captions
-        self._lines = JsonLines(jsonl_dir, _checked_size)
+        self._lines = JsonLines(jsonl_dir, partial(_checked_size, unit))
         self.sizes = self._lines.checked
         self.packs = Packs(packed_json, len(self))
         for number, pack in enumerate(self.packs):
@@ -77,13 +82,13 @@ class CaptionedImages(TrainingSet):
         return PackedSampler(self.packs, **options)
 
 
-def _checked_size(line: dict[str, Any]) -> tuple[int, int]:
+def _checked_size(unit: int, line: dict[str, Any]) -> tuple[int, int]:
     """(H, W) of a line's bucket, in px."""
     height, _, width = line["bucket"].rpartition("-")[2].partition("x")
-    size = int(height) // UNIT * UNIT, int(width) // UNIT * UNIT
+    size = int(height) // unit * unit, int(width) // unit * unit
     captions = line["captions"]
-    if not isinstance(line["image_file"], str) or min(size) < UNIT:
-        raise ValueError(f"bucket must end in -HxW of at least {UNIT} px, got {line['bucket']!r}")
+    if not isinstance(line["image_file"], str) or min(size) < unit:
+        raise ValueError(f"bucket must end in -HxW of at least {unit} px, got {line['bucket']!r}")
     if not (isinstance(captions, list) and captions and all(isinstance(c, str) for c in captions)):
         raise ValueError(f"captions must be a list of texts, got {captions!r}")
     return size

@@ -9,7 +9,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,8 +21,10 @@ from PIL import Image
 
 from tim.checks import whole
 from tim.data import pictures
+from tim.data.buckets import Size, filled, nearest, of_area
 from tim.data.captioned_images import UNIT
 from tim.files import filling
+from tim.processes import errors_in_one_line
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 TONES = {
@@ -38,6 +40,7 @@ _TONED = (
 TRAIN, HELD_OUT = "captions.jsonl", "held_out.jsonl"
 _SEED = 0  # of the batches
 _ROUNDS = 16  # in which each picture is once, in other company
+PATCH = 4  # px, of the preset's network
 
 
 class Emoji(NamedTuple):
@@ -128,18 +131,14 @@ class Font:
         self._of_character = font.getBestCmap()
         self._of_several = dict(_ligatures(font))
 
-    def picture(self, sequence: str, size: int) -> Image.Image | None:
-        """On white, size × size px; None if the font has none."""
+    def drawn(self, sequence: str) -> Image.Image | None:
+        """RGBA, as the font has it; None if it has none."""
         glyphs = tuple(map(self._of_character.get, map(ord, sequence)))
         glyph = glyphs[0] if len(glyphs) == 1 else self._of_several.get(glyphs)
         if glyph not in self._glyphs:
             return None
         with Image.open(io.BytesIO(self._glyphs[glyph].imageData)) as stored:
-            drawn = stored.convert("RGBA")
-        side = max(drawn.size)
-        canvas = Image.new("RGBA", (side, side), "white")
-        canvas.alpha_composite(drawn, tuple((side - n) // 2 for n in drawn.size))
-        return pictures.stretched(canvas.convert("RGB"), size, size)
+            return stored.convert("RGBA")
 
 
 def _ligatures(font) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -147,6 +146,24 @@ def _ligatures(font) -> Iterator[tuple[tuple[str, ...], str]]:
         for table in lookup.SubTable:
             for first, ligatures in getattr(table, "ligatures", {}).items():
                 yield from (((first, *each.Component), each.LigGlyph) for each in ligatures)
+
+
+def on_white(drawn: Image.Image, size: Size) -> Image.Image:
+    """Whole, in the middle and of its own shape, at that size."""
+    height, width = size
+    sides = (
+        max(drawn.width, round(drawn.height * width / height)),
+        max(drawn.height, round(drawn.width * height / width)),
+    )
+    canvas = Image.new("RGBA", sides, "white")
+    room = zip(sides, drawn.size, strict=True)
+    canvas.alpha_composite(drawn, tuple((side - own) // 2 for side, own in room))
+    return pictures.stretched(canvas.convert("RGB"), width, height)
+
+
+def trimmed(drawn: Image.Image) -> Image.Image:
+    """What is drawn, without the room around it."""
+    return drawn.crop(drawn.getchannel("A").getbbox())
 
 
 def split(emoji: list[Emoji]) -> tuple[list[dict], list[dict]]:
@@ -171,29 +188,34 @@ def split(emoji: list[Emoji]) -> tuple[list[dict], list[dict]]:
     return train, held_out
 
 
-def batches(count: int, size: int) -> list[list[int]]:
-    """Rounds of all `count` lines, shuffled, in batches of `size`; a round's rest is left out."""
+def batches(buckets: Iterable[Sequence[int]], size: int) -> list[list[int]]:
+    """Rounds of the lines of each bucket, shuffled, in batches of `size`; a round's rest is left
+    out."""
     chance = np.random.default_rng(_SEED)
-    rounds = (chance.permutation(count).tolist() for _ in range(_ROUNDS))
     return [
-        order[start : start + size]
-        for order in rounds
-        for start in range(0, count - size + 1, size)
+        order[start : start + size].tolist()
+        for bucket in buckets
+        for order in (chance.permutation(bucket) for _ in range(_ROUNDS))
+        for start in range(0, len(bucket) - size + 1, size)
     ]
 
 
 def prepare(
-    folder: Path, font: Path = FONT, *, size: int = 32, batch_size: int = 32, newest: float = 0.6
-) -> tuple[int, int]:
+    folder: Path, font: Path = FONT, *, size: int = 32, batch_size: int = 32,
+    newest: float = 0.6, trim: bool = False,
+) -> tuple[int, int, list[Size]]:  # fmt: skip
     """Fill `folder` with pictures, `captions.jsonl`, `batches.json` and `held_out.jsonl`.
 
+    With `trim` pictures are cut to what is drawn, and of several sizes: of an area of about size²,
+    sides multiples of `PATCH`, each size that of a batch at least.
+
     Returns:
-        How many pictures train and how many (picture, caption) are held out.
+        How many pictures train, how many (picture, caption) are held out, and the sizes.
 
     Raises:
         FileNotFoundError: there is no such font.
-        ValueError: `size` is no multiple of 32, which `CaptionedImages` needs, or `batch_size` is
-            more than there are pictures.
+        ValueError: `size` is no multiple of 32, which `CaptionedImages` needs; the font has none of
+            the pictures; or `batch_size` is more than there are.
         ImportError: a package is not installed.
     """
     if whole("size", size, UNIT) % UNIT:
@@ -201,20 +223,34 @@ def prepare(
     batch_size = whole("batch_size", batch_size, 1)
     drawn, source = {}, Font(font)
     for each in known(newest):
-        if (picture := source.picture(each.sequence, size)) is not None:
-            drawn[each] = picture
+        if (picture := source.drawn(each.sequence)) is not None:
+            drawn[each] = trimmed(picture) if trim else picture
+    if not drawn:
+        raise ValueError(f"{font} has no picture of an emoji of version {newest} or older")
     train, held_out = split(list(drawn))
     if len(train) < batch_size:
         raise ValueError(f"batch_size must be at most {len(train)}, all pictures, got {batch_size}")
-    lines = [{**line, "bucket": f"emoji-{size}x{size}"} for line in train]
+    by_file = {each.file: picture for each, picture in drawn.items()}
+    own = {file: (picture.height, picture.width) for file, picture in by_file.items()}
+    sizes = [(size, size)]
+    if trim:
+        trains = [own[line["image_file"]] for line in train]
+        sizes = filled(trains, of_area(size, PATCH), batch_size)
+    of_file = {file: nearest(picture, sizes) for file, picture in own.items()}
+    buckets: dict[Size, list[int]] = {each: [] for each in sizes}
+    for number, line in enumerate(train):
+        height, width = of_file[line["image_file"]]
+        buckets[height, width].append(number)
+        line["bucket"] = f"emoji-{height}x{width}"
     with filling(folder) as new:
         (new / "pictures").mkdir()
-        for each, picture in drawn.items():
-            picture.save(new / each.file)
-        for name, of in ((TRAIN, lines), (HELD_OUT, held_out)):
+        for file, picture in by_file.items():
+            on_white(picture, of_file[file]).save(new / file)
+        for name, of in ((TRAIN, train), (HELD_OUT, held_out)):
             (new / name).write_text("".join(json.dumps(line) + "\n" for line in of))
-        (new / "batches.json").write_text(json.dumps(batches(len(train), batch_size)) + "\n")
-    return len(train), len(held_out)
+        packs = batches(buckets.values(), batch_size)
+        (new / "batches.json").write_text(json.dumps(packs) + "\n")
+    return len(train), len(held_out), sizes
 
 
 def read(path: Path) -> list[dict]:
@@ -257,11 +293,20 @@ def main(
     size: Annotated[int, typer.Option(help="Of a picture's side, in px.")] = 32,
     newest: Annotated[float, typer.Option(help="Emoji of this Unicode version or older.")] = 0.6,
     batch_size: Annotated[int, typer.Option(help="Pictures of a batch.")] = 32,
+    trim: Annotated[
+        bool, typer.Option("--trim", help="Cut to what is drawn: several sizes, about size² each.")
+    ] = False,
 ) -> None:
     """Make pictures with captions of a font, and lay a text encoder beside them."""
-    train, held_out = prepare(folder, font, size=size, batch_size=batch_size, newest=newest)
-    copy_text_encoder(folder / "text_encoder")
+    with errors_in_one_line():
+        text_encoder()  # before anything is drawn
+        train, held_out, sizes = prepare(
+            folder, font, size=size, batch_size=batch_size, newest=newest, trim=trim
+        )
+        copy_text_encoder(folder / "text_encoder")
     typer.echo(f"{folder}: {train} pictures train, {held_out} prompts are held out")
+    if trim:
+        typer.echo(f"heights and widths: {', '.join(f'{h}×{w}' for h, w in sizes)}")
 
 
 if __name__ == "__main__":

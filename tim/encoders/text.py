@@ -163,7 +163,12 @@ class KeptFeatures:
 
 def load_model(folder: str | Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """A decoder without its language head, or the encoder of an encoder-decoder (T5)."""
-    config = transformers.AutoConfig.from_pretrained(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except OSError as error:
+        raise OSError(
+            f"the text encoder {folder} is neither a folder of one nor to be had from the hub"
+        ) from error
     is_encoder = config.is_encoder_decoder or "t5" in config.model_type
     kind = "AutoModelForTextEncoding" if is_encoder else "AutoModel"
     return getattr(transformers, kind).from_pretrained(folder, dtype=dtype)

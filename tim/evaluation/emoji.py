@@ -29,6 +29,7 @@ from tim.evaluation.curves import STEPS, percent
 from tim.evaluation.statistics import Moments, distance
 from tim.files import replacing
 from tim.pipelines import TiMTextPipeline
+from tim.processes import errors_in_one_line
 
 GUIDANCE = (1.0, 1.5)  # classifier-free guidance scales; 1 is none
 KINDS = ("pair", "paraphrase", "seen")
@@ -53,7 +54,13 @@ class Real:
         lines = {line["image_file"]: line for line in read(folder / HELD_OUT)}
         lines |= {line["image_file"]: line for line in read(folder / TRAIN)}
         self._place = {file: i for i, file in enumerate(lines)}
-        self.images = torch.stack([pictures.to_tensor(pictures.read(folder / f)) for f in lines])
+        images = [pictures.to_tensor(pictures.read(folder / file)) for file in lines]
+        if len(shapes := {image.shape for image in images}) > 1:
+            raise ValueError(
+                f"pictures of one size are needed, got {len(shapes)} sizes in {folder}: "
+                "python -m tim.data.emoji makes them without --trim"
+            )
+        self.images = torch.stack(images)
         self._factors = [(line["name"], line["tone"]) for line in lines.values()]
 
     def of(self, prompts: list[Prompt]) -> Tensor:
@@ -227,7 +234,8 @@ def main(
     seed: int = 0,
 ) -> None:
     """Measure two trained networks and print Markdown tables."""
-    results = evaluate({"TiM": tim, "flow matching": flow}, data, seed=seed)
+    with errors_in_one_line():
+        results = evaluate({"TiM": tim, "flow matching": flow}, data, seed=seed)
     with replacing(output) as path:
         path.write_text(json.dumps(results, indent=2) + "\n")
     plot(results, output.with_suffix(".png"))

@@ -4,7 +4,7 @@ A batch is a mapping, of tensors on the device and of lists: `label` (B,), `capt
 `latent` (B, C, h, w), `image` (B, 3, H, W) in [-1, 1].
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -36,11 +36,15 @@ class Conditioning(Protocol):
 class ClassConditioning:
     """`label`, replaced by `num_classes` with probability `dropout`.
 
-    The averaged network sees the labels before dropping, as published.
+    The averaged network sees the labels before dropping, as published. `shown` are labels to look
+    at, by default the first ten.
     """
 
-    def __init__(self, num_classes: int, dropout: float, shown: int = 10):
-        self.num_classes, self.dropout, self.shown = num_classes, dropout, shown
+    def __init__(self, num_classes: int, dropout: float, shown: Sequence[int] | None = None):
+        self.num_classes, self.dropout = num_classes, dropout
+        self.shown = list(range(min(10, num_classes)) if shown is None else shown)
+        if max(self.shown) >= num_classes:
+            raise ValueError(f"labels must be below {num_classes}, got {max(self.shown)}")
 
     def __call__(self, batch: Batch, draws: Draws) -> Condition:
         label = batch["label"]
@@ -49,8 +53,7 @@ class ClassConditioning:
         return Condition(torch.where(is_dropped < self.dropout, y_null, label), y_null, label)
 
     def examples(self, device: torch.device) -> tuple[Tensor, list[str]]:
-        y = torch.arange(min(self.shown, self.num_classes), device=device)
-        return y, [str(label) for label in range(len(y))]
+        return torch.tensor(self.shown, device=device), [str(label) for label in self.shown]
 
 
 class TextConditioning:
@@ -65,7 +68,7 @@ class TextConditioning:
         encode: TextEncoder,
         nothing: Tensor,
         proportion_empty: float,
-        shown: tuple[str, ...] = ("a red fox in the snow", "a bowl of fruit", "a house by a lake"),
+        shown: Sequence[str] = ("a red fox in the snow", "a bowl of fruit", "a house by a lake"),
     ):
         self.encode, self.nothing = encode, nothing
         self.proportion_empty, self.shown = proportion_empty, list(shown)

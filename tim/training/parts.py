@@ -17,7 +17,7 @@ from tim.models import radio
 from tim.training.conditioning import ClassConditioning, Conditioning, TextConditioning
 from tim.training.latents import Encoded, Given, Latents
 from tim.training.repa import Targets
-from tim.training.streams import Position, TokenPacks, of_the_set, shuffled
+from tim.training.streams import Position, TokenPacks, check_sides, of_the_set, shuffled
 
 
 @dataclass
@@ -54,7 +54,7 @@ def build(cfg: DictConfig, network: Mapping[str, Any], device: torch.device) -> 
     dataset = data.make(kind, plain["data"]["dataset"])
     is_bf16 = cfg.training.mixed_precision == "bf16"
     with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):  # as in a step
-        conditioning = _conditioning(dataset, model, network, device)
+        conditioning = _conditioning(dataset, plain, network, device)
     load = functools.cache(lambda: Autoencoder.load(model["vae_dir"], device=device, tile=2048))
     repa = None
     if model["proj_coeff"] and model["enc_dir"] and network["projector_dim"]:
@@ -81,6 +81,8 @@ def build(cfg: DictConfig, network: Mapping[str, Any], device: torch.device) -> 
     if kind == "mnist":
         options["sampler"] = shuffled
     options |= _packs(dataset, unit, plain["data"]["pack_tokens"], plain["training"]["seed"])
+    if dataset.sizes is not None and not options.get("is_packed"):
+        check_sides(dataset.sizes, unit)
     return Parts(dataset, conditioning, shape, latents, repa, **options)
 
 
@@ -98,9 +100,19 @@ def _packs(dataset: TrainingSet, unit: int, tokens: int | None, seed: int) -> di
     return dict(sampler=packs, is_packed=True, images_per_batch=packs.images_per_pack)
 
 
-def _conditioning(dataset, model, network, device) -> Conditioning:
+def _conditioning(dataset, plain, network, device) -> Conditioning:
+    model, run = plain["model"], plain["training"]
+    prompts, labels = run["validation_prompts"], run["validation_labels"]
     if network["cap_feat_dim"] is None or "caption" not in dataset.names:
-        return ClassConditioning(network["num_classes"], network["class_dropout_prob"])
+        if prompts is not None:
+            raise ValueError("training.validation_prompts are for texts: give validation_labels")
+        classes, dropout = network["num_classes"], network["class_dropout_prob"]
+        try:
+            return ClassConditioning(classes, dropout, labels)
+        except ValueError as error:
+            raise ValueError(f"training.validation_labels: {error}") from error
+    if labels is not None:
+        raise ValueError("training.validation_labels are for classes: give validation_prompts")
     if model["text_encoder_dir"] is None:
         raise ValueError("model.text_encoder_dir must be a text encoder's folder, got None")
     names = "max_seq_length", "use_last_hidden_state", "escape_captions"
@@ -116,4 +128,5 @@ def _conditioning(dataset, model, network, device) -> Conditioning:
     nothing = encode.nothing
     if model["keep_text_features"]:
         encode = KeptFeatures(encode)
-    return TextConditioning(encode, nothing, model["proportion_empty_prompts"])
+    shown = {} if prompts is None else {"shown": prompts}
+    return TextConditioning(encode, nothing, model["proportion_empty_prompts"], **shown)

@@ -55,6 +55,13 @@ def _path(needed: str, *words: str) -> _Rule:
     return _Rule(needed, is_one)
 
 
+def _are_prompts(value: Any) -> bool:
+    if value is None:
+        return True
+    is_list = isinstance(value, list) and all(isinstance(text, str) for text in value)
+    return is_list and 0 < len({*value}) == len(value)
+
+
 _POSITIVE = _number("a positive number", lambda value: value > 0)
 _NOT_NEGATIVE = _number("a number, 0 or more", lambda value: value >= 0)
 _SHARE = _number("a number in [0, 1]", lambda value: 0 <= value <= 1)
@@ -69,6 +76,13 @@ _SECTION_OR_NONE = _Rule("a section or null", lambda value: value is None or _SE
 _STEPS_OR_NONE = _Rule(
     "a list of steps or null",
     lambda value: value is None or isinstance(value, list) and all(map(_whole(1).fits, value)),
+)
+_PROMPTS_OR_NONE = _Rule("a list of different texts or null", _are_prompts)
+_LABELS_OR_NONE = _Rule(
+    "a list of labels or null",
+    lambda value: (
+        value is None or isinstance(value, list) and value and all(map(_whole(0).fits, value))
+    ),
 )
 _SCHEDULES = [  # as functions of the step
     kind.value for kind in SchedulerType if kind.value not in ("reduce_lr_on_plateau", "greedy")
@@ -121,6 +135,8 @@ RULES: dict[str, _Rule] = {
     "training.allow_tf32": _FLAG,
     "training.log_steps": _whole(1),
     "training.validation_steps": _whole(1),
+    "training.validation_prompts": _PROMPTS_OR_NONE,
+    "training.validation_labels": _LABELS_OR_NONE,
 }
 DEFAULTS = {
     "model": {
@@ -147,6 +163,8 @@ DEFAULTS = {
         "tracker": None,
         "tracker_project_name": None,
         "tracker_kwargs": None,
+        "validation_prompts": None,
+        "validation_labels": None,
     },
 }
 # What published files also hold.

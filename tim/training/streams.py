@@ -61,12 +61,7 @@ class TokenPacks:
             first = dataset[0]
             shape = first["latent" if "latent" in first else "image"].shape
             sizes = np.tile(shape[-2:], (len(dataset), 1))
-        if (wrong := (sizes % unit != 0).any(axis=1)).any():
-            h, w = sizes[wrong.argmax()]
-            raise ValueError(
-                f"sides must be multiples of {unit}, a token's; {wrong.sum():,} of {len(sizes):,} "
-                f"pictures are not, the first is {h}×{w}"
-            )
+        check_sides(sizes, unit)
         lengths = (sizes // unit).prod(axis=1)
         self.packs = mixed(lengths, tokens, seed=seed) if packs is None else packs
         self.tokens = np.array([lengths[pack].sum() for pack in self.packs])
@@ -78,3 +73,13 @@ class TokenPacks:
         options = at._asdict() | dict(tokens=self.tokens)
         del options["batch_size"]
         return PackedSampler(self.packs, **options)
+
+
+def check_sides(sizes: np.ndarray, unit: int) -> None:
+    """Refuse pictures (N, 2) that are not of whole tokens."""
+    if (wrong := (sizes % unit != 0).any(axis=1)).any():
+        h, w = sizes[wrong.argmax()]
+        raise ValueError(
+            f"sides must be multiples of {unit}, a token's; {wrong.sum():,} of {len(sizes):,} "
+            f"pictures are not, the first is {h}×{w}"
+        )
