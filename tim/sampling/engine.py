@@ -124,9 +124,7 @@ class Engine:
             y_null = torch.stack([r.y_null for r in batch]) if options.is_guided else None
             generators = [r.generator for r in batch] if options.stochasticity_ratio else None
             scales = [r.options.cfg_scale for r in batch]
-            pictures = self._carry(
-                steps, z, y, y_null, scales, generators, guider=options.guider
-            )
+            pictures = self._carry(steps, z, y, y_null, scales, generators, guider=options.guider)
             yield from zip(batch, pictures, strict=True)
 
     def explain(self) -> str:
@@ -201,7 +199,9 @@ class Engine:
             self._latest = f"step by step: {told} a step are more than cache_bytes"
             return StepByStep(*args)
         if not together:
-            self._latest = f"text read once, {text / 1e6:,.1f} MB; rows at each step: {not_together}"
+            self._latest = (
+                f"text read once, {text / 1e6:,.1f} MB; rows at each step: {not_together}"
+            )
             return ReadOnce(*args)
         self._latest = f"formed ahead: {told} a step"
         return Ahead(*args[:-1], steps=steps, budget=self._cache_bytes - text, graphs=graphs)
