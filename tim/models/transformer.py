@@ -1,5 +1,7 @@
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -48,6 +50,7 @@ class TiMTransformer2DModel(Cached, ModelMixin, ConfigMixin):
     # In and out stay in the dtype of computing, which the first weight tells a sampler.
     _skip_layerwise_casting_patterns = ["embedder", "norm", "final_layer"]
     runs_on_tim_kernels = True
+    _from_single_file: Callable[..., "TiMTransformer2DModel"] | None = None  # of tim.checkpoints
 
     @whole_sizes
     @register_to_config
@@ -150,6 +153,33 @@ class TiMTransformer2DModel(Cached, ModelMixin, ConfigMixin):
         if return_dict:
             return TiMTransformer2DModelOutput(sample, features)
         return (sample, features) if return_features else sample
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | Path,
+        *,
+        config: str | Path | Mapping[str, Any] | None = None,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **hub: Any,
+    ) -> "TiMTransformer2DModel":
+        """Of a released weight file, or its address on the hub, as `tim.checkpoints.load`.
+
+        `config` is a preset's name, a YAML file, constructor arguments, or the folder of a saved
+        network or pipeline; the dtype is the file's unless given. `hub` are options of
+        `huggingface_hub.hf_hub_download`, such as `local_files_only`.
+
+        Raises:
+            ValueError: see `tim.checkpoints.load`, which names every weight that does not fit.
+            ImportError: `tim.checkpoints` (which `tim.pipelines` imports) was not imported.
+        """
+        if cls._from_single_file is None:
+            raise ImportError("from_single_file is there after `import tim.checkpoints`")
+        dtype = torch_dtype if dtype is None else dtype
+        given = dict(config=config, dtype=dtype, device=device)
+        return cls._from_single_file(pretrained_model_link_or_path, **given, **hub)
 
     def set_attention_backend(self, backend: str) -> None:
         """Taken where it names what runs: attention is chosen by what is installed, see

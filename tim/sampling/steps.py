@@ -58,7 +58,7 @@ class Options:
 
     def __post_init__(self):
         if self.times is not None:
-            object.__setattr__(self, "times", _decreasing(self.times))
+            object.__setattr__(self, "times", decreasing("times", self.times))
 
     @property
     def is_guided(self) -> bool:
@@ -114,12 +114,17 @@ class Options:
             raise ValueError(f"a guider guides alone: cfg_scale must be 1, got {self.cfg_scale}")
 
 
-def _decreasing(times: Iterable[float]) -> tuple[float, ...]:
+def decreasing(name: str, times: Iterable[float]) -> tuple[float, ...]:
+    """`times` as numbers.
+
+    Raises:
+        ValueError: they are none, or do not decrease.
+    """
     try:
         found = tuple(float(time) for time in times)
     except (TypeError, ValueError):
-        raise ValueError(f"times must be numbers, got {times!r}") from None
+        raise ValueError(f"{name} must be numbers, got {times!r}") from None
     pairs = zip(found, found[1:], strict=False)
     if len(found) < 2 or not all(math.inf > t > r > -math.inf for t, r in pairs):
-        raise ValueError(f"times must be two or more that decrease, got {list(found)}")
+        raise ValueError(f"{name} must be two numbers or more that decrease, got {list(found)}")
     return found
