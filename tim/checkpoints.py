@@ -121,6 +121,7 @@ def local(path: str | Path, **hub: Any) -> Path:
     return Path(hf_hub_download(repository, name, **dict(revision=revision) | hub))
 
 
+HUB = "cache_dir", "force_download", "local_files_only", "proxies", "revision", "token"
 _ADDRESS = re.compile(r"https://huggingface\.co/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/(.+)")
 
 

@@ -56,30 +56,31 @@ class TiMPipeline(DiffusionPipeline):
         config: str | Path | None = None,
         torch_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
-        local_files_only: bool = False,
-        **components: Any,
+        **options: Any,
     ) -> Self:
         """From a released weight file or its address on the hub, such as
         ("c2i_model_256.safetensors", config="xl-256").
 
         `config` is a preset's name or a YAML file, as of `from_checkpoint`, or the folder of a
-        saved pipeline, whose other parts are taken. The dtype is the file's unless given.
+        saved pipeline, whose other parts are taken. The dtype is the file's unless given. `options`
+        are other components, and `local_files_only`, `cache_dir`, `force_download`, `revision`,
+        `token` and `proxies` of the hub.
 
         Raises:
             ValueError: see `from_checkpoint`; weights that do not fit are named.
             OSError: a file or folder is not to be had.
         """
+        hub = {name: options.pop(name) for name in checkpoints.HUB if name in options}
         if config is None:
             raise ValueError(f"{pretrained_model_link_or_path} holds weights alone: {CONFIG}")
-        path = checkpoints.local(pretrained_model_link_or_path, local_files_only=local_files_only)
+        path = checkpoints.local(pretrained_model_link_or_path, **hub)
         dtype = torch_dtype if dtype is None else dtype
         if Path(config).is_dir():
             network = checkpoints.load(path, config, dtype=dtype)
             return cls.from_pretrained(
-                config, transformer=network, torch_dtype=network.dtype,
-                local_files_only=local_files_only, **components,
-            )  # fmt: skip
-        return cls.from_checkpoint(path, config, dtype=dtype, **components)
+                config, transformer=network, torch_dtype=network.dtype, **hub, **options
+            )
+        return cls.from_checkpoint(path, config, dtype=dtype, **options)
 
     def _set_up(self, transport: str, transport_params: Mapping[str, Any] | None) -> None:
         params = dict(transport_params or {})
@@ -99,6 +100,12 @@ class TiMPipeline(DiffusionPipeline):
         if self.vae is None:
             return Pixels(self.transformer.config.in_channels)
         return Autoencoder(self.vae)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        is_late = name in self._optional_components and value is not None
+        if is_late and list(self.config.get(name) or ()) == [None, None]:
+            self.register_modules(**{name: value})  # diffusers would not save it
 
     @property
     def interrupt(self) -> bool:

@@ -99,7 +99,7 @@ class Call:
 
 def is_several(side: Side) -> bool:
     """Whether a height or width is one of each picture."""
-    return isinstance(side, (list, tuple))
+    return isinstance(side, (list, tuple)) or getattr(side, "ndim", 0) == 1
 
 
 def _number(name: str, given: Any) -> float:

@@ -13,6 +13,7 @@ COMBINING = (
     "AdaptiveProjectedMixGuidance", "TangentialClassifierFreeGuidance", "MagnitudeAwareGuidance",
     "FrequencyDecoupledGuidance",
 )  # fmt: skip
+FLAT = "MagnitudeAwareGuidance"  # takes (B, C, N): its norm is of two dimensions
 
 
 class FromDiffusers:
@@ -29,7 +30,7 @@ class FromDiffusers:
                 f"guider must be one that combines predictions with and without the condition "
                 f"({', '.join(COMBINING)}), got {name}"
             )
-        self.guider, self.num_steps = guider, num_steps
+        self.guider, self.num_steps, self.is_flat = guider, num_steps, name == FLAT
 
     def acts(self, index: int, t: float) -> bool:
         self._at(index, t)
@@ -39,8 +40,8 @@ class FromDiffusers:
         self._at(step.index, step.t)
         asked = self.guider.prepare_inputs({})
         for batch, prediction in zip(asked, (F, F_uncond), strict=False):
-            batch.noise_pred = prediction
-        return self.guider(asked)[0].to(F.dtype)
+            batch.noise_pred = prediction.flatten(2) if self.is_flat else prediction
+        return self.guider(asked)[0].to(F.dtype).view_as(F)
 
     def _at(self, index: int, t: float) -> None:
         self.guider.set_state(index, self.num_steps, torch.tensor(t, dtype=torch.float64))

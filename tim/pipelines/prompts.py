@@ -156,10 +156,11 @@ class ReadsPrompts(TiMPipeline):
                 do_classifier_free_guidance=is_guided, **of_one, **(negative if is_guided else {})
             )
             for of_one, negative in zip(prompts, negatives, strict=True)
-            for _ in range(count)
         ]
-        y = [features[0] for features, _ in both]
-        return y, [features[0] for _, features in both] if is_guided else None
+        y = [features[0] for features, _ in both for _ in range(count)]
+        if not is_guided:
+            return y, None
+        return y, [features[0] for _, features in both for _ in range(count)]
 
 
 def _texts(name: str, given: Prompts | None) -> list[str]:
