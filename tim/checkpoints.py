@@ -108,7 +108,14 @@ def _read_bin(path: Path) -> Any:
 _READERS = {".safetensors": safetensors.torch.load_file, ".bin": _read_bin}
 
 
-def local(path: str | Path, **hub: Any) -> Path:
+def local(
+    path: str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+    token: bool | str | None = None,
+) -> Path:
     """The file itself, of a path or of its address on the hub, from which it is fetched.
 
     Raises:
@@ -118,10 +125,14 @@ def local(path: str | Path, **hub: Any) -> Path:
     if address is None:
         return Path(path)
     repository, revision, name = address.groups()
-    return Path(hf_hub_download(repository, name, **dict(revision=revision) | hub))
+    file = hf_hub_download(
+        repository, name, revision=revision, cache_dir=cache_dir, force_download=force_download,
+        local_files_only=local_files_only, token=token,
+    )  # fmt: skip
+    return Path(file)
 
 
-HUB = "cache_dir", "force_download", "local_files_only", "proxies", "revision", "token"
+HUB = "cache_dir", "force_download", "local_files_only", "token"
 _ADDRESS = re.compile(r"https://huggingface\.co/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/(.+)")
 
 

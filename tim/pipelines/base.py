@@ -1,5 +1,6 @@
 """What a pipeline does but for its conditioning: noise, sampling, decoding."""
 
+import inspect
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -63,8 +64,8 @@ class TiMPipeline(DiffusionPipeline):
 
         `config` is a preset's name or a YAML file, as of `from_checkpoint`, or the folder of a
         saved pipeline, whose other parts are taken. The dtype is the file's unless given. `options`
-        are other components, and `local_files_only`, `cache_dir`, `force_download`, `revision`,
-        `token` and `proxies` of the hub.
+        are other components, and `local_files_only`, `cache_dir`, `force_download` and `token` of
+        the hub.
 
         Raises:
             ValueError: see `from_checkpoint`; weights that do not fit are named.
@@ -76,10 +77,11 @@ class TiMPipeline(DiffusionPipeline):
         path = checkpoints.local(pretrained_model_link_or_path, **hub)
         dtype = torch_dtype if dtype is None else dtype
         if Path(config).is_dir():
+            if foreign := options.keys() - inspect.signature(cls.__init__).parameters:
+                raise TypeError(f"{cls.__name__} has no {', '.join(sorted(foreign))}")
+            of_all = {} if dtype is None else dict(torch_dtype=dtype)
             network = checkpoints.load(path, config, dtype=dtype)
-            return cls.from_pretrained(
-                config, transformer=network, torch_dtype=network.dtype, **hub, **options
-            )
+            return cls.from_pretrained(config, transformer=network, **of_all, **hub, **options)
         return cls.from_checkpoint(path, config, dtype=dtype, **options)
 
     def _set_up(self, transport: str, transport_params: Mapping[str, Any] | None) -> None:
