@@ -3,6 +3,7 @@
 A folder written by `save_pretrained` is loaded by `TiMTransformer2DModel.from_pretrained`.
 """
 
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from huggingface_hub import hf_hub_download
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -30,9 +32,9 @@ def load(
         path: safetensors, or a torch pickle of a plain state dict (read with `weights_only=True`).
             What torch.compile, DDP and FSDP put before names is taken off. The file is free
             afterwards: nothing is mapped from it.
-        preset_or_config: a preset's name, a YAML file, a configuration, or the network's
-            constructor arguments alone. The projector serves only the feature-alignment loss: a
-            file without any `projector.*` gives a network without one.
+        preset_or_config: a preset's name, a YAML file, a configuration, the network's constructor
+            arguments alone, or the folder of a saved network or pipeline. The projector serves only
+            the feature-alignment loss: a file without any `projector.*` gives a network without.
         device: where the network goes; the CPU by default.
         dtype: of the parameters; the file's own by default.
 
@@ -106,14 +108,74 @@ def _read_bin(path: Path) -> Any:
 _READERS = {".safetensors": safetensors.torch.load_file, ".bin": _read_bin}
 
 
+def local(
+    path: str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+    token: bool | str | None = None,
+) -> Path:
+    """The file itself, of a path or of its address on the hub, from which it is fetched.
+
+    Raises:
+        OSError: it is not to be had.
+    """
+    address = _ADDRESS.fullmatch(str(path))
+    if address is None:
+        return Path(path)
+    repository, revision, name = address.groups()
+    file = hf_hub_download(
+        repository, name, revision=revision, cache_dir=cache_dir, force_download=force_download,
+        local_files_only=local_files_only, token=token,
+    )  # fmt: skip
+    return Path(file)
+
+
+HUB = "cache_dir", "force_download", "local_files_only", "token"
+_ADDRESS = re.compile(r"https://huggingface\.co/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/(.+)")
+
+
+def from_single_file(
+    path: str | Path,
+    *,
+    config: str | Path | Mapping[str, Any] | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    **hub: Any,
+) -> TiMTransformer2DModel:
+    """What `TiMTransformer2DModel.from_single_file` gives."""
+    if config is None:
+        raise ValueError(f"{path} holds weights alone: {CONFIG}")
+    return load(local(path, **hub), config, device=device, dtype=dtype)
+
+
+CONFIG = (
+    "config is needed, a preset's name "
+    f"({', '.join(config.presets())}), a YAML file or the folder of a saved network or pipeline"
+)
+TiMTransformer2DModel._from_single_file = staticmethod(from_single_file)
+
+
 def _as_config(preset_or_config: str | Path | Mapping[str, Any]) -> DictConfig:
     if isinstance(preset_or_config, (str, Path)):
-        return config.load(preset_or_config)
+        if not Path(preset_or_config).is_dir():
+            return config.load(preset_or_config)
+        preset_or_config = _saved(Path(preset_or_config))
     cfg = OmegaConf.create(_plain(preset_or_config))
     if "model" in cfg:
         return cfg
     network = {"target": "tim.models.TiMTransformer2DModel", "params": cfg}
     return OmegaConf.create({"model": {"network": network}})
+
+
+def _saved(folder: Path) -> dict[str, Any]:
+    """The constructor arguments of a network that diffusers saved in `folder`."""
+    for place in (folder, folder / "transformer"):
+        if (place / TiMTransformer2DModel.config_name).is_file():
+            saved = TiMTransformer2DModel.load_config(place)
+            return {name: value for name, value in saved.items() if not name.startswith("_")}
+    raise ValueError(f"{folder} holds no {TiMTransformer2DModel.config_name} of a network")
 
 
 def _plain(value: Any) -> Any:

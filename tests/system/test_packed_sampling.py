@@ -153,8 +153,8 @@ def test_class_pipeline(output_type):
     [
         {},
         dict(guidance_scale=1.0),
-        dict(guidance_interval=(-1.0, 2.0), negative_prompt=["a red dog", "cat", "a"]),
-        dict(guidance_interval=(-1.0, 2.0), negative_prompt="a dog"),
+        dict(guidance_interval=(0.0, 2.0), negative_prompt=["a red dog", "cat", "a"]),
+        dict(guidance_interval=(0.0, 2.0), negative_prompt="a dog"),
     ],
     ids=["guided", "unguided", "negatives", "negative"],
 )

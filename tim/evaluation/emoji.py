@@ -134,7 +134,7 @@ def draw(
     drawn = [
         pipeline(
             texts[at : at + _CHUNK], latents=noise[at : at + _CHUNK],
-            guidance_interval=(-1.0, 2.0), **options,
+            guidance_interval=(0.0, 2.0), **options,
         ).images
         for at in range(0, len(texts), _CHUNK)
     ]  # fmt: skip

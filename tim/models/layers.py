@@ -100,7 +100,7 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        hidden_states: Tensor,  # by this name diffusers' caches find it
         pending: Pending | None,
         c: Tensor | None,
         delta: Tensor | None,
@@ -109,7 +109,7 @@ class Block(nn.Module):
         rows: BlockRows | None = None,
     ) -> tuple[Tensor, Pending] | Tensor:
         """See `class_block` and `text_block` of `tim_kernels.network.blocks`."""
-        args = self, x, pending, c, delta, text, rope, rows
+        args = self, hidden_states, pending, c, delta, text, rope, rows
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpointed(self._gradient_checkpointing_func, type(self).function, *args)
         return type(self).function(*args)

@@ -1,5 +1,7 @@
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -8,12 +10,14 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from tim_kernels import CONDITIONS, Packing
+from tim_kernels.attention.op import flash_attention
 from tim_kernels.network.forward import predict
 from tim_kernels.network.packing import check_packed
 from tim_kernels.qk_norm_rope.reference import ORDERS
 
 from ..checks import check_times, whole_sizes
 from ..files import saved_whole
+from .caching import Cached
 from .embeddings import CaptionEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder
 from .layers import BlockShape, ClassBlock, FinalLayer, TextBlock, projector, zero_
 
@@ -30,7 +34,7 @@ class TiMTransformer2DModelOutput(BaseOutput):
 
 
 @saved_whole
-class TiMTransformer2DModel(ModelMixin, ConfigMixin):
+class TiMTransformer2DModel(Cached, ModelMixin, ConfigMixin):
     """The TiM network F(x_t, t, r, y) (arXiv 2509.04394, section 3 and appendix).
 
     Arguments bear the published names. With `cap_feat_dim` it is conditioned on text features
@@ -43,7 +47,10 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _repeated_blocks = ["ClassBlock", "TextBlock"]
+    # In and out stay in the dtype of computing, which the first weight tells a sampler.
+    _skip_layerwise_casting_patterns = ["embedder", "norm", "final_layer"]
     runs_on_tim_kernels = True
+    _from_single_file: Callable[..., "TiMTransformer2DModel"] | None = None  # of tim.checkpoints
 
     @whole_sizes
     @register_to_config
@@ -131,27 +138,64 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
             >>> latents = unpack(model(tokens, t, r, y, packing=packing), packing)
         """
         self._check_inputs(x, t, r, y, return_features, packing)
-        sample, features = predict(
-            self,
-            x,
-            t,
-            r,
-            y,
-            new_condition=self.config.new_condition,
-            rope_order=self.config.rope_order,
-            features_depth=self.config.encoder_depth if return_features else None,
-            packing=packing,
-        )
+        with self.caching(x):
+            sample, features = predict(
+                self,
+                x,
+                t,
+                r,
+                y,
+                new_condition=self.config.new_condition,
+                rope_order=self.config.rope_order,
+                features_depth=self.config.encoder_depth if return_features else None,
+                packing=packing,
+            )
         if return_dict:
             return TiMTransformer2DModelOutput(sample, features)
         return (sample, features) if return_features else sample
 
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | Path,
+        *,
+        config: str | Path | Mapping[str, Any] | None = None,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **hub: Any,
+    ) -> "TiMTransformer2DModel":
+        """Of a released weight file, or its address on the hub, as `tim.checkpoints.load`.
+
+        `config` is a preset's name, a YAML file, constructor arguments, or the folder of a saved
+        network or pipeline; the dtype is the file's unless given. `hub` are options of
+        `huggingface_hub.hf_hub_download`, such as `local_files_only`.
+
+        Raises:
+            ValueError: see `tim.checkpoints.load`, which names every weight that does not fit.
+            ImportError: `tim.checkpoints` (which `tim.pipelines` imports) was not imported.
+        """
+        if cls._from_single_file is None:
+            raise ImportError("from_single_file is there after `import tim.checkpoints`")
+        dtype = torch_dtype if dtype is None else dtype
+        given = dict(config=config, dtype=dtype, device=device)
+        return cls._from_single_file(pretrained_model_link_or_path, **given, **hub)
+
     def set_attention_backend(self, backend: str) -> None:
-        """Refused: attention is chosen by what is installed, see `tim_kernels.attention`."""
-        raise ValueError(
-            f"attention backend {backend!r} cannot be set: TiM takes flash-attn where it is "
-            "installed, else PyTorch's attention, among whose kernels sdpa_kernel chooses"
-        )
+        """Taken where it names what runs: attention is chosen by what is installed, see
+        `tim_kernels.attention`.
+
+        Raises:
+            ValueError: it names another.
+        """
+        flash = flash_attention()
+        here = "native" if flash is None else _FLASH.get(flash.__name__, flash.__name__)
+        if backend != here:
+            raise ValueError(
+                f"attention backend {backend!r} cannot be set, {here!r} runs: TiM takes flash-attn "
+                "where it is installed, else PyTorch's attention, among whose kernels "
+                "torch.nn.attention.sdpa_kernel chooses"
+            )
 
     def _check_inputs(self, x, t, r, y, features: bool, packing: Packing | None = None) -> None:
         channels, patch = self.config.in_channels, self.config.patch_size
@@ -173,6 +217,9 @@ class TiMTransformer2DModel(ModelMixin, ConfigMixin):
             raise ValueError(f"y must be on {x.device} like x, got {y.device}")
         if features and self.projector is None:
             raise ValueError("features need a projector: build the model with z_dim, projector_dim")
+
+
+_FLASH = {"flash_attn": "flash", "flash_attn_interface": "_flash_3"}  # as diffusers names them
 
 
 def _check_config(config) -> None:

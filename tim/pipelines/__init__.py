@@ -9,12 +9,11 @@ require("transformers")
 
 import diffusers  # noqa: E402
 
-from ..models import TiMTransformer2DModel  # noqa: E402
 from .classes import TiMClassPipeline  # noqa: E402
 from .text import TiMTextPipeline  # noqa: E402
 
-# Where DiffusionPipeline and AutoModel look up the class that a saved folder names.
-for _saved in (TiMClassPipeline, TiMTextPipeline, TiMTransformer2DModel):
+# Where DiffusionPipeline looks up the class that a saved folder names.
+for _saved in (TiMClassPipeline, TiMTextPipeline):
     setattr(diffusers, _saved.__name__, _saved)
 
 __all__ = ["TiMClassPipeline", "TiMTextPipeline"]

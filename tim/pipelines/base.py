@@ -1,44 +1,40 @@
 """What a pipeline does but for its conditioning: noise, sampling, decoding."""
 
+import inspect
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, SupportsIndex
+from typing import Any, SupportsIndex
 
-import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
 from torch import Tensor
+from typing_extensions import Self
 
-from tim import config
+from tim import checkpoints, config
+from tim.checkpoints import CONFIG
 from tim.checks import check_computed, whole
 from tim.encoders import Autoencoder, Pixels
 from tim.files import saved_whole
 from tim.images import by_size
-from tim.sampling import Engine, SampleType, sample_packed
-from tim.sampling.steps import Step
+from tim.sampling import Engine, Step, sample_packed
 from tim.transports import TRANSPORTS, TransportName, make
 
-States = Tensor | list[Tensor]  # a list of those of several sizes
-StepCallback = Callable[
-    [DiffusionPipeline, int, float, dict[str, States]], dict[str, States] | None
-]
-OutputType = Literal["pil", "np", "pt", "latent"]
-# Of "pil", "np", and "pt" or "latent"; of several sizes lists of them.
-Pictures = list[Image.Image] | np.ndarray | Tensor | list[np.ndarray] | list[Tensor]
-Side = SupportsIndex | Sequence[SupportsIndex] | None
-Generators = torch.Generator | list[torch.Generator]
+from .callbacks import States, inputs_of, on_step
+from .calls import Call, Pictures, Side, is_several
+from .schedule import check_scheduler
 
 
 @saved_whole
 class TiMPipeline(DiffusionPipeline):
-    """What both pipelines share; components are `transformer`, `vae` and those of the text. Without
-    `vae` the network draws pictures themselves, of 1 or 3 channels.
+    """What both pipelines share; components are `transformer`, `vae`, `scheduler` and those of the
+    text. Without `vae` the network draws pictures themselves, of 1 or 3 channels; a `scheduler`,
+    diffusers' `FlowMapEulerDiscreteScheduler` or `FlowMatchEulerDiscreteScheduler`, says at which
+    times OT_FM steps.
 
     Offloading moves the network as a whole, unless its own `enable_group_offload` does it. As in
     diffusers' pipelines, `_interrupt = True`, set in a callback or by another thread, ends a call
@@ -46,14 +42,52 @@ class TiMPipeline(DiffusionPipeline):
     """
 
     _interrupt = False
+    _guidance_scale = _num_timesteps = None
+    _callback_tensor_inputs: list[str]  # "latents", and what y and y_null are called
     _engine: Engine | None = None
     _engine_options: Mapping[str, Any] = MappingProxyType({"graphs": False})
 
     _exclude_from_cpu_offload = ["transformer"]  # of the sequential kind, layer by layer
 
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | Path,
+        *,
+        config: str | Path | None = None,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> Self:
+        """From a released weight file or its address on the hub, such as
+        ("c2i_model_256.safetensors", config="xl-256").
+
+        `config` is a preset's name or a YAML file, as of `from_checkpoint`, or the folder of a
+        saved pipeline, whose other parts are taken. The dtype is the file's unless given. `options`
+        are other components, and `local_files_only`, `cache_dir`, `force_download` and `token` of
+        the hub.
+
+        Raises:
+            ValueError: see `from_checkpoint`; weights that do not fit are named.
+            OSError: a file or folder is not to be had.
+        """
+        hub = {name: options.pop(name) for name in checkpoints.HUB if name in options}
+        if config is None:
+            raise ValueError(f"{pretrained_model_link_or_path} holds weights alone: {CONFIG}")
+        path = checkpoints.local(pretrained_model_link_or_path, **hub)
+        dtype = torch_dtype if dtype is None else dtype
+        if Path(config).is_dir():
+            if foreign := options.keys() - inspect.signature(cls.__init__).parameters:
+                raise TypeError(f"{cls.__name__} has no {', '.join(sorted(foreign))}")
+            of_all = {} if dtype is None else dict(torch_dtype=dtype)
+            network = checkpoints.load(path, config, dtype=dtype)
+            return cls.from_pretrained(config, transformer=network, **of_all, **hub, **options)
+        return cls.from_checkpoint(path, config, dtype=dtype, **options)
+
     def _set_up(self, transport: str, transport_params: Mapping[str, Any] | None) -> None:
         params = dict(transport_params or {})
         self._transport = make(transport, **params)
+        check_scheduler(self.scheduler, self._transport)
         self.register_to_config(transport=transport, transport_params=params)
         vae = self._autoencoder()
         self.vae_scale_factor = vae.factor
@@ -68,6 +102,27 @@ class TiMPipeline(DiffusionPipeline):
         if self.vae is None:
             return Pixels(self.transformer.config.in_channels)
         return Autoencoder(self.vae)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        is_late = name in self._optional_components and value is not None
+        if is_late and list(self.config.get(name) or ()) == [None, None]:
+            self.register_modules(**{name: value})  # diffusers would not save it
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call under way is to end."""
+        return self._interrupt
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """Of the latest call."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int | None:
+        """Steps of the latest call."""
+        return self._num_timesteps
 
     @property
     def engine(self) -> Engine:
@@ -88,55 +143,75 @@ class TiMPipeline(DiffusionPipeline):
         """Capture and replay nothing, as before `enable_cuda_graphs`."""
         self._engine, self._engine_options = None, {"graphs": False}
 
+    def _begin(self, call: Call) -> dict[str, Any]:
+        """The sampler's options; refuses what can be refused before anything is computed."""
+        self._interrupt = False  # of the call that begins
+        self._sizes(call.height, call.width)
+        options = call.sampling(self._transport, self.scheduler)
+        names = call.callback_on_step_end_tensor_inputs
+        inputs_of(call.callback_on_step_end, names, self._callback_tensor_inputs)
+        self._guidance_scale = call.guidance_scale
+        self._num_timesteps = options.get("num_steps") or len(options["times"]) - 1
+        return options
+
     def _generate(
-        self, y: Tensor, y_null: Tensor | None, height: Side, width: Side,
-        num_inference_steps: SupportsIndex, guidance_scale: float,
-        guidance_interval: tuple[float, float], stochasticity_ratio: float,
-        sample_type: SampleType, generator: Generators | None, latents: States | None,
-        output_type: OutputType, return_dict: bool, callback_on_step_end: StepCallback | None,
+        self,
+        call: Call,
+        options: dict[str, Any],
+        y: Tensor | list[Tensor],
+        y_null: Tensor | list[Tensor] | None,
         text_lengths: Sequence[int] | None = None,
-    ) -> ImagePipelineOutput | tuple[Pictures]:  # fmt: skip
-        sizes = self._sizes(height, width)
+    ) -> ImagePipelineOutput | tuple[Pictures]:
+        """`options` are those of `_begin`, y and y_null of each picture; if each is drawn for
+        itself, they may be of several lengths."""
+        sizes = self._sizes(call.height, call.width)
         if len(sizes) > 1 and len(sizes) != len(y):
             raise ValueError(
                 f"height and width must be of one or {len(y)} pictures, got {len(sizes)}"
             )
-        is_ragged = is_several(height) or is_several(width)
-        if is_ragged:
-            z = self._initial_states(sizes * (len(y) // len(sizes)), generator, latents)
+        if call.is_ragged:
+            sizes = sizes * (len(y) // len(sizes))
+            z = self._initial_states(sizes, call.generator, call.latents)
         else:
-            z = self._initial_state((len(y), *self._shape(*sizes[0])), generator, latents)
-        low, high = guidance_interval
+            shape = len(y), *self._shape(*sizes[0])
+            z = self._initial_state(shape, call.generator, call.latents)
 
         def until_interrupted(steps: Iterable[Step]) -> Iterable[Step]:
             return itertools.takewhile(lambda _: not self._interrupt, self.progress_bar(steps))
 
-        def on_step(step: int, time: float, state: States) -> States:
-            return _latents_of(callback_on_step_end(self, step, time, {"latents": state}), state)
-
-        carry = self.engine.sample
-        if is_ragged:
-            given = self.transformer, self._transport
-            carry = partial(sample_packed, *given, text_lengths=text_lengths)
-        x = carry(
-            z, y, y_null, num_steps=num_inference_steps, cfg_scale=guidance_scale,
-            cfg_low=low, cfg_high=high, stochasticity_ratio=stochasticity_ratio,
-            sample_type=sample_type, generator=generator, progress=until_interrupted,
-            on_step=None if callback_on_step_end is None else on_step,
-        )  # fmt: skip
-        images = x if output_type == "latent" else self._decode(x, output_type)
+        options = options | dict(progress=until_interrupted)
+        if (callback := call.callback_on_step_end) is not None:
+            known = self._callback_tensor_inputs
+            names = inputs_of(callback, call.callback_on_step_end_tensor_inputs, known)
+            conditions = dict(zip(known[1:], (y, y_null), strict=False))
+            options["on_step"] = on_step(self, callback, names, conditions)
+        if call.batch_invariant:
+            x = self._one_by_one(z, y, y_null, call.generator, options)
+        elif call.is_ragged:
+            given = self.transformer, self._transport, z, y, y_null
+            options |= dict(generator=call.generator, text_lengths=text_lengths)
+            x = sample_packed(*given, **options)
+        else:
+            x = self.engine.sample(z, y, y_null, generator=call.generator, **options)
+        images = x
+        if call.output_type != "latent":
+            images = self._decode(x, call.output_type, call.batch_invariant)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return ImagePipelineOutput(images=images) if call.return_dict else (images,)
 
-    def _check_options(self, height, width, num_inference_steps, guidance_interval, output_type):
-        """What can be refused before anything is computed; the sampler refuses the rest."""
-        self._interrupt = False  # of the call that begins
-        self._sizes(height, width)
-        whole("num_inference_steps", num_inference_steps, 1)
-        if len(guidance_interval) != 2 or not guidance_interval[0] <= guidance_interval[1]:
-            raise ValueError(f"guidance_interval must be (low, high), got {guidance_interval}")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type must be pil, np, pt or latent, got {output_type!r}")
+    def _one_by_one(self, z: States, y, y_null, generator, options: dict[str, Any]) -> States:
+        """Each picture has the bits that it has alone."""
+        several = isinstance(generator, (list, tuple))
+        if options["stochasticity_ratio"] and generator is not None and not several and len(z) > 1:
+            raise ValueError("batch_invariant with noise in between needs a generator a picture")
+        x = [
+            self.engine.sample(
+                z[i][None], y[i][None], None if y_null is None else y_null[i][None],
+                generator=generator[i] if several else generator, **options,
+            )[0]
+            for i in range(len(z))
+        ]  # fmt: skip
+        return x if isinstance(z, list) else torch.stack(x)
 
     def _sizes(self, height: Side, width: Side) -> list[tuple[int, int]]:
         """The height and width of every picture, or of all."""
@@ -205,41 +280,21 @@ class TiMPipeline(DiffusionPipeline):
             )
         return self._transport.initial_state(latents.to(self._execution_device))
 
-    def _decode(self, x: States, output_type: str):
+    def _decode(self, x: States, output_type: str, one_by_one: bool = False) -> Pictures:
         decode = self._autoencoder().decode
-        if isinstance(x, list):
-            images = by_size(decode, x)
+        if one_by_one:
+            images = [decode(each[None])[0] for each in x]
+            images = images if isinstance(x, list) else torch.stack(images)
+        else:
+            images = by_size(decode, x) if isinstance(x, list) else decode(x)
+        if isinstance(images, list):
             return [self._postprocessed(image[None], output_type)[0] for image in images]
-        return self._postprocessed(decode(x), output_type)
+        return self._postprocessed(images, output_type)
 
     def _postprocessed(self, images: Tensor, output_type: str):
         if self.vae is not None:
             check_computed("the pictures", images, "the autoencoder", self.vae.dtype)
         return self.image_processor.postprocess(images.float(), output_type)
-
-
-def is_several(side: Side) -> bool:
-    """Whether a height or width is one of each picture."""
-    return isinstance(side, (list, tuple))
-
-
-def _latents_of(returned: Mapping[str, States] | None, state: States) -> States:
-    """What a callback made of the state."""
-    if returned is None:
-        return state
-    latents = returned.get("latents", state) if isinstance(returned, Mapping) else None
-    needed, got = ([getattr(x, "shape", None) for x in _rows(each)] for each in (state, latents))
-    if type(latents) is not type(state) or got != needed:
-        shape = tuple(state.shape) if isinstance(state, Tensor) else [*map(tuple, needed)]
-        raise ValueError(
-            f"callback_on_step_end must return nothing or {{'latents': …}} of shape {shape}, "
-            f"got {type(returned).__name__}"
-        )
-    return latents
-
-
-def _rows(state: Any) -> list[Any]:
-    return state if isinstance(state, list) else [state]
 
 
 def transport_of(cfg: DictConfig) -> tuple[TransportName, dict[str, Any]]:

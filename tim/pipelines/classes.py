@@ -1,12 +1,13 @@
 """From class labels to pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex, overload
 
 import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from tim import checkpoints, config
@@ -15,18 +16,10 @@ from tim.encoders import Autoencoder
 from tim.models import TiMTransformer2DModel
 from tim.sampling import SampleType
 
-from .base import (
-    Generators,
-    OutputType,
-    Pictures,
-    Side,
-    States,
-    StepCallback,
-    TiMPipeline,
-    folder_of,
-    is_of_pixels,
-    transport_of,
-)
+from .base import TiMPipeline, folder_of, is_of_pixels, transport_of
+from .callbacks import States, StepCallback
+from .calls import INTERVAL, SCALE, Call, Generators, OutputType, Pictures, Side
+from .schedule import STEPS
 
 Labels = SupportsIndex | Sequence[SupportsIndex]
 
@@ -36,14 +29,15 @@ class TiMClassPipeline(TiMPipeline):
 
     Components: `transformer`, a `TiMTransformer2DModel` without `cap_feat_dim`; `vae`, an
     `AutoencoderKL` or `AutoencoderDC`, or None for a network that draws pixels. `transport` is a
-    published name such as "OT_FM".
+    published name such as "OT_FM", and `scheduler` one of diffusers that steps as it does.
 
     Raises:
         ValueError: components that do not fit each other.
     """
 
     model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["vae"]
+    _optional_components = ["vae", "scheduler"]
+    _callback_tensor_inputs = ["latents", "class_labels", "negative_class_labels"]
 
     def __init__(
         self,
@@ -51,11 +45,12 @@ class TiMClassPipeline(TiMPipeline):
         vae: diffusers.AutoencoderKL | diffusers.AutoencoderDC | None = None,
         transport: str = "OT_FM",  # not Literal: diffusers reads the annotation
         transport_params: dict[str, Any] | None = None,
+        scheduler: SchedulerMixin | None = None,
     ):
         super().__init__()
         if transformer.config.cap_feat_dim is not None:
             raise ValueError("this network is conditioned on text: use TiMTextPipeline")
-        self.register_modules(transformer=transformer, vae=vae)
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         self._set_up(transport, transport_params)
 
     @classmethod
@@ -64,13 +59,13 @@ class TiMClassPipeline(TiMPipeline):
         path: str | Path,
         preset_or_config: str | Path,
         *,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | None = torch.bfloat16,
         vae: diffusers.ModelMixin | None = None,
     ) -> "TiMClassPipeline":
         """From a released weight file, such as ("c2i_model_256.safetensors", "xl-256").
 
-        `dtype` is the network's. The autoencoder is `model.vae_dir` of the configuration, in
-        float32 as published, unless given.
+        `dtype` is the network's, None that of the file. The autoencoder is `model.vae_dir` of the
+        configuration, in float32 as published, unless given.
 
         Raises:
             ValueError: see `tim.checkpoints.load`; or the configuration names no `vae_dir`.
@@ -92,6 +87,9 @@ class TiMClassPipeline(TiMPipeline):
         generator: Generators | None = ..., latents: States | None = ...,
         output_type: OutputType = ..., return_dict: Literal[True] = ...,
         callback_on_step_end: StepCallback | None = ...,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ...,
+        sigmas: Iterable[float] | None = ..., timesteps: Iterable[float] | None = ...,
+        guider: Any = ..., batch_invariant: bool = ...,
     ) -> ImagePipelineOutput: ...  # fmt: skip
 
     @overload
@@ -103,6 +101,9 @@ class TiMClassPipeline(TiMPipeline):
         generator: Generators | None = ..., latents: States | None = ...,
         output_type: OutputType = ..., *, return_dict: Literal[False],
         callback_on_step_end: StepCallback | None = ...,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ...,
+        sigmas: Iterable[float] | None = ..., timesteps: Iterable[float] | None = ...,
+        guider: Any = ..., batch_invariant: bool = ...,
     ) -> tuple[Pictures]: ...  # fmt: skip
 
     @torch.no_grad()
@@ -111,9 +112,9 @@ class TiMClassPipeline(TiMPipeline):
         class_labels: Labels,
         height: Side = None,
         width: Side = None,
-        num_inference_steps: SupportsIndex = 8,
-        guidance_scale: float = 1.5,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_inference_steps: SupportsIndex = STEPS,
+        guidance_scale: float = SCALE,
+        guidance_interval: tuple[float, float] = INTERVAL,
         stochasticity_ratio: float = 0.0,
         sample_type: SampleType = "transition",
         generator: Generators | None = None,
@@ -121,6 +122,11 @@ class TiMClassPipeline(TiMPipeline):
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        sigmas: Iterable[float] | None = None,
+        timesteps: Iterable[float] | None = None,
+        guider: Any = None,
+        batch_invariant: bool = False,
     ) -> ImagePipelineOutput | tuple[Pictures]:
         """Draw a picture of each class.
 
@@ -142,27 +148,39 @@ class TiMClassPipeline(TiMPipeline):
             callback_on_step_end: called as (pipeline, step, time reached, {"latents": state}) after
                 each step; the latents that it returns, if any, go on. With `_interrupt = True` of
                 the pipeline the state reached is decoded.
+            callback_on_step_end_tensor_inputs: which tensors it is given: "latents", and what the
+                pictures are of, "class_labels" and "negative_class_labels".
+            sigmas, timesteps: where each step starts, decreasing from T_max, in place of
+                `num_inference_steps`: as shares of noise (OT_FM), or the transport's times, with a
+                `scheduler` its own.
+            guider: one of diffusers' that combines predictions with and without the condition, in
+                place of `guidance_scale` and `guidance_interval`; it is asked at every step.
+            batch_invariant: each picture has the bits that it has alone, for the price of batches
+                of one.
 
         Raises:
             ValueError: labels, sizes or options that do not fit.
             FloatingPointError: what the network or the autoencoder computes is not finite.
         """
-        self._check_options(height, width, num_inference_steps, guidance_interval, output_type)
+        call = Call(
+            height, width, num_inference_steps, guidance_scale, guidance_interval,
+            stochasticity_ratio, sample_type, generator, latents, output_type, return_dict,
+            callback_on_step_end, callback_on_step_end_tensor_inputs, sigmas, timesteps, guider,
+            batch_invariant,
+        )  # fmt: skip
+        options = self._begin(call)
         y, y_null = _labels(class_labels), None
-        if guidance_scale > 1:
+        if call.is_guided:
             if not self.transformer.config.class_dropout_prob > 0:
+                by = "a guider" if guider is not None else f"guidance_scale = {guidance_scale}"
                 raise ValueError(
-                    f"guidance (guidance_scale = {guidance_scale}) needs a network with the label "
-                    "of no class: it was trained with class_dropout_prob = 0"
+                    f"guidance ({by}) needs a network with the label of no class: it was trained "
+                    "with class_dropout_prob = 0"
                 )
             y_null = torch.full_like(y, self.transformer.config.num_classes)
         self.transformer.y_embedder.check(y, len(y))  # on the CPU, where it reads them
         y, y_null = (None if v is None else v.to(self._execution_device) for v in (y, y_null))
-        return self._generate(
-            y, y_null, height, width, num_inference_steps, guidance_scale, guidance_interval,
-            stochasticity_ratio, sample_type, generator, latents, output_type, return_dict,
-            callback_on_step_end,
-        )  # fmt: skip
+        return self._generate(call, options, y, y_null)
 
 
 def _labels(class_labels: Labels) -> Tensor:

@@ -4,8 +4,9 @@ from .engine import Engine
 from .loop import sample
 from .packed import sample_packed
 from .requests import Request
-from .steps import SAMPLE_TYPES, Options, SampleType
+from .steps import SAMPLE_TYPES, Guider, Options, SampleType, Step
 
 __all__ = [
-    "SAMPLE_TYPES", "Engine", "Options", "Request", "SampleType", "sample", "sample_packed",
+    "SAMPLE_TYPES", "Engine", "Guider", "Options", "Request", "SampleType", "Step", "sample",
+    "sample_packed",
 ]  # fmt: skip

@@ -16,12 +16,13 @@ from tim_kernels.network.conditioning import is_text, most_bytes, obstacle, text
 from .evaluation import Ahead, ReadOnce, StepByStep
 from .graphs import Graphs
 from .requests import Request, check_guidance, in_batches
-from .steps import Options, Step
+from .steps import Guider, Options, Step
 
 Generators = torch.Generator | list[torch.Generator] | Callable[[Tensor], Tensor] | None
 Progress = bool | Callable[[Iterable[Step]], Iterable[Step]]
 StepCallback = Callable[[int, float, Tensor], Tensor]
 BITS = "on a CPU the bits of a GEMM depend on its rows (together=True takes others)"
+GUIDED = "a guider looks at every step"
 
 
 class Engine:
@@ -87,10 +88,10 @@ class Engine:
         options = Options(**options)
         steps = options.steps(self.transport)
         if options.is_guided:
-            check_guidance(options.cfg_scale, y, y_null)
+            check_guidance(options, y, y_null)
         given = z, y, y_null if options.is_guided else None, [options.cfg_scale] * len(z)
         hooks = progress, on_step, should_stop
-        return self._carry(steps, *given, generator, return_trajectory, *hooks)
+        return self._carry(steps, *given, generator, return_trajectory, *hooks, options.guider)
 
     def stream(
         self,
@@ -123,7 +124,7 @@ class Engine:
             y_null = torch.stack([r.y_null for r in batch]) if options.is_guided else None
             generators = [r.generator for r in batch] if options.stochasticity_ratio else None
             scales = [r.options.cfg_scale for r in batch]
-            pictures = self._carry(steps, z, y, y_null, scales, generators)
+            pictures = self._carry(steps, z, y, y_null, scales, generators, guider=options.guider)
             yield from zip(batch, pictures, strict=True)
 
     def explain(self) -> str:
@@ -138,8 +139,10 @@ class Engine:
         self, steps: list[Step], z: Tensor, y: Tensor, y_null: Tensor | None, scales: list[float],
         generator: Generators = None, return_trajectory: bool = False, progress: Progress = False,
         on_step: StepCallback | None = None, should_stop: Callable[[], bool] | None = None,
+        guider: Guider | None = None,
     ) -> Tensor:  # fmt: skip
         _check(z, y, y_null, generator)
+        _forget(self.model)
         batch, x = len(z), z.to(torch.float64)
         more = next((size - batch for size in self._sizes if size >= batch), 0)
         is_one = len(set(scales)) == 1
@@ -154,7 +157,7 @@ class Engine:
 
         states, is_watched = [x], on_step is not None or should_stop is not None
         with self._graphs.held() as graphs:
-            given = steps, *conditions, guidance, graphs
+            given = steps, *conditions, guidance, graphs, guider
             evaluation = self._evaluation(*given)
             shown = progress(steps) if callable(progress) else tqdm(steps, disable=not progress)
             for step in shown:
@@ -172,13 +175,15 @@ class Engine:
         return torch.stack(states).to(z.dtype) if return_trajectory else x.to(z.dtype)
 
     def _evaluation(
-        self, steps: list[Step], y: Tensor, y_null: Tensor | None, guidance: Tensor, graphs: Graphs
-    ) -> StepByStep:
+        self, steps: list[Step], y: Tensor, y_null: Tensor | None, guidance: Tensor, graphs: Graphs,
+        guider: Guider | None,
+    ) -> StepByStep:  # fmt: skip
         """The one that forms most ahead of what may be."""
         self._latest_graphs = graphs
-        args = self.model, self.transport, y, y_null, guidance
-        device = guidance.device
+        args = self.model, self.transport, y, y_null, guidance, guider
+        device, not_together = guidance.device, BITS if guider is None else GUIDED
         together = device.type != "cpu" if self._together is None else self._together
+        together = together and guider is None
         if len(steps) == 1 and graphs.obstacle(device):
             self._latest = "one step: nothing is formed twice"
             return StepByStep(*args)
@@ -186,7 +191,7 @@ class Engine:
             self._latest = f"step by step: {why}"
             return StepByStep(*args)
         if not together and not is_text(self.model):
-            self._latest = f"step by step: {BITS}"
+            self._latest = f"step by step: {not_together}"
             return StepByStep(*args)
         text, rows = self._needed(y, y_null, guidance, together)
         told = f"{text / 1e6:,.1f} MB of keys and values of the text, {rows / 1e6:,.2f} MB of rows"
@@ -194,10 +199,12 @@ class Engine:
             self._latest = f"step by step: {told} a step are more than cache_bytes"
             return StepByStep(*args)
         if not together:
-            self._latest = f"text read once, {text / 1e6:,.1f} MB; rows at each step: {BITS}"
+            self._latest = (
+                f"text read once, {text / 1e6:,.1f} MB; rows at each step: {not_together}"
+            )
             return ReadOnce(*args)
         self._latest = f"formed ahead: {told} a step"
-        return Ahead(*args, steps=steps, budget=self._cache_bytes - text, graphs=graphs)
+        return Ahead(*args[:-1], steps=steps, budget=self._cache_bytes - text, graphs=graphs)
 
     def _needed(self, y, y_null, guidance, together: bool) -> tuple[int, int]:
         """Bytes of keys and values, and of a step's rows if they are formed ahead, at most."""
@@ -221,6 +228,13 @@ def _check(z: Tensor, y: Tensor, y_null: Tensor | None, generator: Generators) -
             f"{len(z)} generators are needed, one a sample, or one for all; got {len(generator)}"
         )
     check_finite("the initial state z", z)
+
+
+def _forget(model: nn.Module) -> None:
+    """Let diffusers' caches in a model, or in what a wrapper holds, begin a run anew."""
+    for part in (model, *model.children()):
+        if getattr(part, "is_cache_enabled", False):
+            part._reset_stateful_cache()
 
 
 def drawn(x: Tensor, generator: Generators) -> Tensor:

@@ -26,7 +26,7 @@ from tim_kernels.network.conditioning import (
 from tim_kernels.network.forward import Prepared, predict, prepare, read_text, run
 
 from .graphs import Graphs, Shared
-from .steps import Step
+from .steps import Guider, Step
 
 Draw = Callable[[], Tensor | None]
 
@@ -47,9 +47,10 @@ class StepByStep:
 
     def __init__(
         self, model: nn.Module, transport: Transport, y: Tensor, y_null: Tensor | None,
-        guidance: Tensor,
+        guidance: Tensor, guider: Guider | None = None,
     ):  # fmt: skip
-        self.model, self.transport, self.guidance = model, transport, guidance
+        self.model, self.transport = model, transport
+        self.guidance, self.guider = guidance, guider
         self.dtype = next(model.parameters()).dtype
         self.y = {False: y} if y_null is None else {False: y, True: torch.cat((y, y_null))}
 
@@ -65,6 +66,9 @@ class StepByStep:
             now, then = now.repeat(2), then.repeat(2)
         F = self._network(_tokens(x, step.is_guided, self.dtype), now, then, step.is_guided)
         F, F_uncond = _halves(F, step.is_guided)
+        if self.guider is not None:
+            both = (each if each is None else each.to(x.dtype) for each in (F, F_uncond))
+            F, F_uncond = self.guider(step, *both), None
         coefficients = self._coefficients([step], batch)
         return transition_step(x, F, coefficients, F_uncond, self.guidance, draw())
 

@@ -1,6 +1,6 @@
 """The sampler as a function."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import SupportsIndex
 
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tim.transports import Transport
 
 from .engine import Engine, Generators, Progress, StepCallback
-from .steps import SampleType
+from .steps import Guider, SampleType
 
 
 def sample(
@@ -18,7 +18,7 @@ def sample(
     y: Tensor,
     y_null: Tensor | None = None,
     *,
-    num_steps: SupportsIndex,
+    num_steps: SupportsIndex | None = None,
     T_max: float | None = None,
     T_min: float | None = None,
     cfg_scale: float = 1.0,
@@ -31,6 +31,8 @@ def sample(
     progress: Progress = False,
     on_step: StepCallback | None = None,
     should_stop: Callable[[], bool] | None = None,
+    times: Iterable[float] | None = None,
+    guider: Guider | None = None,
 ) -> Tensor:
     """Carry the state z at T_max to data at T_min in `num_steps` network evaluations.
 
@@ -49,6 +51,10 @@ def sample(
             `progress_bar` does. Where it gives no more, the state reached is returned.
         on_step: given each step's index, the time reached and the state; what it returns goes on.
         should_stop: asked before each step; where it says so, the state reached is returned.
+        times: where the state is at first and after each step, decreasing; in place of `num_steps`,
+            T_max and T_min.
+        guider: what makes one prediction of those with y and y_null, in place of `cfg_scale`: see
+            `tim.sampling.Guider`.
 
     Returns the data (B, C, H, W) or the trajectory (num_steps + 1, B, C, H, W), in z's dtype. In
     between the state is float64; the network runs in its own dtype.
@@ -62,5 +68,5 @@ def sample(
         z, y, y_null, num_steps=num_steps, T_max=T_max, T_min=T_min, cfg_scale=cfg_scale,
         cfg_low=cfg_low, cfg_high=cfg_high, stochasticity_ratio=stochasticity_ratio,
         sample_type=sample_type, generator=generator, return_trajectory=return_trajectory,
-        progress=progress, on_step=on_step, should_stop=should_stop,
+        progress=progress, on_step=on_step, should_stop=should_stop, times=times, guider=guider,
     )  # fmt: skip

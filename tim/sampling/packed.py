@@ -49,6 +49,8 @@ def sample_packed(
         >>> z = [transport.initial_state(torch.randn(4, *size)) for size in ((32, 48), (64, 32))]
         >>> images = sample_packed(network, transport, z, labels, num_steps=4)
     """
+    if options.get("guider") is not None:
+        raise ValueError("a guider looks at whole pictures, and these are packed as tokens")
     tokens, packing = pack(z, model.x_embedder.proj.kernel_size[0])
     if text_lengths is not None:
         packing = packing.reading(text_lengths, y.shape[1])

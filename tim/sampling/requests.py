@@ -41,23 +41,25 @@ class Request:
         if self.y.ndim not in (0, 2):
             raise ValueError(f"y must be a label () or features (L, D), got {tuple(self.y.shape)}")
         if self.options.is_guided:
-            check_guidance(self.options.cfg_scale, self.y, self.y_null)
+            check_guidance(self.options, self.y, self.y_null)
         if self.options.stochasticity_ratio and self.generator is None:
             raise ValueError("a stochastic request needs a generator of its own")
 
     @property
     def kind(self) -> tuple:
         """Those of one kind can be one batch; each has a guidance of its own, if any."""
-        options = dataclasses.replace(self.options, cfg_scale=float(self.options.is_guided))
+        scale = float(self.options.cfg_scale > 1)  # of each, but for whether there is any
+        options = dataclasses.replace(self.options, cfg_scale=scale)
         tensors = self.z, self.y, self.y_null if self.options.is_guided else None
         kinds = ((x.shape, x.dtype, x.device) for x in tensors if x is not None)
         return options, *kinds
 
 
-def check_guidance(cfg_scale: float, y: Tensor, y_null: Tensor | None) -> None:
+def check_guidance(options: Options, y: Tensor, y_null: Tensor | None) -> None:
     """Refuse guidance without a y_null that is shaped as y."""
     if y_null is None:
-        raise ValueError(f"guidance (cfg_scale = {cfg_scale}) needs y_null")
+        by = f"cfg_scale = {options.cfg_scale}" if options.guider is None else "a guider"
+        raise ValueError(f"guidance ({by}) needs y_null")
     if y_null.shape != y.shape:
         raise ValueError(f"y_null must be shaped as y, {tuple(y.shape)}; got {tuple(y_null.shape)}")
 

@@ -1,0 +1,448 @@
+"""Networks and pipelines as diffusers' own: found, loaded, kept small, offloaded, shared."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.callbacks import PipelineCallback
+from safetensors.torch import save_file
+from small_pipelines import (
+    CLASS,
+    PROMPTS,
+    TEXT,
+    class_pipeline,
+    dc_ae,
+    drawn,
+    gemma,
+    network,
+    published_config,
+    quiet,
+    sd_vae,
+    seeded,
+    text_pipeline,
+    tokenizer,
+)
+
+from tim.models import TiMTransformer2DModel
+from tim.pipelines import TiMClassPipeline, TiMTextPipeline
+
+ROOT = Path(__file__).parents[2]
+BOTH = pytest.mark.parametrize("make_pipeline", [class_pipeline, text_pipeline])
+LATENT = dict(num_inference_steps=2, output_type="latent")
+
+
+# Found
+
+
+AFTER = """
+folder = {folder!r}
+from diffusers import AutoModel, DiffusionPipeline
+print(type(AutoModel.from_pretrained(folder, subfolder="transformer")).__name__)
+print(type(AutoModel.from_pretrained(folder + "/transformer")).__name__)
+"""
+
+
+@pytest.mark.parametrize(
+    "module, last",
+    [
+        ("tim.models", ""),
+        pytest.param(
+            "tim.pipelines", "print(type(DiffusionPipeline.from_pretrained(folder)).__name__)",
+            marks=pytest.mark.nightly,  # this process has it of the same import
+        ),
+    ],
+)  # fmt: skip
+def test_found_in_a_process_of_its_own(module, last, tmp_path):
+    class_pipeline().save_pretrained(tmp_path)
+    script = f"import {module}\n" + AFTER.format(folder=str(tmp_path)) + last
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    pipeline = ["TiMClassPipeline"] if last else []
+    assert run.stdout.split() == ["TiMTransformer2DModel"] * 2 + pipeline, run.stderr
+
+
+# Single files
+
+
+def test_a_network_of_a_single_file(tmp_path):
+    model, path = network(CLASS), tmp_path / "class.safetensors"
+    save_file(model.bfloat16().state_dict(), path)
+    torch.save(model.state_dict(), tmp_path / "class.bin")
+    yaml = published_config(tmp_path, CLASS, "tim.models.c2i.tim_model.TiM")
+    model.save_pretrained(tmp_path / "saved")
+    class_pipeline().save_pretrained(tmp_path / "pipeline")
+    for file in (path, str(tmp_path / "class.bin")):
+        for config in (CLASS, yaml, tmp_path / "saved", str(tmp_path / "pipeline")):
+            found = TiMTransformer2DModel.from_single_file(file, config=config)
+            assert found.dtype == torch.bfloat16 and not found.training
+            pairs = zip(found.state_dict().items(), model.state_dict().items(), strict=True)
+            assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+    for name in ("torch_dtype", "dtype"):
+        options = {"config": CLASS, "device": "cpu", name: torch.float32}
+        assert TiMTransformer2DModel.from_single_file(path, **options).dtype == torch.float32
+
+
+def test_single_files_that_do_not_fit(tmp_path):
+    path, state = tmp_path / "class.safetensors", network(CLASS).state_dict()
+    state["strange.weight"] = state.pop("x_embedder.proj.bias")
+    save_file(state, path)
+    for load in (TiMTransformer2DModel.from_single_file, TiMClassPipeline.from_single_file):
+        config = CLASS if load.__self__ is TiMTransformer2DModel else tmp_path / "pipeline"
+        class_pipeline().save_pretrained(tmp_path / "pipeline")
+        with pytest.raises(ValueError, match=r"missing: x_embedder.proj.bias\nunexpected: strange"):
+            load(path, config=config)
+        with pytest.raises(ValueError, match=r"holds weights alone: config is needed, .*xl-256"):
+            load(path)
+        with pytest.raises(ValueError, match="holds no config.json of a network"):
+            load(path, config=str(tmp_path))
+        with pytest.raises(ValueError, match="neither a preset"):
+            load(path, config="xl-255")
+        with pytest.raises(TypeError, match="original_config"):
+            load(path, config=config, original_config="a.yaml")
+
+
+def test_a_pipeline_of_a_single_file(tmp_path):
+    save_file(network(CLASS).state_dict(), tmp_path / "class.safetensors")
+    sd_vae().save_pretrained(tmp_path / "vae")
+    yaml = published_config(
+        tmp_path, CLASS, "tim.models.c2i.tim_model.TiM", vae_dir=str(tmp_path / "vae")
+    )
+    made = TiMClassPipeline.from_single_file(str(tmp_path / "class.safetensors"), config=yaml)
+    same = class_pipeline(transport="EDM", transport_params=dict(T_max=70.0))
+    assert torch.equal(drawn(made), drawn(same))
+    options = dict(config=yaml, torch_dtype=torch.bfloat16, vae=sd_vae(), local_files_only=True)
+    half = TiMClassPipeline.from_single_file(tmp_path / "class.safetensors", **options)
+    assert half.transformer.dtype == torch.bfloat16 and half.vae.dtype == torch.float32
+
+
+def test_a_text_pipeline_of_a_single_file_and_the_rest_of_a_saved_one(tmp_path):
+    other = network(TEXT)
+    with torch.no_grad():
+        other.final_layer.linear.weight.mul_(2)
+    torch.save(other.half().state_dict(), tmp_path / "text.bin")
+    saved = text_pipeline(transport="TrigFlow")
+    saved.save_pretrained(tmp_path / "saved")
+    made = TiMTextPipeline.from_single_file(tmp_path / "text.bin", config=tmp_path / "saved")
+    assert made.config.transport == "TrigFlow" and made.config.max_seq_length == 8
+    assert made.transformer.dtype == torch.float16 and made.text_encoder.dtype == torch.float32
+    saved.transformer = other
+    assert torch.equal(drawn(made), drawn(saved))
+    yaml = published_config(tmp_path, TEXT, "tim.models.t2i.tim_model.TiM", max_seq_length=8)
+    parts = dict(vae=dc_ae(), text_encoder=gemma(), tokenizer=tokenizer())
+    made = TiMTextPipeline.from_single_file(tmp_path / "text.bin", config=yaml, **parts)
+    assert made.transformer.dtype == torch.float16
+
+
+def test_a_single_file_by_its_address(tmp_path):
+    """Of a repository in the hub's cache, as a download lays it out."""
+    commit = "0" * 40
+    repository = tmp_path / "models--someone--tim"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    save_file(network(CLASS).state_dict(), repository / "snapshots" / commit / "a.safetensors")
+    address = "https://huggingface.co/someone/tim/blob/main/a.safetensors"
+    options = dict(config=CLASS, cache_dir=tmp_path, local_files_only=True)
+    found = TiMTransformer2DModel.from_single_file(address, **options)
+    assert torch.equal(found.x_embedder.proj.weight, network(CLASS).x_embedder.proj.weight)
+    with pytest.raises(OSError, match="b.safetensors|local"):
+        TiMTransformer2DModel.from_single_file(address.replace("/a.", "/b."), **options)
+
+
+# Small in memory
+
+
+@BOTH
+def test_float8_weights_are_computed_with_in_bfloat16(make_pipeline):
+    pipeline = make_pipeline()
+    pipeline.transformer.to(torch.bfloat16)
+    expected = drawn(pipeline)
+    pipeline.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
+    stored = {
+        name.partition(".")[0]: parameter.dtype
+        for name, parameter in pipeline.transformer.named_parameters()
+        if "norm" not in name
+    }
+    inner = stored.pop("blocks")
+    assert inner == torch.float8_e4m3fn and set(stored.values()) == {torch.bfloat16}
+    pictures = drawn(pipeline)
+    assert 0 < (pictures - expected).abs().max() < 0.2
+    assert (pictures - expected).abs().mean() < 0.03
+
+
+def int8():
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return diffusers.TorchAoConfig(Int8WeightOnlyConfig())
+
+
+@BOTH
+def test_quantised_when_loaded(make_pipeline, tmp_path):
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(tmp_path)
+    expected = drawn(pipeline)
+    mapping = diffusers.PipelineQuantizationConfig(quant_mapping={"transformer": int8()})
+    options = dict(torch_dtype=torch.float32)
+    whole = type(pipeline).from_pretrained(tmp_path, quantization_config=mapping, **options)
+    alone = TiMTransformer2DModel.from_pretrained(
+        tmp_path, subfolder="transformer", quantization_config=int8(), **options
+    )
+    pipeline.transformer = alone
+    for each in (whole, pipeline):
+        weight = each.transformer.blocks[0].attn.qkv.weight
+        assert "torchao" in type(weight).__module__
+        assert 0 < (drawn(each) - expected).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
+@BOTH
+def test_offloaded_by_groups(make_pipeline, level):
+    pipeline, cpu = make_pipeline(), torch.device("cpu")
+    expected = drawn(pipeline)
+    groups = dict(num_blocks_per_group=1) if level == "block_level" else {}
+    pipeline.transformer.enable_group_offload(cpu, cpu, offload_type=level, **groups)
+    torch.testing.assert_close(drawn(pipeline), expected, rtol=0, atol=1e-5)
+
+
+@BOTH
+def test_another_dtype(make_pipeline):
+    pipeline = make_pipeline()
+    expected = drawn(pipeline)
+    pipeline.to(torch.bfloat16)
+    assert pipeline.dtype == torch.bfloat16 == pipeline.transformer.dtype
+    torch.testing.assert_close(drawn(pipeline), expected, rtol=0, atol=0.15)
+
+
+# Attention
+
+
+def test_attention_backends_by_the_name_of_what_runs(monkeypatch):
+    model = network(CLASS)
+    model.set_attention_backend("native")
+    for name in ("flash", "_native_math", "sage"):
+        with pytest.raises(ValueError, match=f"'{name}' cannot be set, 'native' runs: .*sdpa_kern"):
+            model.set_attention_backend(name)
+    import tim.models.transformer
+
+    installed = type(torch)("flash_attn_interface")  # flash-attn 3 is one
+    monkeypatch.setattr(tim.models.transformer, "flash_attention", lambda: installed)
+    model.set_attention_backend("_flash_3")
+    with pytest.raises(ValueError, match="'native' cannot be set, '_flash_3' runs"):
+        model.set_attention_backend("native")
+
+
+# Shared, saved and loaded
+
+
+@BOTH
+def test_components_are_shared(make_pipeline):
+    pipeline = make_pipeline()
+    expected, kind = drawn(pipeline), type(pipeline)
+    for other in (kind(**pipeline.components, **settings(pipeline)), kind.from_pipe(pipeline)):
+        assert all(other.components[name] is part for name, part in pipeline.components.items())
+        assert torch.equal(drawn(other), expected)
+
+
+def settings(pipeline):
+    parts = pipeline.components
+    names = pipeline.config.keys() - parts.keys()
+    return {name: pipeline.config[name] for name in names if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(
+    "left_out", [(), ("vae",), ("text_encoder", "tokenizer"), ("vae", "text_encoder", "tokenizer")]
+)
+def test_saved_and_loaded_without_what_is_optional(left_out, tmp_path):
+    """Without an autoencoder, of a network of pixels."""
+    params = TEXT | (dict(in_channels=3) if "vae" in left_out else {})
+    parts = dict(vae=dc_ae(), text_encoder=gemma(), tokenizer=tokenizer())
+    parts |= dict.fromkeys(left_out) | dict(scheduler=diffusers.FlowMatchEulerDiscreteScheduler())
+    pipeline = quiet(TiMTextPipeline(network(params), **parts, max_seq_length=8))
+    y, y_null = text_pipeline().encode_prompt(PROMPTS)
+    given = dict(prompt_embeds=y, negative_prompt_embeds=y_null, **LATENT)
+    expected = pipeline(generator=seeded(), **given).images
+    pipeline.save_pretrained(tmp_path)
+    again = quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path))
+    assert {name for name, part in again.components.items() if part is None} == set(left_out)
+    assert torch.equal(again(generator=seeded(), **given).images, expected)
+
+
+def test_a_component_that_comes_later_is_saved(tmp_path):
+    pipeline = TiMTextPipeline(network(TEXT), dc_ae(), max_seq_length=8)
+    pipeline.text_encoder, pipeline.tokenizer = gemma(), tokenizer()
+    pipeline.save_pretrained(tmp_path)
+    again = TiMTextPipeline.from_pretrained(tmp_path)
+    assert torch.equal(drawn(again), drawn(text_pipeline()))
+
+
+# Calls
+
+
+@pytest.mark.parametrize(
+    "make_pipeline, what, names",
+    [
+        (class_pipeline, [1, 7], ["class_labels", "negative_class_labels"]),
+        (text_pipeline, PROMPTS, ["prompt_embeds", "negative_prompt_embeds"]),
+    ],
+)
+def test_a_callback_is_given_the_tensors_that_it_names(make_pipeline, what, names):
+    pipeline, seen = make_pipeline(), []
+
+    def callback(pipe, step, time, tensors):
+        seen.append(tensors)
+        assert pipe.num_timesteps == 2 and pipe.guidance_scale == 1.5 and not pipe.interrupt
+        return dict(tensors)
+
+    options = dict(callback_on_step_end=callback, generator=seeded(), **LATENT)
+    drawn_with = pipeline(what, callback_on_step_end_tensor_inputs=["latents", *names], **options)
+    assert [set(tensors) for tensors in seen] == [{"latents", *names}] * 2
+    y, y_null = (seen[0][name] for name in names)
+    if names[0] == "class_labels":
+        assert y.tolist() == what and y_null.tolist() == [10, 10]
+    else:
+        assert all(map(torch.equal, (y, y_null), pipeline.encode_prompt(what)))
+    plain = pipeline(what, generator=seeded(), **LATENT).images
+    assert torch.equal(drawn_with.images, plain)
+    pipeline(what, callback_on_step_end_tensor_inputs=names[:1], **options)
+    assert [*seen[-1]] == names[:1]
+
+
+def test_what_a_callback_may_not_name_or_change():
+    pipeline = text_pipeline()
+
+    def cut(pipe, step, time, tensors):
+        return {"prompt_embeds": tensors["prompt_embeds"] * 0}
+
+    options = dict(callback_on_step_end=cut, **LATENT)
+    for names, message in (
+        (
+            ["latents", "noise"],
+            r"must be of latents, prompt_embeds, .*; got \['latents', 'noise'\]",
+        ),
+        ("latents", "must be of latents"),
+        (["prompt_embeds"], "cannot change prompt_embeds, only latents"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipeline("a cat", callback_on_step_end_tensor_inputs=names, **options)
+
+
+class Zeros(PipelineCallback):
+    tensor_inputs = ["latents"]
+
+    def __init__(self):
+        super().__init__(cutoff_step_ratio=None, cutoff_step_index=1)
+
+    def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+        if step_index == self.config.cutoff_step_index:
+            callback_kwargs["latents"] = torch.zeros_like(callback_kwargs["latents"])
+        return callback_kwargs
+
+
+def test_a_callback_object_of_diffusers():
+    latents = class_pipeline()([1], callback_on_step_end=Zeros(), **LATENT).images
+    assert not latents.any()
+
+
+def test_integers_and_numbers_of_numpy():
+    pipeline = class_pipeline()
+    options = dict(height=8, width=16, guidance_scale=2.0, **LATENT)
+    expected = pipeline([1, 7], generator=seeded(), **options)
+    options = LATENT | dict(num_inference_steps=np.int64(2), guidance_scale=np.float32(2.0))
+    interval = np.float64(0.0), np.float32(1.0)
+    options |= dict(height=np.int32(8), width=np.uint8(16), guidance_interval=interval)
+    for labels in (np.array([1, 7]), [np.int64(1), np.uint8(7)], torch.tensor([1, 7])):
+        ours = pipeline(labels, generator=seeded(), **options).images
+        assert torch.equal(ours, expected.images)
+    several = pipeline([1, 7], height=np.array([8, 12]), **LATENT).images
+    assert [tuple(x.shape) for x in several] == [(4, 4, 4), (4, 6, 4)]
+    prompts = text_pipeline()(PROMPTS, num_images_per_prompt=np.int64(2), **LATENT).images
+    assert len(prompts) == 4
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -1.0, "2", None, True, 1j])
+def test_guidance_that_is_no_number(number):
+    for name, given in (
+        ("guidance_scale", number),
+        ("guidance_interval", (0, number)),
+        ("guidance_interval", (number, 1)),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be finite and 0 or more, got"):
+            class_pipeline()(1, **{name: given})
+        with pytest.raises(ValueError, match=f"{name} must be finite and 0 or more, got"):
+            text_pipeline()("a cat", **{name: given})
+
+
+# Pictures alone and together
+
+
+def generators(count):
+    return [torch.Generator().manual_seed(i) for i in range(count)]
+
+
+LABELS = [1, 7, 2, 9, 4]
+OF_LENGTHS = ["a", "a red cat", "cat", "a a a a a dog", "dog"]
+
+
+@pytest.mark.parametrize(
+    "make_pipeline, what", [(class_pipeline, LABELS), (text_pipeline, OF_LENGTHS)]
+)
+@pytest.mark.parametrize("output_type", ["latent", "pt", "np"])
+def test_a_picture_is_the_same_alone_and_beside_others(make_pipeline, what, output_type):
+    pipeline = make_pipeline()
+    options = dict(num_inference_steps=3, output_type=output_type, stochasticity_ratio=0.2)
+    together = pipeline(what, generator=generators(5), batch_invariant=True, **options).images
+    for i, generator in enumerate(generators(5)):
+        alone = pipeline(what[i], generator=generator, **options).images[0]
+        assert np.array_equal(np.asarray(together[i]), np.asarray(alone))
+
+
+def test_pictures_alone_of_several_sizes_prompts_and_features():
+    pipeline = text_pipeline()
+    sizes = dict(height=[8, 12, 8, 12], width=8)
+    options = dict(num_images_per_prompt=2, batch_invariant=True, **sizes, **LATENT)
+    negative = ["a dog", "a red cat a"]
+    together = pipeline(
+        PROMPTS, negative_prompt=negative, generator=generators(4), **options
+    ).images
+    for i, generator in enumerate(generators(4)):
+        given = dict(negative_prompt=negative[i // 2], height=sizes["height"][i], width=8)
+        alone = pipeline(PROMPTS[i // 2], generator=generator, **given, **LATENT).images[0]
+        assert torch.equal(together[i], alone)
+    y, y_null = pipeline.encode_prompt(PROMPTS)
+    given = dict(prompt_embeds=y, negative_prompt_embeds=y_null[:1], batch_invariant=True, **LATENT)
+    together = pipeline(generator=generators(2), **given).images
+    given |= dict(prompt_embeds=y[1:])
+    assert torch.equal(together[1], pipeline(generator=generators(2)[1:], **given).images[0])
+    plain = pipeline(PROMPTS, batch_invariant=True, guidance_scale=1.0, **LATENT).images
+    assert plain.shape == (2, 4, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(stochasticity_ratio=0.5, generator=seeded()), "needs a generator a picture"),
+        (dict(callback_on_step_end=lambda *_: None), "one picture after the other: give no callba"),
+    ],
+)
+def test_what_does_not_go_with_pictures_alone(options, message):
+    with pytest.raises(ValueError, match=message):
+        class_pipeline()([1, 7], batch_invariant=True, num_inference_steps=3, **options)
+    with pytest.raises(ValueError, match="negative_prompt must be one or 2, as prompts are; got 3"):
+        text_pipeline()(PROMPTS, negative_prompt=["a"] * 3, batch_invariant=True)
+
+
+def test_what_is_cut_from_a_prompt_alone_is_said_once(caplog):
+    caplog.set_level(logging.WARNING)
+    options = dict(num_images_per_prompt=3, batch_invariant=True, **LATENT)
+    text_pipeline(max_seq_length=3)(["a red cat a dog", "cat"], **options)
+    assert [record.getMessage() for record in caplog.records] == [
+        "truncated to max_seq_length = 3 tokens, the prompt loses 'a dog'"
+    ]

@@ -1,0 +1,71 @@
+"""What a call tells after each step, and what it takes back."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import Tensor
+
+States = Tensor | list[Tensor]  # a list of those of several sizes
+StepCallback = Callable[[DiffusionPipeline, int, float, dict[str, Any]], dict[str, Any] | None]
+
+
+def inputs_of(
+    callback: StepCallback | None, names: Sequence[str], known: Sequence[str]
+) -> list[str]:
+    """The tensors that a callback is given, by name.
+
+    Raises:
+        ValueError: some are not known.
+    """
+    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        names = callback.tensor_inputs
+    foreign = [name for name in names if name not in known]
+    if isinstance(names, str) or foreign:
+        raise ValueError(
+            f"callback_on_step_end_tensor_inputs must be of {', '.join(known)}; got {names!r}"
+        )
+    return list(names)
+
+
+def on_step(
+    pipeline: DiffusionPipeline,
+    callback: StepCallback,
+    names: Sequence[str],
+    conditions: Mapping[str, Any],
+) -> Callable[[int, float, States], States]:
+    """A sampler's `on_step` that asks the callback of a pipeline."""
+
+    def ask(step: int, time: float, state: States) -> States:
+        known = dict(conditions) | {"latents": state}
+        returned = callback(pipeline, step, time, {name: known[name] for name in names})
+        return _taken(returned, state, conditions)
+
+    return ask
+
+
+def _taken(returned: Any, state: States, conditions: Mapping[str, Any]) -> States:
+    """What a callback made of the state."""
+    if returned is None:
+        return state
+    if isinstance(returned, Mapping):
+        for name in returned.keys() - {"latents"}:
+            if name not in conditions or returned[name] is not conditions[name]:
+                raise ValueError(
+                    f"callback_on_step_end cannot change {name}, only latents: what a picture is "
+                    "of is read once a call"
+                )
+    latents = returned.get("latents", state) if isinstance(returned, Mapping) else None
+    needed, got = ([getattr(x, "shape", None) for x in _rows(each)] for each in (state, latents))
+    if type(latents) is not type(state) or got != needed:
+        shape = tuple(state.shape) if isinstance(state, Tensor) else [*map(tuple, needed)]
+        raise ValueError(
+            f"callback_on_step_end must return nothing or {{'latents': …}} of shape {shape}, "
+            f"got {type(returned).__name__}"
+        )
+    return latents
+
+
+def _rows(state: Any) -> list[Any]:
+    return state if isinstance(state, list) else [state]
