@@ -73,7 +73,7 @@ class TiMClassSampler:
 
 def _inputs(**conditions: tuple) -> dict[str, dict[str, tuple]]:
     side = {"default": 0, "min": 0, "max": _LONGEST_SIDE, "step": 4}
-    share = {"min": -1.0, "max": 2.0, "step": 0.05, "round": 0.001}
+    share = {"min": 0.0, "max": 2.0, "step": 0.05, "round": 0.001}
     own = "In px; 0 is the size that the network was trained at."
     low, high = (
         f"Guidance acts where the noise is {how}, as a share of all there is."
