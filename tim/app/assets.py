@@ -3,6 +3,12 @@ kept small, the package `tim-assets` adds them."""
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+from tim import opening
+from tim.data import emoji
+from tim.opening import Source
+from tim.pipelines import TiMClassPipeline, TiMTextPipeline
 
 NAMES = "mnist", "emoji"
 
@@ -23,3 +29,29 @@ def folder(name: str) -> Path:
         f"the trained network {name!r} is not installed: run in a checkout of tim-kernels, or "
         "install its folder tim/assets with pip"
     )
+
+
+def open_pipeline(
+    source: Source, config: Source | None = None, **options: Any
+) -> TiMClassPipeline | TiMTextPipeline:  # fmt: skip
+    """What `tim.opening.open_pipeline` opens, with the same arguments and errors, or a network of
+    NAMES.
+
+    Raises:
+        ImportError: the text encoder of "emoji" is not installed.
+    """
+    if is_name(source):
+        if source == "emoji" and options.get("text_encoder") is None:
+            options["text_encoder"] = _emoji_text_encoder()
+        source = folder(str(source))
+    return opening.open_pipeline(source, config, **options)
+
+
+def is_name(source: Source) -> bool:
+    """Whether a network of NAMES is meant, and not a folder here."""
+    return str(source) in NAMES and not Path(source).exists()
+
+
+def _emoji_text_encoder() -> Path:
+    made = Path("datasets/emoji/text_encoder")  # of python -m tim.data.emoji
+    return made if made.is_dir() else emoji.text_encoder()

