@@ -5,7 +5,8 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-nightly test-matrix oldest newest inception lint bench gpu hub wheels clean
+.PHONY: help demo test test-nightly test-matrix oldest newest inception lint docs notebooks bench gpu hub \
+	wheels clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +47,13 @@ lint: $(VENV)/.test ## check style and formatting
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/* tests/csrc/emulation/*
 
+docs: $(VENV)/.docs ## build the site of docs/ into build/site
+	$(BIN)/python docs/build.py
+	$(BIN)/zensical build --strict --clean
+
+notebooks: $(VENV)/.docs ## run docs/notebooks/ again and keep what they print
+	$(BIN)/python docs/execute.py
+
 bench: $(VENV)/.bench ## count, read the compiled kernels, time what runs here, and report
 	$(BIN)/python -m benchmarks traffic
 	$(BIN)/python -m benchmarks resources
@@ -68,7 +76,7 @@ wheels: $(VENV)/.torch ## download, into wheels/, what a bare GPU machine may la
 		--implementation py --platform any --dest wheels --requirement benchmarks/gate/wheels.txt
 
 clean: ## remove the environment, builds and caches
-	rm -rf $(VENV) build dist wheels *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist wheels *.egg-info .benchmarks .cache .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.torch:
@@ -78,7 +86,7 @@ $(VENV)/.torch:
 
 # .venv/.EXTRA: the package is installed with that extra. timm comes alone, for its layers: the
 # torchvision that it asks for needs a CUDA build of PyTorch, and breaks transformers beside another.
-$(VENV)/.demo $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py
+$(VENV)/.demo $(VENV)/.test $(VENV)/.docs $(VENV)/.bench: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py
 	$(BIN)/python -m pip install --editable ".[$*]"
 	$(if $(filter test,$*),$(BIN)/python -m pip install --no-deps "timm>=1.0")
 	touch $@
