@@ -22,7 +22,7 @@ from tests.system import small_pipelines
 from tim import config
 from tim.app import assets
 from tim.app.cli import app
-from tim.evaluation import emoji
+from tim.evaluation import emoji, mnist_variants
 from tim.evaluation.mnist import GUIDANCE, table
 
 ROOT = Path(__file__).parents[1]
@@ -145,6 +145,15 @@ def test_the_measurements_are_those_of_the_committed_file():
     for name in ("classifier_accuracy", "frechet_distance_of_train_images"):
         value = RESULTS[name] * (100 if name == "classifier_accuracy" else 1)
         assert f"{value:.1f}" in README and f"{value:.1f}" in PAGES["docs/mnist.md"]
+
+
+def test_the_table_of_other_settings_is_that_of_the_committed_file():
+    results = json.loads((ROOT / "docs/mnist/variants.json").read_text())
+    assert mnist_variants.table(results) in PAGES["docs/mnist.md"]
+    shipped = results["networks"]["as shipped"]
+    assert shipped["trained_images"] == 640_000 and not shipped["settings"]
+    for steps, measured in RESULTS["networks"]["TiM"]["by_guidance"]["1.0"].items():
+        assert shipped["by_steps"][steps]["recognised"] == measured["recognised"]
 
 
 def test_the_tables_of_emoji_are_those_of_the_committed_file():
