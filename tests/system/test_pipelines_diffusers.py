@@ -367,6 +367,15 @@ def test_integers_and_numbers_of_numpy():
     assert len(prompts) == 4
 
 
+def test_generators_in_a_tuple():
+    pipeline = class_pipeline()
+    options = dict(stochasticity_ratio=0.2, num_inference_steps=3, output_type="latent")
+    for more in ({}, dict(batch_invariant=True), dict(height=[8, 12])):
+        listed = pipeline([1, 7], generator=generators(2), **options, **more).images
+        ours = pipeline([1, 7], generator=tuple(generators(2)), **options, **more).images
+        assert all(map(torch.equal, ours, listed))
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -1.0, "2", None, True, 1j])
 def test_guidance_that_is_no_number(number):
     for name, given in (

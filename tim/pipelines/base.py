@@ -201,7 +201,7 @@ class TiMPipeline(DiffusionPipeline):
 
     def _one_by_one(self, z: States, y, y_null, generator, options: dict[str, Any]) -> States:
         """Each picture has the bits that it has alone."""
-        several = isinstance(generator, (list, tuple))
+        several = isinstance(generator, list)
         if options["stochasticity_ratio"] and generator is not None and not several and len(z) > 1:
             raise ValueError("batch_invariant with noise in between needs a generator a picture")
         x = [
@@ -246,7 +246,7 @@ class TiMPipeline(DiffusionPipeline):
     def _initial_states(self, sizes: list[tuple[int, int]], generator, latents) -> list[Tensor]:
         """Of every picture, as if it were alone."""
         batch = len(sizes)
-        generators = generator if isinstance(generator, (list, tuple)) else [generator] * batch
+        generators = generator if isinstance(generator, list) else [generator] * batch
         given = [None] * batch if latents is None else list(latents)
         if not all(noise is None or isinstance(noise, Tensor) for noise in given):
             raise ValueError(f"latents must be tensors, got {[type(x).__name__ for x in given]}")
@@ -262,7 +262,7 @@ class TiMPipeline(DiffusionPipeline):
 
     def _initial_state(self, shape: tuple[int, ...], generator, latents: Tensor | None) -> Tensor:
         """The state at T_max of the noise that is drawn or given, (B, in_channels, H/f, W/f)."""
-        if isinstance(generator, (list, tuple)) and len(generator) != shape[0]:
+        if isinstance(generator, list) and len(generator) != shape[0]:
             raise ValueError(
                 f"{shape[0]} generators are needed, one a picture; got {len(generator)}"
             )

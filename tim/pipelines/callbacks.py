@@ -17,12 +17,13 @@ def inputs_of(
     """The tensors that a callback is given, by name.
 
     Raises:
-        ValueError: some are not known.
+        ValueError: some are not known, or the callback cannot be called.
     """
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback_on_step_end must be a function, got {callback!r}")
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
         names = callback.tensor_inputs
-    foreign = [name for name in names if name not in known]
-    if isinstance(names, str) or foreign:
+    if not isinstance(names, (list, tuple)) or any(name not in known for name in names):
         raise ValueError(
             f"callback_on_step_end_tensor_inputs must be of {', '.join(known)}; got {names!r}"
         )

@@ -81,6 +81,8 @@ def steps_of(
 
 def _numbers(name: str, given: Iterable[float]) -> list[float]:
     try:
+        if isinstance(given, str):
+            raise TypeError
         return [float(start) for start in given]
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be numbers, got {given!r}") from None
