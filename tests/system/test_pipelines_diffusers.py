@@ -251,6 +251,29 @@ def test_components_are_shared(make_pipeline):
         assert torch.equal(drawn(other), expected)
 
 
+def test_shared_components_keep_their_dtypes(tmp_path):
+    pipeline = class_pipeline()
+    pipeline.transformer.to(torch.bfloat16)
+    expected = drawn(pipeline)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    other = TiMClassPipeline.from_pipe(pipeline, scheduler=scheduler)
+    assert other.scheduler is scheduler and pipeline.scheduler is None
+    assert pipeline.transformer.dtype == torch.bfloat16 and other.vae.dtype == torch.float32
+    assert torch.equal(drawn(pipeline), expected)
+    pipeline.save_pretrained(tmp_path)
+    pipeline.transformer = TiMTransformer2DModel.from_pretrained(
+        tmp_path, subfolder="transformer", quantization_config=int8(), torch_dtype=torch.bfloat16
+    )
+    assert torch.equal(drawn(TiMClassPipeline.from_pipe(pipeline)), drawn(pipeline))
+    assert (
+        TiMClassPipeline.from_pipe(class_pipeline(), dtype=torch.bfloat16).dtype == torch.bfloat16
+    )
+    with pytest.raises(ValueError, match="conditioned on classes: use TiMClassPipeline"):
+        TiMTextPipeline.from_pipe(pipeline)
+    with pytest.raises(TypeError, match="requires_safety"):
+        TiMClassPipeline.from_pipe(pipeline, requires_safety=True)
+
+
 def settings(pipeline):
     parts = pipeline.components
     names = pipeline.config.keys() - parts.keys()

@@ -84,6 +84,21 @@ class TiMPipeline(DiffusionPipeline):
             return cls.from_pretrained(config, transformer=network, **of_all, **hub, **options)
         return cls.from_checkpoint(path, config, dtype=dtype, **options)
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> Self:
+        """With the components and settings of another pipeline, but for those that are given.
+
+        Of one of ours, components keep their dtypes, unless `torch_dtype` or `dtype` is given;
+        diffusers' own casts what both share to float32.
+        """
+        if not isinstance(pipeline, TiMPipeline):
+            return super().from_pipe(pipeline, **options)
+        dtypes = [options.pop(name) for name in ("dtype", "torch_dtype") if name in options]
+        own = inspect.signature(cls.__init__).parameters
+        given = pipeline.config | pipeline.components
+        made = cls(**{name: given[name] for name in own if name in given} | options)
+        return made.to(dtype=dtypes[0]) if dtypes else made
+
     def _set_up(self, transport: str, transport_params: Mapping[str, Any] | None) -> None:
         params = dict(transport_params or {})
         self._transport = make(transport, **params)
