@@ -357,6 +357,20 @@ def test_what_a_callback_may_not_name_or_change():
             pipeline("a cat", callback_on_step_end_tensor_inputs=names, **options)
 
 
+def test_what_a_callback_may_not_change_in_place():
+    pipeline = text_pipeline()
+
+    def cut(pipe, step, time, tensors):
+        tensors["prompt_embeds"].zero_()
+
+    names = dict(callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    with pytest.raises(ValueError, match="cannot change prompt_embeds, only latents"):
+        pipeline("a cat", callback_on_step_end=cut, **names, **LATENT)
+    with torch.inference_mode():
+        options = dict(callback_on_step_end=lambda *_: None, height=[4, 8], width=4)
+        assert len(pipeline(PROMPTS, **options, **LATENT).images) == 2
+
+
 class Zeros(PipelineCallback):
     tensor_inputs = ["latents"]
 
