@@ -251,6 +251,29 @@ def test_components_are_shared(make_pipeline):
         assert torch.equal(drawn(other), expected)
 
 
+def test_shared_components_keep_their_dtypes(tmp_path):
+    pipeline = class_pipeline()
+    pipeline.transformer.to(torch.bfloat16)
+    expected = drawn(pipeline)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    other = TiMClassPipeline.from_pipe(pipeline, scheduler=scheduler)
+    assert other.scheduler is scheduler and pipeline.scheduler is None
+    assert pipeline.transformer.dtype == torch.bfloat16 and other.vae.dtype == torch.float32
+    assert torch.equal(drawn(pipeline), expected)
+    pipeline.save_pretrained(tmp_path)
+    pipeline.transformer = TiMTransformer2DModel.from_pretrained(
+        tmp_path, subfolder="transformer", quantization_config=int8(), torch_dtype=torch.bfloat16
+    )
+    assert torch.equal(drawn(TiMClassPipeline.from_pipe(pipeline)), drawn(pipeline))
+    assert (
+        TiMClassPipeline.from_pipe(class_pipeline(), dtype=torch.bfloat16).dtype == torch.bfloat16
+    )
+    with pytest.raises(ValueError, match="conditioned on classes: use TiMClassPipeline"):
+        TiMTextPipeline.from_pipe(pipeline)
+    with pytest.raises(TypeError, match="requires_safety"):
+        TiMClassPipeline.from_pipe(pipeline, requires_safety=True)
+
+
 def settings(pipeline):
     parts = pipeline.components
     names = pipeline.config.keys() - parts.keys()
@@ -334,6 +357,20 @@ def test_what_a_callback_may_not_name_or_change():
             pipeline("a cat", callback_on_step_end_tensor_inputs=names, **options)
 
 
+def test_what_a_callback_may_not_change_in_place():
+    pipeline = text_pipeline()
+
+    def cut(pipe, step, time, tensors):
+        tensors["prompt_embeds"].zero_()
+
+    names = dict(callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    with pytest.raises(ValueError, match="cannot change prompt_embeds, only latents"):
+        pipeline("a cat", callback_on_step_end=cut, **names, **LATENT)
+    with torch.inference_mode():
+        options = dict(callback_on_step_end=lambda *_: None, height=[4, 8], width=4)
+        assert len(pipeline(PROMPTS, **options, **LATENT).images) == 2
+
+
 class Zeros(PipelineCallback):
     tensor_inputs = ["latents"]
 
@@ -365,6 +402,15 @@ def test_integers_and_numbers_of_numpy():
     assert [tuple(x.shape) for x in several] == [(4, 4, 4), (4, 6, 4)]
     prompts = text_pipeline()(PROMPTS, num_images_per_prompt=np.int64(2), **LATENT).images
     assert len(prompts) == 4
+
+
+def test_generators_in_a_tuple():
+    pipeline = class_pipeline()
+    options = dict(stochasticity_ratio=0.2, num_inference_steps=3, output_type="latent")
+    for more in ({}, dict(batch_invariant=True), dict(height=[8, 12])):
+        listed = pipeline([1, 7], generator=generators(2), **options, **more).images
+        ours = pipeline([1, 7], generator=tuple(generators(2)), **options, **more).images
+        assert all(map(torch.equal, ours, listed))
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -1.0, "2", None, True, 1j])

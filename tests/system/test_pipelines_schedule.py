@@ -144,6 +144,15 @@ def test_a_scheduler_of_diffusers_gives_its_own_steps(scheduler):
     torch.testing.assert_close(again, ours, atol=1e-4, rtol=1e-4)
 
 
+def test_a_scheduler_keeps_its_state():
+    """Which two calls of several threads may share."""
+    pipeline = class_pipeline(scheduler=MATCH(shift=3.0))
+    pipeline.scheduler.set_timesteps(7)
+    before = pipeline.scheduler.sigmas.clone()
+    latents(pipeline, num_inference_steps=3)
+    assert torch.equal(pipeline.scheduler.sigmas, before)
+
+
 def test_a_scheduler_is_saved_and_loaded(tmp_path):
     pipeline = class_pipeline()
     pipeline.scheduler = MATCH(shift=3.0)  # after None, too

@@ -129,6 +129,7 @@ FEATURES = torch.zeros(2, 3, 24)
         (dict(prompt_embeds=FEATURES[..., :5]), r"\(B, tokens, 24\), got \(2, 3, 5\)"),
         (dict(prompt_embeds=FEATURES.int()), "must be floating-point"),
         (dict(prompt_embeds="a cat"), "got str"),
+        (dict(prompt_embeds=FEATURES[:0]), r"got \(0, 3, 24\)"),
         (dict(prompt_embeds=FEATURES / 0), "prompt_embeds must be finite"),
         (
             dict(prompt_embeds=FEATURES, negative_prompt_embeds=FEATURES[:, :2]),
@@ -140,9 +141,10 @@ FEATURES = torch.zeros(2, 3, 24)
         ),
     ],
 )
-def test_features_that_do_not_fit(given, message):
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_features_that_do_not_fit(given, message, batch_invariant):
     with pytest.raises(ValueError, match=message):
-        text_pipeline()(**given)
+        text_pipeline()(**given, batch_invariant=batch_invariant)
 
 
 @pytest.mark.parametrize("make_pipeline", [class_pipeline, text_pipeline])

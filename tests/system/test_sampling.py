@@ -66,6 +66,11 @@ def test_stochastic_sampling_follows_its_generator():
         for seed in (1, 1, 2)
     ]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    of_each = (
+        kind(torch.Generator().manual_seed(seed) for seed in (1, 2)) for kind in (list, tuple)
+    )
+    listed, tupled = (run(stochasticity_ratio=0.5, generator=several)[0] for several in of_each)
+    assert torch.equal(listed, tupled)
 
 
 @pytest.mark.parametrize(

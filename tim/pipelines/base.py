@@ -84,6 +84,21 @@ class TiMPipeline(DiffusionPipeline):
             return cls.from_pretrained(config, transformer=network, **of_all, **hub, **options)
         return cls.from_checkpoint(path, config, dtype=dtype, **options)
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> Self:
+        """With the components and settings of another pipeline, but for those that are given.
+
+        Of one of ours, components keep their dtypes, unless `torch_dtype` or `dtype` is given;
+        diffusers' own casts what both share to float32.
+        """
+        if not isinstance(pipeline, TiMPipeline):
+            return super().from_pipe(pipeline, **options)
+        dtypes = [options.pop(name) for name in ("dtype", "torch_dtype") if name in options]
+        own = inspect.signature(cls.__init__).parameters
+        given = pipeline.config | pipeline.components
+        made = cls(**{name: given[name] for name in own if name in given} | options)
+        return made.to(dtype=dtypes[0]) if dtypes else made
+
     def _set_up(self, transport: str, transport_params: Mapping[str, Any] | None) -> None:
         params = dict(transport_params or {})
         self._transport = make(transport, **params)
@@ -201,7 +216,7 @@ class TiMPipeline(DiffusionPipeline):
 
     def _one_by_one(self, z: States, y, y_null, generator, options: dict[str, Any]) -> States:
         """Each picture has the bits that it has alone."""
-        several = isinstance(generator, (list, tuple))
+        several = isinstance(generator, list)
         if options["stochasticity_ratio"] and generator is not None and not several and len(z) > 1:
             raise ValueError("batch_invariant with noise in between needs a generator a picture")
         x = [
@@ -246,7 +261,7 @@ class TiMPipeline(DiffusionPipeline):
     def _initial_states(self, sizes: list[tuple[int, int]], generator, latents) -> list[Tensor]:
         """Of every picture, as if it were alone."""
         batch = len(sizes)
-        generators = generator if isinstance(generator, (list, tuple)) else [generator] * batch
+        generators = generator if isinstance(generator, list) else [generator] * batch
         given = [None] * batch if latents is None else list(latents)
         if not all(noise is None or isinstance(noise, Tensor) for noise in given):
             raise ValueError(f"latents must be tensors, got {[type(x).__name__ for x in given]}")
@@ -262,7 +277,7 @@ class TiMPipeline(DiffusionPipeline):
 
     def _initial_state(self, shape: tuple[int, ...], generator, latents: Tensor | None) -> Tensor:
         """The state at T_max of the noise that is drawn or given, (B, in_channels, H/f, W/f)."""
-        if isinstance(generator, (list, tuple)) and len(generator) != shape[0]:
+        if isinstance(generator, list) and len(generator) != shape[0]:
             raise ValueError(
                 f"{shape[0]} generators are needed, one a picture; got {len(generator)}"
             )

@@ -9,6 +9,9 @@ from torch import Tensor
 
 States = Tensor | list[Tensor]  # a list of those of several sizes
 StepCallback = Callable[[DiffusionPipeline, int, float, dict[str, Any]], dict[str, Any] | None]
+_ONLY_LATENTS = (
+    "callback_on_step_end cannot change {}, only latents: what a picture is of is read once a call"
+)
 
 
 def inputs_of(
@@ -17,12 +20,13 @@ def inputs_of(
     """The tensors that a callback is given, by name.
 
     Raises:
-        ValueError: some are not known.
+        ValueError: some are not known, or the callback cannot be called.
     """
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback_on_step_end must be a function, got {callback!r}")
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
         names = callback.tensor_inputs
-    foreign = [name for name in names if name not in known]
-    if isinstance(names, str) or foreign:
+    if not isinstance(names, (list, tuple)) or any(name not in known for name in names):
         raise ValueError(
             f"callback_on_step_end_tensor_inputs must be of {', '.join(known)}; got {names!r}"
         )
@@ -37,9 +41,14 @@ def on_step(
 ) -> Callable[[int, float, States], States]:
     """A sampler's `on_step` that asks the callback of a pipeline."""
 
+    made = {name: _writes(x) for name, x in conditions.items()}
+
     def ask(step: int, time: float, state: States) -> States:
         known = dict(conditions) | {"latents": state}
         returned = callback(pipeline, step, time, {name: known[name] for name in names})
+        for name, x in conditions.items():
+            if _writes(x) != made[name]:
+                raise ValueError(_ONLY_LATENTS.format(name))
         return _taken(returned, state, conditions)
 
     return ask
@@ -52,10 +61,7 @@ def _taken(returned: Any, state: States, conditions: Mapping[str, Any]) -> State
     if isinstance(returned, Mapping):
         for name in returned.keys() - {"latents"}:
             if name not in conditions or returned[name] is not conditions[name]:
-                raise ValueError(
-                    f"callback_on_step_end cannot change {name}, only latents: what a picture is "
-                    "of is read once a call"
-                )
+                raise ValueError(_ONLY_LATENTS.format(name))
     latents = returned.get("latents", state) if isinstance(returned, Mapping) else None
     needed, got = ([getattr(x, "shape", None) for x in _rows(each)] for each in (state, latents))
     if type(latents) is not type(state) or got != needed:
@@ -65,6 +71,11 @@ def _taken(returned: Any, state: States, conditions: Mapping[str, Any]) -> State
             f"got {type(returned).__name__}"
         )
     return latents
+
+
+def _writes(x: Tensor | None) -> int | None:
+    """How often a tensor was written to, where that is counted."""
+    return None if x is None or x.is_inference() else x._version
 
 
 def _rows(state: Any) -> list[Any]:

@@ -22,7 +22,7 @@ OutputType = Literal["pil", "np", "pt", "latent"]
 # Of "pil", "np", and "pt" or "latent"; of several sizes lists of them.
 Pictures = list[Image.Image] | np.ndarray | Tensor | list[np.ndarray] | list[Tensor]
 Side = SupportsIndex | Sequence[SupportsIndex] | None
-Generators = torch.Generator | list[torch.Generator]
+Generators = torch.Generator | Sequence[torch.Generator]
 SCALE, INTERVAL = 1.5, (0.0, 1.0)  # of guidance, where a call says nothing
 
 
@@ -57,11 +57,17 @@ class Call:
         if not isinstance(interval, (tuple, list)) or len(interval) != 2:
             raise ValueError(f"guidance_interval must be (low, high), got {interval!r}")
         _number("guidance_scale", self.guidance_scale)
+        _number("stochasticity_ratio", self.stochasticity_ratio)
         low, high = (_number("guidance_interval", bound) for bound in interval)
         if low > high:
             raise ValueError(f"guidance_interval must be (low, high), got {interval}")
         if self.output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be pil, np, pt or latent, got {self.output_type!r}")
+        if isinstance(self.generator, tuple):
+            self.generator = list(self.generator)  # as diffusers takes several
+        several = self.generator if isinstance(self.generator, list) else [self.generator]
+        if foreign := [x for x in several if not isinstance(x, torch.Generator | None)]:
+            raise ValueError(f"generator must be a torch.Generator or a list, got {foreign[0]!r}")
         own = self.guidance_scale, tuple(interval)
         if self.guider is not None and own != (SCALE, INTERVAL):
             raise ValueError(

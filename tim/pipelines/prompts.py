@@ -79,8 +79,18 @@ class ReadsPrompts(TiMPipeline):
         self, name: str, prompt: Prompts | None, embeds: Tensor | None
     ) -> tuple[Tensor, int]:  # fmt: skip
         """(B, L, cap_feat_dim) and how many of the L tokens count."""
+        given = self._given(name, prompt, embeds)
+        if isinstance(given, list):
+            return self._text_features(given)
+        check_finite(f"{name}_embeds", given)
+        return given.to(self._execution_device), given.shape[1]
+
+    def _given(
+        self, name: str, prompt: Prompts | None, embeds: Tensor | None
+    ) -> list[str] | Tensor:  # fmt: skip
+        """Texts, or their features (B, L, cap_feat_dim)."""
         if embeds is None:
-            return self._text_features(_texts(name, prompt))
+            return _texts(name, prompt)
         if prompt is not None:
             raise ValueError(f"{name} and {name}_embeds were given: one of them is needed")
         width = self.transformer.config.cap_feat_dim
@@ -90,8 +100,7 @@ class ReadsPrompts(TiMPipeline):
             raise ValueError(
                 f"{name}_embeds must be floating-point (B, tokens, {width}), got {got}"
             )
-        check_finite(f"{name}_embeds", embeds)
-        return embeds.to(self._execution_device), embeds.shape[1]
+        return embeds
 
     def _encoder(self) -> TextEncoder:
         return TextEncoder(
@@ -141,10 +150,11 @@ class ReadsPrompts(TiMPipeline):
     ) -> tuple[list[Tensor], list[Tensor] | None]:
         """`encode_prompt` of each prompt as if it were alone: (L, cap_feat_dim) of each picture."""
         count = whole("num_images_per_prompt", num_images_per_prompt, 1)
-        prompts = _rows("prompt", prompt, prompt_embeds)
+        prompts = _rows("prompt", self._given("prompt", prompt, prompt_embeds))
         if negative_prompt is None and negative_prompt_embeds is None:
             negative_prompt = ""
-        negatives = _rows("negative_prompt", negative_prompt, negative_prompt_embeds)
+        name = "negative_prompt"
+        negatives = _rows(name, self._given(name, negative_prompt, negative_prompt_embeds))
         if len(negatives) not in (1, len(prompts)):
             raise ValueError(
                 f"negative_prompt must be one or {len(prompts)}, as prompts are; "
@@ -170,8 +180,8 @@ def _texts(name: str, given: Prompts | None) -> list[str]:
     return texts
 
 
-def _rows(name: str, given: Prompts | None, embeds: Tensor | None) -> list[dict[str, Any]]:
+def _rows(name: str, given: list[str] | Tensor) -> list[dict[str, Any]]:
     """Each as `encode_prompt` takes it."""
-    if not isinstance(embeds, Tensor) or given is not None:
-        return [{name: text} for text in _texts(name, given)]
-    return [{f"{name}_embeds": row[None]} for row in embeds]
+    if isinstance(given, list):
+        return [{name: text} for text in given]
+    return [{f"{name}_embeds": row[None]} for row in given]

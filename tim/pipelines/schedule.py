@@ -1,5 +1,6 @@
 """The times of a call's steps: evenly spaced, one's own, or those of a scheduler of diffusers."""
 
+import copy
 from collections.abc import Iterable
 from typing import Any, SupportsIndex
 
@@ -74,6 +75,7 @@ def steps_of(
         starts = [start / unit for start in _numbers(name, given)]
         _check_starts(name, starts, transport, num_steps)
     if scheduler is not None:
+        scheduler = copy.copy(scheduler)  # other calls may be using it
         scheduler.set_timesteps(sigmas=starts)
         return dict(times=decreasing("the scheduler's sigmas", scheduler.sigmas.tolist()))
     return dict(times=(*starts, transport.T_min))
@@ -81,6 +83,8 @@ def steps_of(
 
 def _numbers(name: str, given: Iterable[float]) -> list[float]:
     try:
+        if isinstance(given, str):
+            raise TypeError
         return [float(start) for start in given]
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be numbers, got {given!r}") from None

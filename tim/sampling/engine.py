@@ -241,6 +241,7 @@ def drawn(x: Tensor, generator: Generators) -> Tensor:
     """Noise shaped as x."""
     if generator is not None and not isinstance(generator, (torch.Generator, list, tuple)):
         return generator(x)
+    generator = list(generator) if isinstance(generator, tuple) else generator
     return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
