@@ -11,6 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from tim.checks import some
+
 _log = logging.getLogger(__name__)
 
 
@@ -134,9 +136,3 @@ def class_pictures(root: Path) -> dict[str, list[str]]:
         what = f"no pictures in {some(empty)}" if found else "no class folders"
         raise ValueError(f"image_dir must be a folder of class folders; {root} has {what}")
     return found
-
-
-def some(names: Sequence[Any], most: int = 3) -> str:
-    """The first few and how many there are."""
-    first = ", ".join(str(name) for name in names[:most])
-    return first if len(names) <= most else f"{first} and {len(names) - most:,} more"

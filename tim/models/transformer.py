@@ -16,6 +16,7 @@ from ..checks import check_times, whole_sizes
 from ..files import saved_whole
 from .embeddings import CaptionEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder
 from .layers import BlockShape, ClassBlock, FinalLayer, TextBlock, projector, zero_
+from .lora import LoRAMixin
 
 Condition = Literal["t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r"]
 RopeOrder = Literal["upstream", "grid"]
@@ -30,7 +31,7 @@ class TiMTransformer2DModelOutput(BaseOutput):
 
 
 @saved_whole
-class TiMTransformer2DModel(ModelMixin, ConfigMixin):
+class TiMTransformer2DModel(LoRAMixin, ModelMixin, ConfigMixin):
     """The TiM network F(x_t, t, r, y) (arXiv 2509.04394, section 3 and appendix).
 
     Arguments bear the published names. With `cap_feat_dim` it is conditioned on text features

@@ -24,6 +24,8 @@ from tim.sampling import Engine, SampleType, sample_packed
 from tim.sampling.steps import Step
 from tim.transports import TRANSPORTS, TransportName, make
 
+from .lora import LoRALoader
+
 States = Tensor | list[Tensor]  # a list of those of several sizes
 StepCallback = Callable[
     [DiffusionPipeline, int, float, dict[str, States]], dict[str, States] | None
@@ -36,7 +38,7 @@ Generators = torch.Generator | list[torch.Generator]
 
 
 @saved_whole
-class TiMPipeline(DiffusionPipeline):
+class TiMPipeline(LoRALoader, DiffusionPipeline):
     """What both pipelines share; components are `transformer`, `vae` and those of the text. Without
     `vae` the network draws pictures themselves, of 1 or 3 channels.
 
