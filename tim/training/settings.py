@@ -75,7 +75,7 @@ _SCHEDULES = [  # as functions of the step
 ]
 
 RULES: dict[str, _Rule] = {
-    "model.ckpt": _path("null or a file of weights"),
+    "model.ckpt": _path("null or a file or folder of weights"),
     "model.transport": _SECTION,
     "model.transition_loss": _SECTION,
     "model.network": _SECTION,
@@ -108,6 +108,7 @@ RULES: dict[str, _Rule] = {
     "training.tracker": _one_of(None, *PACKAGES),
     "training.tracker_project_name": _TEXT_OR_NONE,
     "training.tracker_kwargs": _SECTION_OR_NONE,
+    "training.lora": _SECTION_OR_NONE,
     "training.learning_rate": _NOT_NEGATIVE,
     "training.learning_rate_base_batch_size": _whole(1),
     "training.scale_lr": _FLAG,
@@ -147,6 +148,7 @@ DEFAULTS = {
         "tracker": None,
         "tracker_project_name": None,
         "tracker_kwargs": None,
+        "lora": None,
     },
 }
 # What published files also hold.
@@ -256,6 +258,7 @@ def build_schedule(run: DictConfig, optimizer: Optimizer) -> LambdaLR:
 
 # What all of a run is made of. (The network is compared with a checkpoint's; folders may move.)
 FIXED = ("training.seed", "data.data_type", "data.dataset.image_size")
+FIXED += tuple(f"training.lora.{name}" for name in ("rank", "alpha", "target_modules"))
 
 
 def check_changes(differs: list[str], output: Path) -> None:
