@@ -106,6 +106,22 @@ class Packs(Sequence[list[int]]):
         return self._lines[start:end].tolist()
 
 
+def pictures_under(folder: Path, root: Path) -> tuple[list[str], list[str]]:
+    """Pictures in any depth, by the ends of their names, and other files: sorted paths from `root`.
+    Hidden files are passed over."""
+    kinds = Image.registered_extensions()
+    found, others = [], []
+    for where, _, files in os.walk(folder, followlinks=True):
+        prefix = os.path.relpath(where, root)
+        for file in files:
+            if file.startswith("."):
+                continue
+            kind = kinds.get(os.path.splitext(file)[1].lower())
+            name = os.path.normpath(f"{prefix}/{file}")
+            (found if kind in Image.OPEN else others).append(name)
+    return sorted(found), sorted(others)
+
+
 def class_pictures(root: Path) -> dict[str, list[str]]:
     """The pictures under each class folder of `root` by the folder's name, as paths from `root`.
 
@@ -115,20 +131,13 @@ def class_pictures(root: Path) -> dict[str, list[str]]:
     Raises:
         ValueError: there is no class folder, or one without pictures.
     """
-    kinds, others, found = Image.registered_extensions(), [], {}
+    others, found = [], {}
     names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     for name in names:
         if name.startswith("."):
             continue
-        found[name] = []
-        for where, _, files in os.walk(root / name, followlinks=True):
-            prefix = os.path.relpath(where, root)
-            for file in files:
-                if file.startswith("."):
-                    continue
-                kind = kinds.get(os.path.splitext(file)[1].lower())
-                (found[name] if kind in Image.OPEN else others).append(f"{prefix}/{file}")
-        found[name].sort()
+        found[name], odd = pictures_under(root / name, root)
+        others += odd
     if others:
         _log.warning("%s: not pictures: %s", root, some(others))
     empty = [name for name, files in found.items() if not files]

@@ -4,7 +4,7 @@ A batch is a mapping, of tensors on the device and of lists: `label` (B,), `capt
 `latent` (B, C, h, w), `image` (B, 3, H, W) in [-1, 1].
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -65,7 +65,7 @@ class TextConditioning:
         encode: TextEncoder,
         nothing: Tensor,
         proportion_empty: float,
-        shown: tuple[str, ...] = ("a red fox in the snow", "a bowl of fruit", "a house by a lake"),
+        shown: Sequence[str] = ("a red fox in the snow", "a bowl of fruit", "a house by a lake"),
     ):
         self.encode, self.nothing = encode, nothing
         self.proportion_empty, self.shown = proportion_empty, list(shown)

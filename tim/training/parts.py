@@ -116,4 +116,5 @@ def _conditioning(dataset, model, network, device) -> Conditioning:
     nothing = encode.nothing
     if model["keep_text_features"]:
         encode = KeptFeatures(encode)
-    return TextConditioning(encode, nothing, model["proportion_empty_prompts"])
+    shown = {"shown": dataset.shown} if isinstance(dataset, data.CaptionedFolder) else {}
+    return TextConditioning(encode, nothing, model["proportion_empty_prompts"], **shown)
