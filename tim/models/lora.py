@@ -94,7 +94,7 @@ def read(source: str | Path, options: dict[str, Any]) -> tuple[dict[str, Tensor]
         )
     except SafetensorError as error:
         raise ValueError(f"{source} holds no whole {FILE}: {_line(error)}") from error
-    except OSError as error:
+    except Exception as error:  # without a net the hub's client raises what its own does
         raise OSError(f"no LoRA in {source}: {_line(error)}") from error
 
 

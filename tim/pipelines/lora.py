@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tim.models.lora import Loader, needs_peft, read
+from tim.models.lora import Loader
 
 
 class LoRALoader(Loader):
@@ -29,10 +29,7 @@ class LoRALoader(Loader):
             OSError: there is no such file.
             ImportError: peft is not installed.
         """
-        needs_peft("a LoRA")
-        weights = pretrained_model_name_or_path_or_dict
-        if not isinstance(weights, dict):
-            weights, options["metadata"] = read(weights, options)
-        metadata = options.pop("metadata", None)
-        options = dict(adapter_name=adapter_name, hotswap=hotswap, _pipeline=self) | options
-        self.transformer.load_lora_adapter(weights, metadata=metadata, **options)
+        self.transformer.load_lora_adapter(
+            pretrained_model_name_or_path_or_dict, hotswap=hotswap, adapter_name=adapter_name,
+            _pipeline=self, **options,
+        )  # fmt: skip
