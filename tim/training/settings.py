@@ -75,7 +75,7 @@ _SCHEDULES = [  # as functions of the step
 ]
 
 RULES: dict[str, _Rule] = {
-    "model.ckpt": _path("null or a file or folder of weights"),
+    "model.ckpt": _path("null or a file of weights"),
     "model.transport": _SECTION,
     "model.transition_loss": _SECTION,
     "model.network": _SECTION,
