@@ -6,7 +6,7 @@ import difflib
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ParamSpec
 
 import torch
@@ -56,6 +56,12 @@ def closest(name: str, known: Iterable[str]) -> str:
     """ " (did you mean …?)" where a name is like one that is known, else nothing."""
     match = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {match[0]}?)" if match else ""
+
+
+def some(names: Sequence[Any], most: int = 3) -> str:
+    """The first few and how many there are."""
+    first = ", ".join(str(name) for name in names[:most])
+    return first if len(names) <= most else f"{first} and {len(names) - most:,} more"
 
 
 def readable(tensor: Tensor) -> bool:

@@ -233,12 +233,21 @@ def test_workers_read_what_one_process_reads():
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def captioned(folder):
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    (folder / "a.txt").write_text("a")
+    return folder
+
+
 @pytest.mark.parametrize("preset", config.presets())
 def test_every_preset_has_a_door(preset, tmp_path, monkeypatch):
     """Its section as written, with the folders that it names."""
     section = config.resolved(config.load(preset).data)
     wanted = section.get("dataset") or {}
     given = CAPTIONS if "root_dir" in wanted else LATENT
+    if section["data_type"] == "captioned_folder":
+        given = {"image_dir": captioned(tmp_path / "captioned")}
     monkeypatch.chdir(tmp_path)
     for name, path in wanted.items():
         if isinstance(path, str):

@@ -14,7 +14,7 @@ from tim.training import loop, parts
 from tim.training.log import read_log
 
 FOLDER = GOLDEN / "training"
-PRESETS = [name for name in config.presets() if name not in ("mnist", "emoji")]
+PRESETS = [name for name in config.presets() if not name.startswith(("mnist", "emoji"))]
 WAYS = "ddp", "fsdp2"
 NETWORK = {"num_classes": 1000, "class_dropout_prob": 0.1}  # what text networks have beside
 

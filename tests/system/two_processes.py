@@ -47,7 +47,8 @@ def gradients(cfg, parts, output):
     found = {}
 
     def capture(network, most):
-        found.update({n: whole(p.grad) for n, p in network.named_parameters()})
+        named = network.named_parameters()
+        found.update({n: whole(p.grad) for n, p in named if p.grad is not None})
         raise Captured
 
     own, loop.clip_gradients = loop.clip_gradients, capture

@@ -7,6 +7,7 @@ from typing import Any
 
 from tim.checks import closest
 from tim.data.base import TrainingSet, UnreadableError
+from tim.data.captioned_folder import CaptionedFolder
 from tim.data.captioned_images import CaptionedImages
 from tim.data.image_folder import ImageFolder
 from tim.data.latent_images import LatentImages
@@ -16,9 +17,9 @@ from tim.data.native_latents import NativeLatents
 from tim.data.samplers import FlatSampler, PackedSampler, Visit
 
 __all__ = [
-    "DATA_TYPES", "CaptionedImages", "Digits", "FlatSampler", "ImageFolder", "LatentImages",
-    "Loader", "NativeLatents", "PackedSampler", "TrainingSet", "UnreadableError", "Visit",
-    "make",
+    "DATA_TYPES", "CaptionedFolder", "CaptionedImages", "Digits", "FlatSampler", "ImageFolder",
+    "LatentImages", "Loader", "NativeLatents", "PackedSampler", "TrainingSet", "UnreadableError",
+    "Visit", "make",
 ]  # fmt: skip
 __path__ = extend_path(__path__, __name__)  # the published modules, where they are installed too
 
@@ -28,6 +29,7 @@ DATA_TYPES: dict[str, type[TrainingSet]] = {
     "imagefolder": ImageFolder,
     "latent": LatentImages,
     "image_ms": CaptionedImages,
+    "captioned_folder": CaptionedFolder,
     "native": NativeLatents,
     "improved_pack": NativeLatents,  # NiT's name
 }

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from tim.checks import some
+
 _log = logging.getLogger(__name__)
 
 
@@ -104,6 +106,22 @@ class Packs(Sequence[list[int]]):
         return self._lines[start:end].tolist()
 
 
+def pictures_under(folder: Path, root: Path) -> tuple[list[str], list[str]]:
+    """Pictures in any depth, by the ends of their names, and other files: sorted paths from `root`.
+    Hidden files are passed over."""
+    kinds = Image.registered_extensions()
+    found, others = [], []
+    for where, _, files in os.walk(folder, followlinks=True):
+        prefix = os.path.relpath(where, root)
+        for file in files:
+            if file.startswith("."):
+                continue
+            kind = kinds.get(os.path.splitext(file)[1].lower())
+            name = os.path.normpath(f"{prefix}/{file}")
+            (found if kind in Image.OPEN else others).append(name)
+    return sorted(found), sorted(others)
+
+
 def class_pictures(root: Path) -> dict[str, list[str]]:
     """The pictures under each class folder of `root` by the folder's name, as paths from `root`.
 
@@ -113,20 +131,13 @@ def class_pictures(root: Path) -> dict[str, list[str]]:
     Raises:
         ValueError: there is no class folder, or one without pictures.
     """
-    kinds, others, found = Image.registered_extensions(), [], {}
+    others, found = [], {}
     names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     for name in names:
         if name.startswith("."):
             continue
-        found[name] = []
-        for where, _, files in os.walk(root / name, followlinks=True):
-            prefix = os.path.relpath(where, root)
-            for file in files:
-                if file.startswith("."):
-                    continue
-                kind = kinds.get(os.path.splitext(file)[1].lower())
-                (found[name] if kind in Image.OPEN else others).append(f"{prefix}/{file}")
-        found[name].sort()
+        found[name], odd = pictures_under(root / name, root)
+        others += odd
     if others:
         _log.warning("%s: not pictures: %s", root, some(others))
     empty = [name for name, files in found.items() if not files]
@@ -134,9 +145,3 @@ def class_pictures(root: Path) -> dict[str, list[str]]:
         what = f"no pictures in {some(empty)}" if found else "no class folders"
         raise ValueError(f"image_dir must be a folder of class folders; {root} has {what}")
     return found
-
-
-def some(names: Sequence[Any], most: int = 3) -> str:
-    """The first few and how many there are."""
-    first = ", ".join(str(name) for name in names[:most])
-    return first if len(names) <= most else f"{first} and {len(names) - most:,} more"

@@ -14,14 +14,19 @@ from tim.data.base import reading
 # Camera data (EXIF) may turn a picture. Released latents are of pictures as they are stored.
 
 
-def read(path: str | Path, *, upright: bool = False) -> Image.Image:
-    """The picture in RGB; `upright` turns it as its camera says.
+def read(path: str | Path, *, upright: bool = False, on_white: bool = False) -> Image.Image:
+    """The picture in RGB; `upright` turns it as its camera says, and what is transparent shows
+    white with `on_white`, else whatever lies under it.
 
     Raises:
         UnreadableError: the file is missing or is no whole picture.
     """
     with reading(path), Image.open(path) as image:
-        return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
+        image = ImageOps.exif_transpose(image) if upright else image
+        if on_white and image.has_transparency_data:
+            canvas = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(canvas, image.convert("RGBA"))
+        return image.convert("RGB")
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

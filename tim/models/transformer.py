@@ -20,6 +20,7 @@ from ..files import saved_whole
 from .caching import Cached
 from .embeddings import CaptionEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder
 from .layers import BlockShape, ClassBlock, FinalLayer, TextBlock, projector, zero_
+from .lora import LoRAMixin
 
 Condition = Literal["t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r"]
 RopeOrder = Literal["upstream", "grid"]
@@ -34,7 +35,7 @@ class TiMTransformer2DModelOutput(BaseOutput):
 
 
 @saved_whole
-class TiMTransformer2DModel(Cached, ModelMixin, ConfigMixin):
+class TiMTransformer2DModel(LoRAMixin, Cached, ModelMixin, ConfigMixin):
     """The TiM network F(x_t, t, r, y) (arXiv 2509.04394, section 3 and appendix).
 
     Arguments bear the published names. With `cap_feat_dim` it is conditioned on text features

@@ -1,6 +1,8 @@
 """dF/dt along the trajectory x_t = α x + σ z with r held (arXiv 2509.04394, section 3.3)."""
 
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +49,19 @@ def _some(samples: slice, *given: Tensor | Packing | None) -> list[Any]:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network itself, out of DistributedDataParallel and the like."""
     return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+@contextlib.contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """What a LoRA drops out: two draws of it have no difference in t."""
+    dropping = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p and m.training]
+    for module in dropping:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in dropping:
+            module.train()
 
 
 class Derivative(ABC):
@@ -103,7 +118,7 @@ class Derivative(ABC):
         if n_diffusion == len(t):
             return prediction, None
         rest = _some(slice(n_diffusion, None), y, t, r, packing)
-        with torch.no_grad():
+        with torch.no_grad(), _without_dropout(model):
             return prediction, self.differentiate(model, inputs, *rest)
 
 

@@ -26,11 +26,12 @@ from tim.transports import TRANSPORTS, TransportName, make
 
 from .callbacks import States, inputs_of, on_step
 from .calls import Call, Pictures, Side, is_several
+from .lora import LoRALoader
 from .schedule import check_scheduler
 
 
 @saved_whole
-class TiMPipeline(DiffusionPipeline):
+class TiMPipeline(LoRALoader, DiffusionPipeline):
     """What both pipelines share; components are `transformer`, `vae`, `scheduler` and those of the
     text. Without `vae` the network draws pictures themselves, of 1 or 3 channels; a `scheduler`,
     diffusers' `FlowMapEulerDiscreteScheduler` or `FlowMatchEulerDiscreteScheduler`, says at which

@@ -1,5 +1,7 @@
 """The exponential moving average of a network's weights."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -9,12 +11,20 @@ class Average:
 
     The decay is constant from the first step on, as published. With `warmup` it is
     min(decay, (1 + n)/(10 + n)) after n earlier steps, 0 at the first. Shards of FSDP2 are averaged
-    where they lie.
+    where they lie. `trained` says which parameters of a network are averaged.
     """
 
-    def __init__(self, network: nn.Module, decay: float, warmup: bool = False, step: int = 0):
+    def __init__(
+        self,
+        network: nn.Module,
+        decay: float,
+        warmup: bool = False,
+        step: int = 0,
+        trained: Callable[[nn.Module], Iterable[nn.Parameter]] = nn.Module.parameters,
+    ):
         self.network = network.eval().requires_grad_(False)
         self.decay, self.warmup, self.step = decay, warmup, step
+        self._trained = trained
 
     def decay_at(self, step: int) -> float:
         """That of step `step`, the first being 0."""
@@ -27,10 +37,10 @@ class Average:
         """Take up the parameters of the network, after an optimizer step."""
         decay = self.decay_at(self.step)
         self.step += 1
-        averages, values = map(local_parameters, (self.network, network))
+        averages, values = (local(self._trained(each)) for each in (self.network, network))
         torch._foreach_sub_(averages, torch._foreach_sub(averages, values), alpha=1 - decay)
 
 
-def local_parameters(network: nn.Module) -> list[Tensor]:
-    """What this process holds of the parameters."""
-    return [getattr(p, "to_local", lambda p=p: p)() for p in network.parameters()]
+def local(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """What this process holds of them."""
+    return [getattr(p, "to_local", lambda p=p: p)() for p in parameters]

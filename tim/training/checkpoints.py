@@ -90,6 +90,7 @@ class Checkpoints:
             snapshots.check(folder)
             read(state, folder, self.parallel, images_per_step)
             return
+        state.weights.check_base(folder, None)
         published = initial.read_published(folder, state.network)
         weights = {"network": published.network, "ema": published.average}
         for name, network in state.networks.items():

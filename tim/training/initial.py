@@ -15,6 +15,15 @@ _AVERAGE, _NETWORK = "model.safetensors", "model_1.safetensors"
 _STEP = re.compile(r"(?:save-)?checkpoint-(\d+)")
 
 
+def weights_file(path: str | Path) -> Path:
+    """The file itself, or that in a folder of `save_pretrained`, of a network or a pipeline."""
+    path, name = Path(path), "diffusion_pytorch_model.safetensors"
+    if not path.is_dir():
+        return path
+    within = path / "transformer" / name
+    return within if within.is_file() else path / name
+
+
 def start_from(network: TiMTransformer2DModel, path: str | Path) -> None:
     """Load what fits of a file (or of a folder of `save_pretrained`) into a fresh network.
 
@@ -24,8 +33,7 @@ def start_from(network: TiMTransformer2DModel, path: str | Path) -> None:
     Raises:
         ValueError: nothing in the file is of this network, or a weight has another shape.
     """
-    path = Path(path)
-    file = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
+    file = weights_file(path)
     weights, own = read_weights(file), network.state_dict()
     is_kept = network.config.cap_feat_dim is None
     used = {

@@ -20,7 +20,7 @@ from tim.data import Loader
 from tim.files import locked, replacing
 from tim.images import step_grid
 from tim.models import TiMTransformer2DModel, pack
-from tim.training import draws, initial, profiling, settings, signals, trackers
+from tim.training import draws, lora, profiling, settings, signals, trackers
 from tim.training.average import Average
 from tim.training.checkpoints import Checkpoints
 from tim.training.export import save_export
@@ -77,6 +77,7 @@ class Trainer:
         )
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.objective = config.build_objective(cfg)
+        self.weights = lora.weights(cfg)
         with torch.device("meta"):
             plan = config.build_network(cfg)
         self.parts = parts or build(cfg, plan.config, self.device)
@@ -86,16 +87,18 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = run.allow_tf32
         set_seed(run.seed)
 
-        network, *averages = self.parallel.place(self._fresh, 1 + cfg.model.use_ema)
+        copies, trained = 1 + cfg.model.use_ema, self.weights.trained
+        network, *averages = self.parallel.place(self._fresh, copies, self.weights.have_base)
         average = None
         if averages:
-            average = Average(averages[0], cfg.model.ema_decay, cfg.model.ema_warmup)
-        optimizer = config.build_optimizer(cfg, network.parameters())
+            decay = cfg.model.ema_decay, cfg.model.ema_warmup
+            average = Average(averages[0], *decay, trained=trained)
+        optimizer = config.build_optimizer(cfg, trained(network))
         if run.scale_lr:
             for group in optimizer.param_groups:
                 group["lr"] *= self.images_per_step / run.learning_rate_base_batch_size
         scheduler = settings.build_schedule(run, optimizer)
-        self.state = State(network, average, optimizer, scheduler)
+        self.state = State(network, average, optimizer, scheduler, self.weights)
         if run.compile:
             network.compile_repeated_blocks()
         self.model = self.parallel.wrap(network)
@@ -103,9 +106,7 @@ class Trainer:
     def _fresh(self) -> TiMTransformer2DModel:
         """The network before the first step; where nothing aligns its features, the projector
         stays as it is."""
-        network = config.build_network(self.cfg)
-        if self.cfg.model.ckpt is not None and network.device.type != "meta":
-            initial.start_from(network, self.cfg.model.ckpt)
+        network = self.weights.fresh(self.cfg)
         if network.projector is not None and self.parts.repa is None:
             network.projector.requires_grad_(False)
         return network
@@ -191,7 +192,7 @@ class Trainer:
                 network = TiMTransformer2DModel.from_config(network.config)
                 network.load_state_dict(weights)
         if self.accelerator.is_main_process:
-            save_export(network, self.cfg, self.output / "model")
+            save_export(network, self.cfg, self.output / "model", self.weights)
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.parallel.barrier()
@@ -278,6 +279,8 @@ class Trainer:
         """The loss of a micro-batch, and detached TERMS without the last and `by_distance`."""
         parts, coeff = self.parts, self.cfg.model.proj_coeff
         chance = draws.Draws.of(self.run_cfg.seed, self.rank, images_seen, device=self.device)
+        if self.weights.dropout:  # which draws from torch's own generator
+            torch.manual_seed(chance.host.initial_seed())
         with torch.autocast(
             self.device.type, torch.bfloat16, self.run_cfg.mixed_precision == "bf16"
         ):

@@ -57,12 +57,14 @@ class Parallel:
         return init_device_mesh(self.device.type, shape, mesh_dim_names=names)
 
     def place(
-        self, make: Callable[[], TiMTransformer2DModel], copies: int
+        self, make: Callable[[], TiMTransformer2DModel], copies: int, one_base: bool = False
     ) -> list[TiMTransformer2DModel]:
-        """That many equal networks on the device, or this process's shares of them."""
+        """That many equal networks on the device, or this process's shares of them. With
+        `one_base` they have their frozen parameters in common."""
         if not self.is_sharded:
             first = make().to(self.device)
-            return [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
+            common = {id(p): p for p in first.parameters() if one_base and not p.requires_grad}
+            return [first, *(copy.deepcopy(first, {**common}) for _ in range(copies - 1))]
         weights = make().state_dict() if self.is_first else {}
         return [self._shared(make, weights) for _ in range(copies)]
 

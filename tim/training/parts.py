@@ -128,5 +128,6 @@ def _conditioning(dataset, plain, network, device) -> Conditioning:
     nothing = encode.nothing
     if model["keep_text_features"]:
         encode = KeptFeatures(encode)
+    prompts = prompts or getattr(dataset, "shown", None)  # of a CaptionedFolder its own
     shown = {} if prompts is None else {"shown": prompts}
     return TextConditioning(encode, nothing, model["proportion_empty_prompts"], **shown)

@@ -122,6 +122,7 @@ RULES: dict[str, _Rule] = {
     "training.tracker": _one_of(None, *PACKAGES),
     "training.tracker_project_name": _TEXT_OR_NONE,
     "training.tracker_kwargs": _SECTION_OR_NONE,
+    "training.lora": _SECTION_OR_NONE,
     "training.learning_rate": _NOT_NEGATIVE,
     "training.learning_rate_base_batch_size": _whole(1),
     "training.scale_lr": _FLAG,
@@ -165,6 +166,7 @@ DEFAULTS = {
         "tracker_kwargs": None,
         "validation_prompts": None,
         "validation_labels": None,
+        "lora": None,
     },
 }
 # What published files also hold.
@@ -274,6 +276,7 @@ def build_schedule(run: DictConfig, optimizer: Optimizer) -> LambdaLR:
 
 # What all of a run is made of. (The network is compared with a checkpoint's; folders may move.)
 FIXED = ("training.seed", "data.data_type", "data.dataset.image_size")
+FIXED += tuple(f"training.lora.{name}" for name in ("rank", "alpha", "target_modules"))
 
 
 def check_changes(differs: list[str], output: Path) -> None:

@@ -1,17 +1,17 @@
 """What a checkpoint holds, read and written whole by one process or in shards by all.
 
-Whole: `network/` and `ema/` as `save_pretrained` writes them, and `state.pt`. Sharded:
+Whole: `network/` and `ema/` as `save_pretrained` writes them (with `training.lora` as diffusers
+writes adapters, beside config.json), and `state.pt`. Sharded:
 `network/config.json`, `state.pt` without the optimizer, and `sharded/` by
 torch.distributed.checkpoint. Either can be read by any number of processes, sharing weights or not.
 """
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
@@ -22,12 +22,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from tim.models import TiMTransformer2DModel
+from tim.models.lora import FILE as LORA
 from tim.training.average import Average
 from tim.training.parallel import FROM_FIRST, Parallel
 from tim.training.snapshots import Damaged
+from tim.training.weights import Whole
 
 SHARDS = "sharded"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 _FLAT = dcp_states.StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -40,6 +41,7 @@ class State:
     average: Average | None
     optimizer: Optimizer
     scheduler: LambdaLR
+    weights: Whole = field(default_factory=Whole)
     step: int = 0
     images: int = 0
     micro_steps: int = 0
@@ -51,6 +53,7 @@ class State:
             **{name: getattr(self, name) for name in names},
             "average_step": self.average.step if self.average else 0,
             "scheduler": self.scheduler.state_dict(),
+            **({} if self.weights.base is None else {"base": self.weights.base}),
         }
 
     @property
@@ -95,8 +98,9 @@ def writing(path: Path) -> Iterator[None]:
 def write_whole(state: State, folder: Path) -> None:
     """Fill `folder`, by the one process that has everything."""
     for name, network in state.networks.items():
-        with writing(folder / name / WEIGHTS):
-            network.save_pretrained(folder / name)
+        with writing(folder / name / state.weights.file):
+            state.weights.write(network, folder / name)
+            network.save_config(folder / name)
     with writing(folder / "state.pt"):
         torch.save(state.counts | {"optimizer": state.optimizer.state_dict()}, folder / "state.pt")
 
@@ -129,7 +133,7 @@ def read(state: State, folder: Path, parallel: Parallel, images_per_step: int) -
 
     Raises:
         Damaged: a file cannot be read.
-        ValueError: the checkpoint is of another network.
+        ValueError: the checkpoint is of another network, or of adapters of another base.
     """
     own = [{k: v for k, v in g.items() if k != "params"} for g in state.optimizer.param_groups]
     error = None
@@ -137,20 +141,22 @@ def read(state: State, folder: Path, parallel: Parallel, images_per_step: int) -
         was = TiMTransformer2DModel.load_config(folder / "network")
         counts = torch.load(folder / "state.pt", "cpu", weights_only=True, mmap=True)
         is_whole = not (folder / SHARDS).exists()
-        needed = is_whole and (parallel.is_first or not parallel.is_sharded)
+        is_known = counts.get("base") == state.weights.base
+        needed = is_whole and is_known and (parallel.is_first or not parallel.is_sharded)
         weights = _read_weights(state, folder) if needed else {}
     except Exception as problem:  # a broken file may raise anything
         error = problem
     if parallel.any(error is not None):
         raise Damaged(f"{folder} is damaged ({error or 'says another process'})") from error
     _check_same_network(folder, was, state.network.config)
+    state.weights.check_base(folder, counts.get("base"))
     if not is_whole:
         _read_shards(state, folder)
     elif parallel.is_sharded:
         _share_out(state, weights, counts["optimizer"] if parallel.is_first else {})
     else:
         for name, network in state.networks.items():
-            network.load_state_dict(weights[name])
+            state.weights.take(network, weights[name])
         state.optimizer.load_state_dict(counts["optimizer"])
     for group, settings in zip(state.optimizer.param_groups, own, strict=True):
         group.update(settings)
@@ -162,9 +168,7 @@ def read(state: State, folder: Path, parallel: Parallel, images_per_step: int) -
 def _read_weights(state: State, folder: Path) -> dict[str, dict[str, Tensor]]:
     """A checkpoint without an average gives the network's weights for it."""
     return {
-        name: safetensors.torch.load_file(
-            (folder / name if (folder / name).exists() else folder / "network") / WEIGHTS
-        )
+        name: state.weights.read(folder / (name if (folder / name).exists() else "network"))
         for name in state.networks
     }
 
@@ -221,13 +225,15 @@ def merged(folder: str | Path, average: bool = True) -> dict[str, Tensor]:
         safetensors.torch.save_file(merged("runs/xl/checkpoints/step-00002000"), "xl.safetensors")
 
     Raises:
-        ValueError: it holds no average.
+        ValueError: it holds no average, or adapters alone.
     """
     folder, name = Path(folder), "ema" if average else "network"
+    if (folder / name / LORA).exists():
+        raise ValueError(f"{folder} holds adapters: {folder / name / LORA} is their file")
     if not (folder / SHARDS).exists():
         if not (folder / name).exists():
             raise ValueError(f"{folder} holds no {name}")
-        return safetensors.torch.load_file(folder / name / WEIGHTS)
+        return Whole().read(folder / name)
     with torch.device("meta"):
         config = TiMTransformer2DModel.load_config(folder / "network")
         weights = TiMTransformer2DModel.from_config(config).state_dict()
