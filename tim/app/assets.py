@@ -40,9 +40,13 @@ def open_pipeline(
     Raises:
         ImportError: the text encoder of "emoji" is not installed.
     """
-    if is_name(source) and str(source) == "emoji" and options.get("text_encoder") is None:
+    is_emoji = is_name(source) and str(source) == "emoji"
+    if is_emoji and options.get("text_encoder") is None:
         options["text_encoder"] = _emoji_text_encoder()
-    return opening.open_pipeline(path_of(source), config, **options)
+    pipeline = opening.open_pipeline(path_of(source), config, **options)
+    if is_emoji:  # as long as the longest of 32 captions: alone, "red heart" has 4 tokens
+        pipeline.register_to_config(min_seq_length=12)
+    return pipeline
 
 
 def path_of(source: Source) -> Source:

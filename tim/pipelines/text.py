@@ -46,7 +46,8 @@ class TiMTextPipeline(TiMPipeline):
     norm, or the second last without it where `use_last_hidden_state` is false. `escape_captions` is
     for a network that was trained on escaped captions, as the released one was: see
     `tim.encoders.TextEncoder`. Without `text_encoder` and `tokenizer`, calls take features in place
-    of prompts.
+    of prompts. Shorter prompts are padded to `min_seq_length` tokens, for a network that has seen
+    short texts beside longer ones alone.
 
     Raises:
         ValueError: components that do not fit each other.
@@ -66,6 +67,7 @@ class TiMTextPipeline(TiMPipeline):
         max_seq_length: int = 256,
         use_last_hidden_state: bool = True,
         escape_captions: bool = False,
+        min_seq_length: int = 1,
     ):
         super().__init__()
         needed = transformer.config.cap_feat_dim
@@ -78,6 +80,11 @@ class TiMTextPipeline(TiMPipeline):
                     f"the network reads text features of {needed}, the encoder has {width}"
                 )
         max_seq_length = whole("max_seq_length", max_seq_length, 1)
+        if whole("min_seq_length", min_seq_length, 1) > max_seq_length:
+            raise ValueError(
+                f"min_seq_length must be at most max_seq_length = {max_seq_length}, got "
+                f"{min_seq_length}"
+            )
         self.register_modules(
             transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )
@@ -85,6 +92,7 @@ class TiMTextPipeline(TiMPipeline):
         self.register_to_config(
             max_seq_length=max_seq_length, use_last_hidden_state=use_last_hidden_state,
             escape_captions=escape_captions,
+            min_seq_length=int(min_seq_length),
         )  # fmt: skip
 
     @classmethod
@@ -208,7 +216,7 @@ class TiMTextPipeline(TiMPipeline):
         )  # fmt: skip
 
     def _text_features(self, prompts: list[str]) -> tuple[Tensor, int]:
-        """(B, max_seq_length, hidden) and how many tokens the longest prompt has."""
+        """(B, max_seq_length, hidden) and how many tokens of them the network reads."""
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError(
                 "this pipeline has no text encoder and tokenizer: give prompt_embeds, and for "
@@ -222,7 +230,7 @@ class TiMTextPipeline(TiMPipeline):
             )  # fmt: skip
         features, longest = encoder.encode(prompts, self._execution_device)
         check_finite(f"the text features in {features.dtype}", features)
-        return features, longest
+        return features, max(longest, self.config.min_seq_length)
 
     @overload
     def __call__(
@@ -316,7 +324,8 @@ class TiMTextPipeline(TiMPipeline):
         elif negative is not None:
             others = encoder.lengths(_texts("negative_prompt", negative))
             lengths = list(map(max, lengths, others * (len(lengths) // len(others))))
-        return [length for length in lengths for _ in range(pictures // len(lengths))]
+        least = self.config.min_seq_length
+        return [max(each, least) for each in lengths for _ in range(pictures // len(lengths))]
 
 
 def _texts(name: str, given: Prompts | None) -> list[str]:
