@@ -7,6 +7,7 @@ import random
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +159,8 @@ class _Page:
     def _show(self) -> None:
         squares = ["squares"] if self.is_small else []
         self.gallery = gr.Gallery(
-            label="Pictures", show_label=False, format="png", object_fit="contain", fit_columns=False, height="auto",
-            interactive=False, buttons=["download", "fullscreen"],
+            label="Pictures", show_label=False, format="png", object_fit="contain", height="auto",
+            fit_columns=False, interactive=False, buttons=["download", "fullscreen"],
             elem_classes=["pictures", *squares],
         )  # fmt: skip
         self.again = gr.Textbox(
@@ -227,6 +228,9 @@ class _Page:
         """The visitor's own pictures, drawn now or waited for."""
         self.stopped |= self.waiting & {request.session_hash}
 
+    def _goes_on(self, session: str) -> bool:
+        return session not in self.stopped
+
     def _end(self, request: gr.Request) -> tuple[gr.Button, gr.Button]:
         self.waiting.discard(request.session_hash)
         self.stopped.discard(request.session_hash)
@@ -246,15 +250,17 @@ class _Page:
         try:
             asked = dataclasses.replace(self.usual, **given).filled(self.pipeline)
             runs = self._runs(asked, sorted(compared) if mode == SIDE_BY_SIDE else count)
-            columns = len(runs) if mode == SIDE_BY_SIDE or self.is_small else min(len(runs), 2)
+            most = len(runs) if mode == SIDE_BY_SIDE else 4 if self.is_small else 2
+            columns = min(len(runs), most)
             again = runs if mode == SIDE_BY_SIDE else [dataclasses.replace(asked, count=count)]
             again = "\n".join(map(self._command, again))
             if self.is_text and (unread := self.pipeline._encoder().beyond(what)):
                 gr.Warning(f"The prompt is too long, the network does not read “{unread}”")
-            if mode == SIDE_BY_SIDE:  # whatever is slow but once is not in the first one's time
-                self._picture(dataclasses.replace(asked, steps=2), lambda taken: True)
+            goes_on = partial(self._goes_on, request.session_hash)
+            if mode == SIDE_BY_SIDE and goes_on():  # what is slow but once is in nobody's time
+                self._picture(dataclasses.replace(asked, steps=2), lambda taken: goes_on())
             shown, told = [], time.monotonic()
-            for captioned in self._drawn(runs, request.session_hash, progress):
+            for captioned in self._drawn(runs, goes_on, progress):
                 shown.append(captioned)
                 if time.monotonic() > told + OFTEN:
                     yield gr.Gallery(shown, columns=columns), gr.skip(), seed
@@ -280,17 +286,17 @@ class _Page:
         ]
 
     def _drawn(
-        self, runs: list[Settings], session: str, progress: gr.Progress
+        self, runs: list[Settings], goes_on: Callable[[], bool], progress: gr.Progress
     ) -> Iterator[tuple[Image.Image, str]]:  # fmt: skip
         """Each picture, with its caption."""
         total, before = sum(run.steps for run in runs), 0
         for run in runs:
-            if session in self.stopped:
+            if not goes_on():
                 return
 
             def at_step(taken: int, run: Settings = run, before: int = before) -> bool:
                 progress((before + taken, total), desc=step_label(run.steps))
-                return session not in self.stopped
+                return goes_on()
 
             yield self._picture(run, at_step)
             before += run.steps

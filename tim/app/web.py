@@ -8,6 +8,8 @@ import typer
 from tim.app import assets
 from tim.app.common import Device, device_of, dtype_of, errors_without_traceback
 
+EXAMPLE = "Example: tim app runs/digits --port 8000"
+
 
 def web(
     source: Annotated[
