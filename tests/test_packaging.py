@@ -135,17 +135,20 @@ def test_only_torch_is_required_unconditionally(metadata):
 
 
 def test_the_extras_bring_what_tim_imports(metadata):
-    """`tim` all that it imports, but `eval` what only the evaluation and its data do."""
-    brought = {extra: _brought_by(extra, metadata) for extra in ("tim", "eval")}
+    """`tim` all that it imports, but `eval` what only the evaluation and its data do, and `app`
+    what the page does."""
+    brought = {extra: _brought_by(extra, metadata) for extra in ("tim", "eval", "app")}
     for path in (ROOT / "tim").rglob("*.py"):
-        known = brought["eval" if path.parent.name in ("data", "evaluation") else "tim"]
+        is_page = path == ROOT / "tim/app/page.py"
+        is_evaluation = path.parent.name in ("data", "evaluation")
+        known = brought["app" if is_page else "eval" if is_evaluation else "tim"]
         if path.parent.name == "comfyui":
             known = known | COMFYUI
         assert _imported_by(path) <= known | BESIDE, path.relative_to(ROOT)
 
 
 def test_the_extras_of_the_makefile_bring_the_system(metadata):
-    for extra in ("demo", "test", "bench", "eval"):
+    for extra in ("demo", "test", "bench", "eval", "app"):
         assert _brought_by("tim", metadata) <= _brought_by(extra, metadata), extra
 
 

@@ -17,7 +17,7 @@ from tim import config as configs
 from tim.encoders import Autoencoder, TextEncoder
 from tim.models import TiMTransformer2DModel
 from tim.pipelines import TiMClassPipeline, TiMTextPipeline
-from tim.pipelines.base import folder_of, is_of_pixels, transport_of
+from tim.pipelines.base import folder_of, is_of_pixels, text_settings, transport_of
 from tim.training import load_export
 from tim.transports import Transport
 
@@ -143,7 +143,6 @@ def _of_config(
     network: TiMTransformer2DModel, cfg: DictConfig, dtype: torch.dtype,
     vae: diffusers.ModelMixin | None, text: TextEncoder | None,
 ) -> TiMClassPipeline | TiMTextPipeline:  # fmt: skip
-    model = cfg.model
     if vae is None and not is_of_pixels(cfg):
         vae = _autoencoder(folder_of(cfg, "vae_dir", "vae"))
     if network.config.cap_feat_dim is None:
@@ -152,9 +151,7 @@ def _of_config(
     text = text or _text_encoder(folder_of(cfg, "text_encoder_dir", "text_encoder"), dtype)
     return TiMTextPipeline(
         network, vae, text.model, text.tokenizer, *transport_of(cfg),
-        max_seq_length=model.get("max_seq_length", 256),
-        use_last_hidden_state=model.get("use_last_hidden_state", True),
-        escape_captions=model.get("escape_captions", True),
+        **text_settings(cfg),
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from safetensors.torch import save_file
 
-from tim.app import evaluate, explain, generate, sample
+from tim.app import evaluate, explain, generate, sample, web
 from tim.app.common import (
     Commands,
     Device,
@@ -49,6 +49,7 @@ def _main(
 
 
 app.command(rich_help_panel=DRAW, epilog=sample.EXAMPLE)(sample.sample)
+app.command("app", rich_help_panel=DRAW, epilog=web.EXAMPLE)(web.web)
 
 
 @app.command(

@@ -19,6 +19,7 @@ from tim.files import replacing
 from tim.images import captioned
 from tim.opening import weight_files
 from tim.pipelines import TiMClassPipeline, TiMTextPipeline
+from tim.pipelines.callbacks import StepCallback
 from tim.provenance import file_hash, state_hash, versions
 from tim_kernels.dispatch import backend
 
@@ -31,13 +32,17 @@ class Drawn(NamedTuple):
     picture: Any
 
 
-def draw(pipeline: Pipeline, settings: Settings, output_type: str = "pil") -> Iterator[Drawn]:
+def draw(
+    pipeline: Pipeline, settings: Settings, output_type: str = "pil",
+    on_step: StepCallback | None = None,
+) -> Iterator[Drawn]:  # fmt: skip
     """One picture after the other, each from a generator of its own and in a batch of its own:
-    it does not depend on the others."""
+    it does not depend on the others. `on_step`, a pipeline's callback, is in place of the bars."""
     wanted = [what for what in settings.what for _ in range(settings.count)]
-    is_one = len(wanted) == 1
-    pipeline.set_progress_bar_config(desc="steps", leave=is_one, disable=False if is_one else None)
-    pictures = tqdm(wanted, desc="pictures", disable=is_one)
+    is_one, is_watched = len(wanted) == 1, on_step is not None
+    disable = is_watched or (False if is_one else None)
+    pipeline.set_progress_bar_config(desc="steps", leave=is_one, disable=disable)
+    pictures = tqdm(wanted, desc="pictures", disable=is_one or is_watched)
     for seed, what in enumerate(pictures, settings.seed):
         (picture,) = pipeline(
             **_condition(pipeline, what, settings.negative_prompt),
@@ -50,6 +55,7 @@ def draw(pipeline: Pipeline, settings: Settings, output_type: str = "pil") -> It
             stochasticity_ratio=settings.stochasticity,
             generator=torch.Generator().manual_seed(seed),
             output_type=output_type,
+            callback_on_step_end=on_step,
         ).images
         yield Drawn(what, seed, picture)
 

@@ -32,6 +32,8 @@ class TextEncoder:
         use_last_hidden_state: the last layer with its norm, else the second last without it.
         escape_captions: texts go through `tim.captions.escaped` first, as those did that the
             released network was trained on.
+        min_seq_length: tokens of a shorter text, with padding: for a network that has seen short
+            texts beside longer ones alone.
 
     Example::
 
@@ -47,9 +49,16 @@ class TextEncoder:
         max_seq_length: int = 256,
         use_last_hidden_state: bool = True,
         escape_captions: bool = False,
+        min_seq_length: int = 1,
     ):
         self.model, self.tokenizer = model, tokenizer
         self.max_seq_length = whole("max_seq_length", max_seq_length, 1)
+        self.min_seq_length = whole("min_seq_length", min_seq_length, 1)
+        if self.min_seq_length > self.max_seq_length:
+            raise ValueError(
+                f"min_seq_length must be at most max_seq_length = {max_seq_length}, got "
+                f"{min_seq_length}"
+            )
         self.use_last_hidden_state = use_last_hidden_state
         if not isinstance(escape_captions, bool):
             raise ValueError(f"escape_captions must be true or false, got {escape_captions!r}")
@@ -65,6 +74,7 @@ class TextEncoder:
         max_seq_length: int = 256,
         use_last_hidden_state: bool = True,
         escape_captions: bool = False,
+        min_seq_length: int = 1,
     ) -> "TextEncoder":
         """From a folder or the hub, in eval mode; of T5 the encoder alone.
 
@@ -73,7 +83,9 @@ class TextEncoder:
         """
         model = load_model(folder, dtype).to(device)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        return cls(model, tokenizer, max_seq_length, use_last_hidden_state, escape_captions)
+        return cls(
+            model, tokenizer, max_seq_length, use_last_hidden_state, escape_captions, min_seq_length
+        )
 
     @property
     def width(self) -> int:
@@ -94,7 +106,7 @@ class TextEncoder:
     def encode(
         self, texts: Sequence[str], device: torch.device | str | None = None
     ) -> tuple[Tensor, int]:
-        """Features (B, max_seq_length, width) and how many tokens the longest text has, 1 or more.
+        """Features (B, max_seq_length, width) and how many tokens of the longest text are read.
 
         `device` is where the model computes, its own by default.
 
@@ -102,7 +114,7 @@ class TextEncoder:
             ValueError: these are no texts; or the model was compiled and called before.
         """
         tokens = self._tokens(texts, return_tensors="pt")
-        longest = max(1, int(tokens.attention_mask.sum(dim=1).max()))
+        longest = max(self.min_seq_length, int(tokens.attention_mask.sum(dim=1).max()))
         device = self.model.device if device is None else device
         ids, mask = (
             tokens[name].to(device, non_blocking=True) for name in ("input_ids", "attention_mask")
@@ -117,8 +129,8 @@ class TextEncoder:
         return encoded.hidden_states[-1 if self.use_last_hidden_state else -2], longest
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """How many tokens of each are read, 1 or more."""
-        return [max(1, sum(mask)) for mask in self._tokens(texts).attention_mask]
+        """How many tokens of each are read, `min_seq_length` or more."""
+        return [max(self.min_seq_length, sum(mask)) for mask in self._tokens(texts).attention_mask]
 
     def beyond(self, text: str) -> str:
         """What of a text is not read."""

@@ -148,7 +148,7 @@ def load(
             raise ValueError(f"the pipeline {checkpoint} has no text encoder and tokenizer")
         text = TextEncoder(
             pipeline.text_encoder, pipeline.tokenizer, settings.max_seq_length,
-            settings.use_last_hidden_state,
+            settings.use_last_hidden_state, min_seq_length=settings.min_seq_length,
         )  # fmt: skip
     return Source(
         name=Path(checkpoint).resolve().name.partition(".")[0],

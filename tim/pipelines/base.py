@@ -328,6 +328,14 @@ def is_of_pixels(cfg: DictConfig) -> bool:
     return not cfg.model.get("vae_dir") and channels in (1, 3)
 
 
+def text_settings(cfg: DictConfig) -> dict[str, Any]:
+    """How a configuration's network reads texts; what it does not say is the released network's."""
+    published = dict(
+        max_seq_length=256, use_last_hidden_state=True, escape_captions=True, min_seq_length=1
+    )
+    return {name: cfg.model.get(name, value) for name, value in published.items()}
+
+
 def folder_of(cfg: DictConfig, name: str, argument: str) -> str:
     """`model.<name>` of a configuration.
 

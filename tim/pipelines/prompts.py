@@ -106,10 +106,11 @@ class ReadsPrompts(TiMPipeline):
         return TextEncoder(
             self.text_encoder, self.tokenizer, self.config.max_seq_length,
             self.config.use_last_hidden_state, self.config.escape_captions,
+            self.config.min_seq_length,
         )  # fmt: skip
 
     def _text_features(self, prompts: list[str]) -> tuple[Tensor, int]:
-        """(B, max_seq_length, hidden) and how many tokens the longest prompt has."""
+        """(B, max_seq_length, hidden) and how many tokens of them are read."""
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError(
                 "this pipeline has no text encoder and tokenizer: give prompt_embeds, and for "

@@ -18,7 +18,7 @@ from tim.encoders.text import load_model
 from tim.models import TiMTransformer2DModel
 from tim.sampling import SampleType
 
-from .base import folder_of, is_of_pixels, transport_of
+from .base import folder_of, is_of_pixels, text_settings, transport_of
 from .callbacks import States, StepCallback
 from .calls import INTERVAL, SCALE, Call, Generators, OutputType, Pictures, Side
 from .prompts import Prompts, ReadsPrompts
@@ -35,7 +35,9 @@ class TiMTextPipeline(ReadsPrompts):
     norm, or the second last without it where `use_last_hidden_state` is false. `escape_captions` is
     for a network that was trained on escaped captions, as the released one was: see
     `tim.encoders.TextEncoder`. Without `text_encoder` and `tokenizer`, calls take features in place
-    of prompts. `scheduler` is one of diffusers that steps as the transport does.
+    of prompts. `scheduler` is one of diffusers that steps as the transport does. Shorter prompts
+    are padded to `min_seq_length` tokens, for a network that has seen short texts beside longer
+    ones alone.
 
     Raises:
         ValueError: components that do not fit each other.
@@ -57,6 +59,7 @@ class TiMTextPipeline(ReadsPrompts):
         use_last_hidden_state: bool = True,
         escape_captions: bool = False,
         scheduler: SchedulerMixin | None = None,
+        min_seq_length: int = 1,
     ):
         super().__init__()
         needed = transformer.config.cap_feat_dim
@@ -69,6 +72,7 @@ class TiMTextPipeline(ReadsPrompts):
                     f"the network reads text features of {needed}, the encoder has {width}"
                 )
         max_seq_length = whole("max_seq_length", max_seq_length, 1)
+        min_seq_length = whole("min_seq_length", min_seq_length, 1)
         self.register_modules(
             transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer,
             scheduler=scheduler,
@@ -76,7 +80,7 @@ class TiMTextPipeline(ReadsPrompts):
         self._set_up(transport, transport_params)
         self.register_to_config(
             max_seq_length=max_seq_length, use_last_hidden_state=use_last_hidden_state,
-            escape_captions=escape_captions,
+            escape_captions=escape_captions, min_seq_length=min_seq_length,
         )  # fmt: skip
 
     @classmethod
@@ -103,7 +107,6 @@ class TiMTextPipeline(ReadsPrompts):
             OSError: a folder is neither there nor to be had from the hub.
         """
         cfg = config.load(preset_or_config)
-        model = cfg.model
         needs_vae = vae is None and not is_of_pixels(cfg)
         vae_dir = folder_of(cfg, "vae_dir", "vae") if needs_vae else None
         is_complete = text_encoder is not None and tokenizer is not None
@@ -116,9 +119,7 @@ class TiMTextPipeline(ReadsPrompts):
             text_encoder or load_model(text_dir, text_dtype),
             tokenizer or transformers.AutoTokenizer.from_pretrained(text_dir),
             *transport_of(cfg),
-            max_seq_length=model.get("max_seq_length", 256),
-            use_last_hidden_state=model.get("use_last_hidden_state", True),
-            escape_captions=model.get("escape_captions", True),
+            **text_settings(cfg),
         )
 
     @overload

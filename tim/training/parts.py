@@ -115,7 +115,7 @@ def _conditioning(dataset, plain, network, device) -> Conditioning:
         raise ValueError("training.validation_labels are for classes: give validation_prompts")
     if model["text_encoder_dir"] is None:
         raise ValueError("model.text_encoder_dir must be a text encoder's folder, got None")
-    names = "max_seq_length", "use_last_hidden_state", "escape_captions"
+    names = "max_seq_length", "use_last_hidden_state", "escape_captions", "min_seq_length"
     options = {name: model[name] for name in names}
     if model["escape_captions"] and getattr(dataset, "escape_captions", False):
         raise ValueError("model.escape_captions and data.dataset.escape_captions both escape: one")

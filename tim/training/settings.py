@@ -103,6 +103,7 @@ RULES: dict[str, _Rule] = {
     "model.proportion_empty_prompts": _SHARE,
     "model.use_last_hidden_state": _FLAG,
     "model.escape_captions": _FLAG,
+    "model.min_seq_length": _whole(1),
     "model.max_seq_length": _whole(1),
     "model.keep_text_features": _FLAG,
     "data.data_type": _TEXT,
@@ -149,6 +150,7 @@ DEFAULTS = {
         "proportion_empty_prompts": 0.1,
         "use_last_hidden_state": True,
         "escape_captions": False,  # as the released network's were, if true
+        "min_seq_length": 1,
         "max_seq_length": 256,
         "keep_text_features": False,
     },
