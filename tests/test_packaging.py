@@ -135,13 +135,15 @@ def test_only_torch_is_required_unconditionally(metadata):
 
 
 def test_the_extras_bring_what_tim_imports(metadata):
-    """`tim` all that it imports, but `eval` what only the evaluation and its data do, and `app`
-    what the page does."""
-    brought = {extra: _brought_by(extra, metadata) for extra in ("tim", "eval", "app")}
+    """`tim` all that it imports, but `eval` what only the evaluation and its data do, `app` what the
+    page does, and `lora` what adapters do."""
+    brought = {extra: _brought_by(extra, metadata) for extra in ("tim", "eval", "app", "lora")}
     for path in (ROOT / "tim").rglob("*.py"):
         is_page = path == ROOT / "tim/app/page.py"
         is_evaluation = path.parent.name in ("data", "evaluation")
-        known = brought["app" if is_page else "eval" if is_evaluation else "tim"]
+        is_lora = path.name == "lora.py"
+        extra = "app" if is_page else "eval" if is_evaluation else "lora" if is_lora else "tim"
+        known = brought[extra]
         if path.parent.name == "comfyui":
             known = known | COMFYUI
         assert _imported_by(path) <= known | BESIDE, path.relative_to(ROOT)

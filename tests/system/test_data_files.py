@@ -248,6 +248,8 @@ def test_every_preset_has_a_door(preset, tmp_path, monkeypatch):
     given = CAPTIONS if "root_dir" in wanted else LATENT
     if section["data_type"] == "captioned_folder":
         given = {"image_dir": captioned(tmp_path / "captioned")}
+    if "unit" in wanted:
+        wanted["unit"] = 32  # px, of the golden captions' batches
     monkeypatch.chdir(tmp_path)
     for name, path in wanted.items():
         if isinstance(path, str):

@@ -266,7 +266,7 @@ MISTAKES = {
     "batch": (["--native", "--batch-size", 0], 1, "batch_size must be at least 1, got 0"),
     "workers": (["--native", "--workers", 0], 1, "num_workers must be at least 1, got 0"),
     "pack": (["--native", "--pack-tokens", 0], 1, "pack_tokens must be at least 1, got 0"),
-    "dtype": (["--native", "--dtype", "float8"], 2, "dtype must be one of float32, bfloat16, "),
+    "dtype": (["--native", "--dtype", "float8"], 1, "dtype must be one of float32, bfloat16, "),
     "device": (["--native", "--device", "nope"], 2, "device 'nope'"),
     "vae": (["--native", "--vae", "/nowhere"], 1, "/nowhere"),
 }

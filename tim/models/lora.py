@@ -71,7 +71,7 @@ def needs_peft(what: str) -> None:
     ImportError: it is not installed.
     """
     if importlib.util.find_spec("peft") is None:
-        raise ImportError(f"{what} needs a package that is not installed: pip install peft")
+        raise ImportError(f'{what} needs peft: pip install "tim-kernels[lora]"')
 
 
 def read(source: str | Path, options: dict[str, Any]) -> tuple[dict[str, Tensor], dict | None]:
