@@ -48,7 +48,7 @@ class Hide:
 
 sys.meta_path[:] = [Hide if finder is PathFinder else finder for finder in sys.meta_path]
 """
-BESIDE = {"torch", "tim", "tim-kernels", "yaml"}  # the last is omegaconf's
+BESIDE = {"torch", "typing-extensions", "tim", "tim-kernels", "yaml"}  # of torch and omegaconf
 COMFYUI = {"comfy", "folder-paths"}  # who runs the nodes
 
 
@@ -135,8 +135,8 @@ def test_only_torch_is_required_unconditionally(metadata):
 
 
 def test_the_extras_bring_what_tim_imports(metadata):
-    """`tim` all that it imports, but `eval` what only the evaluation and its data do, `app` what the
-    page does, and `lora` what adapters do."""
+    """`tim` all that it imports, but `eval` what only the evaluation and its data do, `app` what
+    the page does, and `lora` what adapters do."""
     brought = {extra: _brought_by(extra, metadata) for extra in ("tim", "eval", "app", "lora")}
     for path in (ROOT / "tim").rglob("*.py"):
         is_page = path == ROOT / "tim/app/page.py"

@@ -61,7 +61,8 @@ class Browser:
 
     def _labelled(self, label: str):
         """The field under a label."""
-        path = f"//label[.//span[normalize-space()='{label}']]//*[self::input or self::textarea]"
+        under = f"//label[.//span[normalize-space()='{label}']]//*[self::input or self::textarea]"
+        path = f"//input[@aria-label='{label}'] | {under}"
         return self.until(lambda: self.driver.find_element(By.XPATH, path))
 
     def fill(self, label: str, text: str) -> None:
@@ -74,11 +75,14 @@ class Browser:
 
     def click(self, text: str) -> None:
         """A button, choice or heading that says so."""
-        path = f"//*[self::button or self::label][normalize-space()='{text}']"
-        shown = lambda: next(  # noqa: E731
-            e for e in self.driver.find_elements(By.XPATH, path) if e.is_displayed()
-        )
-        self.driver.execute_script("arguments[0].click()", self.until(lambda: [shown()])[0])
+        says = f"[normalize-space()='{text}' or span[normalize-space()='{text}']]"
+        path = f"//*[self::button or self::label]{says}"
+
+        def found():
+            found = self.driver.find_elements(By.XPATH, path)
+            return next(filter(lambda each: each.is_displayed(), found), None)
+
+        self.driver.execute_script("arguments[0].click()", self.until(found))
 
     def pictures(self) -> list[tuple[int, str]]:
         """The width of each that is loaded, px in the file, and its caption."""

@@ -261,6 +261,23 @@ def test_guiders_that_are_refused(guider, options, message):
         class_pipeline()([1, 7], num_inference_steps=2, guider=guider, **options)
 
 
+class Squared(guiders.ClassifierFreeGuidance):
+    """Whose pyramid has sides of powers of two, as that of the one it is called after."""
+
+    def forward(self, pred_cond, pred_uncond=None):
+        return guiders.classifier_free_guidance.GuiderOutput(pred=torch.zeros(2, 4, 4, 8))
+
+
+Squared.__name__ = "FrequencyDecoupledGuidance"
+
+
+def test_a_guider_that_changes_the_shape():
+    message = r"FrequencyDecoupledGuidance does not guide .*2, 4, 4, 6\): it made \(2, 4, 4, 8\)"
+    assert latents(class_pipeline(), width=16, guider=Squared()).shape == (2, 4, 4, 8)
+    with pytest.raises(ValueError, match=message):
+        latents(class_pipeline(), width=12, guider=Squared())
+
+
 def test_a_guider_needs_a_label_of_no_class():
     pipeline = quiet(TiMClassPipeline(network(CLASS | dict(class_dropout_prob=0.0)), sd_vae()))
     with pytest.raises(ValueError, match=r"guidance \(a guider\) needs a network with the label"):

@@ -10,7 +10,6 @@ import gradio as gr
 import httpx
 import numpy as np
 import pytest
-import small_emoji
 import small_pipelines
 from gradio_client import Client
 from gradio_client.exceptions import AppError
@@ -34,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def emoji(tmp_path_factory):
     """The shipped network, whose text encoder has random weights here."""
-    text = small_emoji.package(tmp_path_factory.mktemp("site"))
+    text = small_pipelines.package(tmp_path_factory.mktemp("site"))
     return assets.open_pipeline("emoji", text_encoder=text)
 
 
@@ -177,7 +176,7 @@ def test_stop_ends_the_visitors_own_pictures_alone(a_page, monkeypatch):
 def test_what_of_a_prompt_is_not_read_is_said(a_page, monkeypatch):
     warnings = []
     monkeypatch.setattr(gr, "Warning", warnings.append)
-    directly(a_page, what="a dog " * 11 + "a red cat")
+    directly(a_page, what="a dog " * 12 + "red cat")
     assert not warnings[1:] and "red cat" in warnings[0]
     directly(a_page)
     assert len(warnings) == 1
@@ -218,7 +217,7 @@ def tim_app(*arguments):
 
 
 def test_the_command_serves_what_it_is_told(monkeypatch, tmp_path):
-    small_emoji.package(tmp_path)
+    small_pipelines.package(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     launched = []
     monkeypatch.setattr(gr.Blocks, "launch", lambda self, **options: launched.append(options))

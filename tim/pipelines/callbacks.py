@@ -40,7 +40,6 @@ def on_step(
     conditions: Mapping[str, Any],
 ) -> Callable[[int, float, States], States]:
     """A sampler's `on_step` that asks the callback of a pipeline."""
-
     made = {name: _writes(x) for name, x in conditions.items()}
 
     def ask(step: int, time: float, state: States) -> States:

@@ -41,7 +41,13 @@ class FromDiffusers:
         asked = self.guider.prepare_inputs({})
         for batch, prediction in zip(asked, (F, F_uncond), strict=False):
             batch.noise_pred = prediction.flatten(2) if self.is_flat else prediction
-        return self.guider(asked)[0].to(F.dtype).view_as(F)
+        made = self.guider(asked)[0]
+        if made.shape != asked[0].noise_pred.shape:  # its pyramids need sides of 2ⁿ
+            raise ValueError(
+                f"{type(self.guider).__name__} does not guide states of {tuple(F.shape)}: it made "
+                f"{tuple(made.shape)} of them"
+            )
+        return made.to(F.dtype).view_as(F)
 
     def _at(self, index: int, t: float) -> None:
         self.guider.set_state(index, self.num_steps, torch.tensor(t, dtype=torch.float64))

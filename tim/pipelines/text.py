@@ -185,7 +185,7 @@ class TiMTextPipeline(ReadsPrompts):
         Args, beside those of `TiMClassPipeline`:
             prompt: one or several.
             negative_prompt: what guidance leads away from, one for all or one each; nothing, as
-                in training, by default.
+                in training, by default; not read without guidance.
             num_images_per_prompt: pictures of each prompt.
             prompt_embeds, negative_prompt_embeds: in place of the prompts, what `encode_prompt`
                 made of them.
