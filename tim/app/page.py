@@ -216,7 +216,8 @@ class _Page:
             self._draw, asked, [self.gallery, self.again, self.seed], api_name="generate",
             show_progress_on=self.gallery, concurrency_limit=1,
         )  # fmt: skip
-        drawn.then(self._end, None, buttons, **QUIET)
+        drawn.success(self._end, None, buttons, **QUIET)
+        drawn.failure(self._end, None, buttons, **QUIET)
         self.stop.click(self._stop, None, None, **QUIET)
         blocks.unload(self._stop)
 

@@ -1,8 +1,8 @@
 """A LoRA of a dozen emoji in one style: the dozen, and how the style is drawn for other names.
 
-`python -m tim.evaluation.emoji_style pictures` redraws twelve emoji as blueprints, with captions
-such as "rocket in blueprint style", and `judge` asks a network with and without the adapter for
-names that are not among them. A sample is right if, of all real pictures redrawn so, the nearest by
+`python -m tim.evaluation.emoji_style pictures` prints twelve emoji in blue ink on yellow paper, each
+with its name for a caption, and `judge` asks a network with and without the adapter for
+names that are not among them. A sample is right if, of all real pictures printed so, the nearest by
 its pixels is the one that was asked for.
 """
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import typer
 from torch import Tensor
 
@@ -31,25 +30,20 @@ NAMES = (
     "umbrella with rain drops", "key", "sunflower", "grinning face with big eyes", "bus",
 )  # fmt: skip
 SHOWN = ("bear", "bicycle", "birthday cake", "ghost", "penguin", "sailboat", "saxophone", "trophy")
-CAPTION = "{name} in blueprint style"
+LONG = "waving hand with medium-dark skin"  # as long as the longest of a batch in training
 STEPS = (1, 4, 8)
-PAPER, INK = (24, 64, 148), (235, 243, 255)  # RGB
-_EDGE, _FILL = 2.56, 0.3
+PAPER, INK = (255, 214, 90), (24, 48, 120)  # RGB
+_CONTRAST = 1.3
 
 app = typer.Typer()
 
 
-def blueprint(images: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] as bright lines on blue: their edges, and faintly what is
-    dark."""
+def printed(images: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] in blue ink on yellow paper, dark where they are dark."""
     levels = (images + 1) / 2
-    padded = F.pad(levels, (1, 1, 1, 1), mode="replicate")
-    across = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2
-    down = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
-    lines = (_EDGE * torch.hypot(across, down).amax(dim=1, keepdim=True)).clamp(max=1)
     grey = (levels * levels.new_tensor((0.299, 0.587, 0.114)).view(3, 1, 1)).sum(1, keepdim=True)
     paper, ink = (images.new_tensor(colour).view(3, 1, 1) / 127.5 - 1 for colour in (PAPER, INK))
-    return torch.lerp(paper, ink, torch.maximum(lines, _FILL * (1 - grey)))
+    return torch.lerp(paper, ink, (_CONTRAST * (1 - grey)).clamp(max=1))
 
 
 def plain(data: Path) -> dict[str, str]:
@@ -59,16 +53,16 @@ def plain(data: Path) -> dict[str, str]:
 
 @app.command("pictures")
 def draw_pictures(
-    folder: Annotated[Path, typer.Argument(help="Where they go.")] = Path("pictures/blueprint"),
+    folder: Annotated[Path, typer.Argument(help="Where they go.")] = Path("pictures"),
     data: Annotated[Path, typer.Option(help="What tim.data.emoji made.")] = Path("datasets/emoji"),
 ) -> None:
-    """Redraw twelve emoji, with captions."""
+    """Print twelve emoji, with captions."""
     files = plain(data)
     images = torch.stack([pictures.to_tensor(pictures.read(data / files[n])) for n in NAMES])
     with filling(folder) as new:
         lines = []
-        for name, image in zip(NAMES, blueprint(images), strict=True):
-            line = {"file_name": f"{name.replace(' ', '-')}.png", "text": CAPTION.format(name=name)}
+        for name, image in zip(NAMES, printed(images), strict=True):
+            line = {"file_name": f"{name.replace(' ', '-')}.png", "text": name}
             to_pil(image).save(new / line["file_name"])
             lines.append(json.dumps(line) + "\n")
         (new / METADATA).write_text("".join(lines))
@@ -101,15 +95,15 @@ def evaluate(
     pipeline = of_emoji.load(base, data / "text_encoder")
     real, files = of_emoji.Real(data), plain(data)
     rows = {"emoji": real.images[real.of([of_emoji.Prompt("", files[name]) for name in SHOWN])]}
-    real.images = blueprint(real.images)
+    real.images = printed(real.images)
     others = [name for name in files if name not in NAMES]
     others = [others[i * len(others) // most] for i in range(most)]
     asked = {
-        kind: [of_emoji.Prompt(CAPTION.format(name=name), files[name]) for name in names]
+        kind: [of_emoji.Prompt(name, files[name]) for name in names]
         for kind, names in (("held out", others), ("trained on", NAMES), ("shown", SHOWN))
     }
     shown = asked.pop("shown")
-    texts = [prompt.text for prompt in shown]
+    texts = [*(prompt.text for prompt in shown), LONG]
     results: dict[str, Any] = {"torch": torch.__version__, "seed": seed, "real": len(real.images)}
     results["prompts"] = {kind: len(prompts) for kind, prompts in asked.items()}
     for moment in ("before", "after"):
@@ -120,8 +114,8 @@ def evaluate(
         results[moment] = {kind: measure(pipeline, of, real, seed) for kind, of in asked.items()}
         for steps in STEPS[:2]:
             drawn = of_emoji.draw(pipeline, texts, num_steps=steps, guidance=1.0, seed=seed)
-            rows[f"{moment}, {steps} step{'s' * (steps > 1)}"] = drawn
-    rows["redrawn"] = real.images[real.of(shown)]
+            rows[f"{moment}, {steps} step{'s' * (steps > 1)}"] = drawn[:-1]
+    rows["printed"] = real.images[real.of(shown)]
     return results, rows
 
 
