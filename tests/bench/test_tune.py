@@ -121,7 +121,7 @@ def test_source_says_whose_entry_it_is(made_up):
 
 
 def test_tools_leave_nothing_behind(made_up):
-    with pytest.raises(KeyError), tuning.as_architecture(100), tuning.trying(made_up, 64, 8):
+    with pytest.raises(KeyError), tuning.as_architecture(100), tuning.trying(made_up, elements=64, num_warps=8):
         assert tuning.tuned(made_up, CPU) == (64, 8)
         raise KeyError
     assert tuning.tuned(made_up, CPU) == (1, 1)
