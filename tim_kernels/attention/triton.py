@@ -96,7 +96,9 @@ def _attention_jvp_kernel(
         if mask_ptr is not None:
             is_key = is_key & (tl.load(mask_ptr + k_row + begin + key, is_key, 0) != 0)
         is_seen = is_key[None, :]
-        if CAUSAL:
+        if CAUSAL and mask_ptr is None:
+            is_seen = key[None, :] <= (tl.minimum(n, k_span - 1) - begin)[:, None]
+        elif CAUSAL:
             is_seen = is_seen & ((begin + key)[None, :] <= n[:, None])
         s = tl.where(is_seen, s, float("-inf"))
 
