@@ -36,7 +36,7 @@ TYPES = {
 class Resources:
     """Per thread: registers, bytes of local memory; per program: bytes of shared memory; of the
     code: instructions, and accesses to global memory of 16 bytes a thread (wide) and of fewer; and
-    traps, which are all that the compiler leaves of a kernel that asks for more than there is."""
+    whether a trap is all that the compiler left of a kernel that asks for more than there is."""
 
     registers: int
     spills: int
@@ -46,7 +46,7 @@ class Resources:
     narrow_loads: int
     wide_stores: int
     narrow_stores: int
-    traps: int = 0
+    is_trap: bool = False
 
 
 @dataclass(kw_only=True)
@@ -121,10 +121,12 @@ def resources(usage: str, sass: str, shared: int) -> Resources:
             for op in code
         )
 
+    moves = any(op.startswith(("LDG", "STG", "UTMA")) for op in code)  # some have a trap as well
+    is_trap = not moves and any(op.startswith("BPT.TRAP") for op in code)
     return Resources(
         registers, stack + local, shared, len(code),
         count("LDG", True), count("LDG", False), count("STG", True), count("STG", False),
-        sum(op.startswith("BPT.TRAP") for op in code),
+        is_trap,
     )  # fmt: skip
 
 

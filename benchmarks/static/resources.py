@@ -43,9 +43,10 @@ COLUMNS = (
     Column("regs", "resources.registers", "{}"), Column("spills", "resources.spills", "{}"),
     Column("shared", "resources.shared", "{}"),
     Column("of 64", lambda of: occupancy(of.resources, of.num_warps, of.arch), "{}"),
-    Column("instr", "resources.instructions", "{}"), Column("traps", "resources.traps", "{}"),
+    Column("instr", "resources.instructions", "{}"),
     Column("ld 16 B", lambda of: _wide(of.resources.wide_loads, of.resources.narrow_loads), "{}"),
     Column("st 16 B", lambda of: _wide(of.resources.wide_stores, of.resources.narrow_stores), "{}"),
+    Column("", lambda of: "trap" if of.resources.is_trap else None),
 )  # fmt: skip
 
 
@@ -65,7 +66,7 @@ def occupancy(resources: Resources, num_warps: int, arch: int) -> int:
 def refusal(resources: Resources, arch: int) -> str | None:
     """Why a GPU cannot run it; None if it can. sm_86, sm_89 and sm_120 have 100 KiB."""
     most = (SHARED.get(arch, 100) - 1) * 1024
-    if resources.traps:
+    if resources.is_trap:
         return "the compiler left a trap of it: it asks for more than there is"
     if resources.shared > most:
         return f"it needs {resources.shared} bytes of shared memory, a program has {most}"

@@ -247,7 +247,7 @@ def test_a_trip_has_no_mean_of_the_first_tile():
 def test_refusals():
     fits = Resources(64, 0, 99 * 1024, 500, 4, 0, 4, 0)
     assert all(refusal(fits, arch) is None for arch in (80, 86, 90, 120))
-    assert "trap" in refusal(Resources(4, 0, 0, 16, 0, 0, 0, 0, traps=1), 90)
+    assert "trap" in refusal(Resources(4, 0, 0, 16, 0, 0, 0, 0, is_trap=True), 90)
     larger = Resources(64, 0, 100 * 1024, 500, 4, 0, 4, 0)
     assert refusal(larger, 80) is None and "a program has 101376" in refusal(larger, 86)
 
@@ -274,7 +274,7 @@ def test_choice_of_a_tile(other, is_chosen):
 
 def test_a_kernel_that_became_a_trap_is_refused():
     """sm_100's 512 columns of tensor memory do not hold a tile of 128 × 128. ptxas says nothing and
-    makes a trap of it: few registers and no spills, the best of candidates if one looks no closer."""
+    makes a trap of it: few registers and no spills, the best of all if one looks no closer."""
     text = outside_the_interpreter("""
 from benchmarks.tune import attention, tuner
 attention.CANDIDATES[:] = [attention.Tile(128, 128, 8, 2)]

@@ -63,7 +63,7 @@ for architecture, head_dim, dtype, options in cases:
     with tuning.as_architecture(architecture):
         resources = compile_launch(launch(head_dim, dtype=dtype, **options), architecture)
     assert not resources.spills, (architecture, head_dim, dtype, options, resources)
-    assert not resources.traps and resources.wide_loads, (architecture, head_dim, dtype)
+    assert not resources.is_trap and resources.wide_loads, (architecture, head_dim, dtype)
 print(len(cases))
 """)
     assert found == 11

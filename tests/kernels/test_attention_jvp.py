@@ -9,18 +9,15 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from eager import attend
 from parity import (
     BACKEND,
-    DERIVATIVE,
     DEVICE,
     DTYPES,
-    FORWARD,
     assert_adjoint,
-    assert_as_accurate,
     noise,
     run,
 )
+from tangents import check, dual, eager, inputs
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,33 +34,6 @@ def ours():
         yield
 
 
-def inputs(N, M=None, head_dim=8, heads=1, B=1, dtype=torch.float32, k_heads=None):
-    """q, k, v and their tangents."""
-    M, k_heads = N if M is None else M, k_heads or heads
-    sizes = [(B, n, h, head_dim) for n, h in ((N, heads), (M, k_heads), (M, k_heads))] * 2
-    return [noise(*s, seed=i, dtype=dtype, device=DEVICE) for i, s in enumerate(sizes)]
-
-
-def dual(function, inputs):
-    """Output and its tangent; a tangent that is None is none."""
-    primals, tangents = inputs[:3], inputs[3:]
-    live = [i for i, tangent in enumerate(tangents) if tangent is not None]
-
-    def of_live(*duals):
-        args = list(primals)
-        for i, x in zip(live, duals, strict=True):
-            args[i] = x
-        return function(*args)
-
-    return torch.func.jvp(
-        of_live, tuple(primals[i] for i in live), tuple(tangents[i] for i in live)
-    )
-
-
-def eager(q, k, v):
-    return attend(*(x.transpose(1, 2) for x in (q, k, v)), materialise=True).transpose(1, 2)
-
-
 def options_in_eager(q, k, v, scale=None, is_causal=False):
     """`eager` with a mask and with heads repeated; the scale is moved into q."""
     heads, D = q.shape[-2:]
@@ -73,20 +43,6 @@ def options_in_eager(q, k, v, scale=None, is_causal=False):
         return eager(q, k, v)
     rows = [eager(q[:, i, None], k[:, : i + 1], v[:, : i + 1]) for i in range(q.shape[1])]
     return torch.cat(rows, 1)
-
-
-def check(function, plain, inputs):
-    """Hold `function`'s output and tangent to float64 by the rule of parity.py."""
-    oracle = dual(plain, [None if x is None else x.double() for x in inputs])
-    yardstick = dual(plain, inputs)
-    with patch.object(op, "jvp_op", wraps=op.jvp_op) as kernel:
-        result = dual(function, inputs)
-    assert kernel.call_count == 1
-    assert all(ours.dtype == inputs[0].dtype for ours in result)
-    for kind, factor, *each in zip(
-        ("output", "tangent"), (FORWARD, DERIVATIVE), result, yardstick, oracle, strict=True
-    ):
-        assert_as_accurate(*each, factor, kind)
 
 
 @pytest.mark.parametrize("N", [1, 7, 64, 100, 257])
@@ -117,13 +73,6 @@ def test_tiles_of_a_gpu(dtype, head_dim):
     """Elsewhere than on one the interpreter's own tiles are tested, which are larger."""
     with tuning.as_architecture(80):
         check(attention, eager, inputs(50, 40, head_dim, dtype=dtype))
-
-
-@pytest.mark.parametrize("head_dim", [64, 72, 128])
-@pytest.mark.parametrize("architecture", [90, 100])
-def test_tiles_of_larger_gpus(architecture, head_dim):
-    with tuning.as_architecture(architecture):
-        check(attention, eager, inputs(20, 100, head_dim, dtype=torch.bfloat16))
 
 
 OPTIONS = {
@@ -225,25 +174,6 @@ def test_packed_segments(is_cross):
     check(packed, plain, given)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="nobody can count what a GPU's programs do")
-def test_tiles_past_a_short_sample_walk_no_keys(monkeypatch):
-    """Each sample's own tiles of queries times its tiles of keys, whatever the longest is."""
-    from tim_kernels.attention import triton as kernels
-
-    lengths, k_lengths = [1, 70, 0, 300], [40, 100, 7, 33]
-    tile, calls = kernels._tile(torch.empty(0), 16), []
-    scores = kernels._scores
-    monkeypatch.setattr(kernels, "_scores", lambda *args: calls.append(1) or scores(*args))
-    given = inputs(sum(lengths), sum(k_lengths), heads=2)
-    segments = [Segments.from_lengths(each) for each in (lengths, k_lengths)]
-    dual(lambda q, k, v: attention(q[0], k[0], v[0], *segments), given)
-    walked = sum(
-        -(-n // tile["rows"]) * -(-m // tile["columns"])
-        for n, m in zip(lengths, k_lengths, strict=True)
-    )
-    assert len(calls) == 2 * walked  # of two heads
-
-
 def test_key_mask():
     """As the keys that remain; a sample without any gives zeros, also in its gradients."""
     given = inputs(40, 100, head_dim=72, heads=2, B=3)
@@ -278,21 +208,6 @@ ADVERSARIES = {
     "keys share a constant": lambda q, k, v, *t: (q, k + 3, v, *t),
     "scores' tangents share a constant": lambda q, k, v, tq, tk, tv: (q, k, v, tq, tk + 30, tv),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_keys_that_share_a_constant_behind_a_mask(dtype):
-    """A query's first key may be in any tile: it is there that the mean of ds is taken."""
-    q, k, v, tq, tk, tv = inputs(70, 130, head_dim=72, heads=2, B=2, dtype=dtype)
-    given = [q, k, v, tq, tk + 30, tv]
-    first = torch.tensor([70, 5], device=DEVICE)
-    mask = torch.arange(130, device=DEVICE) >= first[:, None]
-
-    def plain(q, k, v):
-        return torch.cat([eager(*(x[b, None, n:] if x is not q else x[b, None] for x in (q, k, v)))
-                          for b, n in enumerate(first)])  # fmt: skip
-
-    check(functools.partial(attention, key_mask=mask), plain, given)
 
 
 def _with(x, token, value):
