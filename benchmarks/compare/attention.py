@@ -1,7 +1,7 @@
 """Attention without a tangent: each kernel that it could be, timed where it is and can.
 
-`attention` takes them in the order of tim_kernels/attention/op.py; these rows, by GPU and shape, are
-what can change it. Whether cuDNN takes head_dim 72, and how fast, nobody has seen.
+`attention` takes them in the order of tim_kernels/attention/op.py, which these rows, by GPU and
+shape, can change. Whether cuDNN takes head_dim 72, and how fast, nobody has seen.
 """
 
 import importlib
