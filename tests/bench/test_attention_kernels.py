@@ -1,11 +1,14 @@
 """The kernels that attention could be, as the gate times them; PyTorch's own alone are here."""
 
+import json
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
 from benchmarks.compare import attention
 from benchmarks.compare.comparison import WrongAnswer
+from benchmarks.gate import parts, stages
 from benchmarks.record.rows import EAGER, LeftOut, Op
 
 
@@ -39,3 +42,11 @@ def test_a_kernel_is_asked_for_by_its_name(monkeypatch):
     monkeypatch.setattr(attention, "sdpa_kernel", lambda b: asked.append(b) or torch.no_grad())
     attention.kernel("cuDNN")(*torch.randn(3, 1, 4, 2, 8))
     assert asked == [SDPBackend.CUDNN_ATTENTION]
+
+
+def test_the_gate_s_stage(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    stages.attention(stages.Run("attention", path, seconds=60, dry_run=True))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {row["kind"] for row in rows} == {"op", "left out"}
+    assert "attention" in {stage.name for stage in parts.ops_part(dry_run=True)}
