@@ -21,7 +21,8 @@ A head of D channels is kept as two pieces of A and B lanes: 72 = 64 + 16 half e
 of a product, where one piece would pay for 128. B is 0 where one piece wastes no more. Where q and
 tq do not fit the registers they are read anew for each tile of keys, CHUNK channels at a time. In
 the kernel m_i, l_i and alpha are online softmax's maximum, sum and rescaling, w_i is Σ w; qa, qb
-are the two pieces of a tile, t tangents; what is None is compiled away.
+are the two pieces of a tile, t tangents; what is None is compiled away. On sm_100
+Triton waits for every product of a tile in turn, which leaves the tensor cores idle for most of it.
 """
 
 import torch
