@@ -244,7 +244,10 @@ GOOD = ["digits", 3]
         ([*GOOD, "--guidance-interval", 0.8, 0.2], "0 ≤ low ≤ high, got [0.8, 0.2]"),
         ([*GOOD, "--guidance-interval", "nan", 1], "guidance_interval must be a finite number"),
         ([*GOOD, "--guidance-interval", 1], "Option '--guidance-interval' requires 2"),
-        ([*GOOD, "--stochasticity", -1], "stochasticity_ratio must not be negative, got -1"),
+        (
+            [*GOOD, "--stochasticity", -1],
+            "stochasticity_ratio must be finite and 0 or more",
+        ),
         ([*GOOD, "--sample-type", "ode"], "sample_type must be one of ('transition', 'ddiff"),
         ([*GOOD, "--height", 30], "multiples of 14, got 30×28"),
         ([*GOOD, "--width", 0], "width must be at least 1, got 0"),
