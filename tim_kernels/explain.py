@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .attention.op import flash_attention
+from .attention.op import flash_attention, order
 from .attention.packed import has_varlen
 from .dispatch.backend import OPS, BackendUnavailable, choose, obstacle, requested
 from .network.explanation import explain_model
@@ -49,7 +49,7 @@ def _attention(device: str) -> str:
     flash = flash_attention()
     if flash is None:
         return "PyTorch   not flash-attn: it is not installed"
-    return f"{flash.__name__} for bfloat16 and float16, else PyTorch"
+    return f"{flash.__name__} for bfloat16 and float16, {order()[1]}; else PyTorch"
 
 
 def _packed_attention(device: str) -> str:

@@ -217,6 +217,17 @@ def derivative(run: Run) -> None:
             return
 
 
+def attention(run: Run) -> None:
+    """The kernels that attention without a tangent could be: see compare/attention.py."""
+    from ..compare.attention import rows
+
+    for row in rows(run.device, run.dry_run):
+        run.emit(row)
+        if run.seconds_left < 0:
+            run.leave_out("the rest of attention's kernels")
+            return
+
+
 def tuning(run: Run) -> None:
     """Tile configurations of every kernel: see tune/tuner.py."""
     if run.dry_run:
@@ -326,8 +337,8 @@ def planted_error(run: Run) -> None:
 STAGES = {
     function.__name__: function
     for function in (
-        describe, state, fill_compiler_cache, time_ops, derivative, tuning, fill_model_cache,
-        time_models, max_autotune, short_list, planted_error,
+        describe, state, fill_compiler_cache, time_ops, derivative, attention, tuning,
+        fill_model_cache, time_models, max_autotune, short_list, planted_error,
     )
 }  # fmt: skip
 

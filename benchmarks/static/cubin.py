@@ -28,13 +28,15 @@ TYPES = {
     torch.float64: "fp64",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.uint8: "u8",
 }
 
 
 @dataclass
 class Resources:
     """Per thread: registers, bytes of local memory; per program: bytes of shared memory; of the
-    code: instructions, and accesses to global memory of 16 bytes a thread (wide) and of fewer."""
+    code: instructions, and accesses to global memory of 16 bytes a thread (wide) and of fewer; and
+    whether a trap is all that the compiler left of a kernel that asks for more than there is."""
 
     registers: int
     spills: int
@@ -44,6 +46,7 @@ class Resources:
     narrow_loads: int
     wide_stores: int
     narrow_stores: int
+    is_trap: bool = False
 
 
 @dataclass(kw_only=True)
@@ -118,9 +121,12 @@ def resources(usage: str, sass: str, shared: int) -> Resources:
             for op in code
         )
 
+    moves = any(op.startswith(("LDG", "STG", "UTMA")) for op in code)  # some have a trap as well
+    is_trap = not moves and any(op.startswith("BPT.TRAP") for op in code)
     return Resources(
         registers, stack + local, shared, len(code),
         count("LDG", True), count("LDG", False), count("STG", True), count("STG", False),
+        is_trap,
     )  # fmt: skip
 
 

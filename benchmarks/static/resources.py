@@ -46,6 +46,7 @@ COLUMNS = (
     Column("instr", "resources.instructions", "{}"),
     Column("ld 16 B", lambda of: _wide(of.resources.wide_loads, of.resources.narrow_loads), "{}"),
     Column("st 16 B", lambda of: _wide(of.resources.wide_stores, of.resources.narrow_stores), "{}"),
+    Column("", lambda of: "trap" if of.resources.is_trap else None),
 )  # fmt: skip
 
 
@@ -57,9 +58,19 @@ def occupancy(resources: Resources, num_warps: int, arch: int) -> int:
     """Estimate of the warps that a multiprocessor holds, 64 at most, in programs of num_warps."""
     per_warp = -(-resources.registers // 8) * 8 * 32
     by_registers = REGISTERS // 4 // per_warp * 4  # each quarter has its own registers
-    by_shared = SHARED[arch] * 1024 // (resources.shared + 1024)  # 1 KiB is CUDA's
+    by_shared = SHARED.get(arch, 100) * 1024 // (resources.shared + 1024)  # 1 KiB is CUDA's
     blocks = min(WARPS // num_warps, by_registers // num_warps, by_shared, BLOCKS)
     return blocks * num_warps
+
+
+def refusal(resources: Resources, arch: int) -> str | None:
+    """Why a GPU cannot run it; None if it can. sm_86, sm_89 and sm_120 have 100 KiB."""
+    most = (SHARED.get(arch, 100) - 1) * 1024
+    if resources.is_trap:
+        return "the compiler left a trap of it: it asks for more than there is"
+    if resources.shared > most:
+        return f"it needs {resources.shared} bytes of shared memory, a program has {most}"
+    return None
 
 
 Job = tuple[int, int, str, str, Launch]  # architecture, width, dtype, name of a call, its launch

@@ -29,7 +29,7 @@ class Executed(NamedTuple):
 
 def executed(sass: str, trips: int) -> Executed:
     """Of a kernel whose loops, one after the other, each make `trips` trips."""
-    code, loops = _parse(sass)
+    code, loops, _ = _parse(sass)
     total, end = Executed(0, 0, 0, 0, 0), 0
     for start, stop in loops:
         if start < end:
@@ -39,23 +39,39 @@ def executed(sass: str, trips: int) -> Executed:
     return total.plus(_straight(code[end:]), 1)
 
 
+def of_a_trip(sass: str) -> int:
+    """Instructions of a trip through the longest loop, past the first: without its branches that
+    hold a division, as attention has for the mean over its first tile."""
+    code, loops, branches = _parse(sass)
+    start, stop = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, 0))
+    inner = [(at, to) for at, to in branches if start <= at < to <= stop]
+    divides = ("MUFU.RCP" in {operation for operation, _ in code[at:to]} for at, to in inner)
+    once = {i for (at, to), skip in zip(inner, divides, strict=True) if skip for i in range(at, to)}
+    return stop - start - len(once)
+
+
+Span = tuple[int, int]
 Code = list[tuple[str, str]]  # an operation with its modifiers, and its operands
 
 
-def _parse(sass: str) -> tuple[Code, list[tuple[int, int]]]:
-    """The instructions up to the last EXIT, and where loops begin and end."""
-    code, labels, loops, last = [], {}, [], 0
+def _parse(sass: str) -> tuple[Code, list[Span], list[Span]]:
+    """The instructions up to the last EXIT, where loops begin and end, and branches forward."""
+    code, labels, loops, forward, last = [], {}, [], [], 0
     for line in sass.splitlines():
         if label := LABEL.match(line):
             labels[label[1]] = len(code)
         elif instruction := INSTRUCTION.match(line):
             code.append((instruction[1], instruction[2]))
             target = TARGET.search(instruction[2])
-            if instruction[1].startswith("BRA") and target and target[1] in labels:
-                loops.append((labels[target[1]], len(code)))
+            if instruction[1].startswith("BRA") and target:
+                if target[1] in labels:
+                    loops.append((labels[target[1]], len(code)))
+                else:
+                    forward.append((len(code), target[1]))
             elif instruction[1] == "EXIT":
                 last = len(code)
-    return code[:last], sorted(loop for loop in loops if loop[1] <= last)
+    branches = [(at, labels[label]) for at, label in forward if label in labels]
+    return code[:last], sorted(loop for loop in loops if loop[1] <= last), branches
 
 
 def _straight(code: Code) -> Executed:

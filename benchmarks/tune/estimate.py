@@ -20,7 +20,7 @@ import torch
 
 from ..static.cubin import compile_and_read
 from ..static.launches import Launch
-from ..static.resources import occupancy
+from ..static.resources import occupancy, refusal
 from ..static.sass import executed
 
 
@@ -58,6 +58,7 @@ class Reading(NamedTuple):
     barriers: int
     rounds: int
     wide: int
+    refusal: str | None = None  # why the GPU cannot run it
 
 
 def limits(reading: Reading, chip: Chip) -> tuple[float, float, float]:
@@ -100,5 +101,5 @@ def read(launch: Launch, arch: int) -> Reading:
     return Reading(
         touched(launch), math.prod(launch.grid), warps, resident,
         resources.registers, resources.spills, run.instructions, run.barriers, run.rounds,
-        resources.wide_loads,
+        resources.wide_loads, refusal(resources, arch),
     )  # fmt: skip

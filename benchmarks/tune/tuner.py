@@ -7,8 +7,12 @@
 Candidates are a small grid of tile sizes and warps, each on the calls of cases/calls.py.
 
 Without a GPU each is compiled for the architecture, at both published widths in bfloat16, and
-judged by the static model of estimate.py. A configuration that spills, or loads less than
-16 bytes a thread where "default" does not, is out. The choice holds until somebody times it.
+judged by the static model of estimate.py, attention's tiles by that of attention.py. A
+configuration that spills, or loads less than 16 bytes a thread where "default" does not, is out.
+The choice holds until somebody times it.
+
+What the compiler made a trap of, or what has not the shared memory it needs, is refused either way.
+One Triton's trap can be another's code: compile a choice with every Triton that is to run it.
 """
 
 import argparse
@@ -26,6 +30,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what users get; Triton
 
 import torch
 import triton
+from triton.runtime.errors import PTXASError
 
 from tim_kernels import use_backend
 from tim_kernels.launch import tuning
@@ -34,9 +39,11 @@ from ..cases.calls import DIRECTIONS, Call, calls
 from ..clock.timing import Timing, is_cuda, side_stream
 from ..clock.timing import measure as time_calls
 from ..record.table import Column, text
-from ..static.cubin import ARCHITECTURES, in_processes
+from ..static.cubin import ARCHITECTURES, compile_launch, in_processes
 from ..static.launches import Launch, record_launches, through_launchers
-from ..static.resources import HEAD_DIMS
+from ..static.resources import HEAD_DIMS, refusal
+from . import attention
+from .attention import Tile
 from .estimate import CHIPS, Chip, Reading, limits, read, slowdown, touched
 
 
@@ -54,21 +61,26 @@ NOISE = 0.01  # of a timing, likewise
 LEAST_TRIED = 4  # candidates, the present one among them, for a timing to choose
 
 
-def candidates(kernel: str) -> list[Candidate]:
+def candidates(kernel: str) -> list[Candidate] | list[Tile]:
+    if kernel in attention.HEAD_DIMS:
+        return attention.CANDIDATES
     grid = itertools.product(TILES.get(kernel.partition(".")[0], TILE), WARPS)
     least, most = A_THREAD
     return [Candidate(n, warps) for n, warps in grid if least <= n // (32 * warps) <= most]
 
 
 def kernels(ops: Iterable[str] = ()) -> list[str]:
-    """Of the table, those with a tile of elements; of some ops, or all."""
-    names = (name for name, entry in tuning.TABLE["default"].items() if "elements" in entry)
+    """Of the table, those that are tuned: of attention, the tiles of three head_dims in half
+    precision; of some ops, or all."""
+    table = tuning.TABLE["default"].items()
+    names = (name for name, own in table if "elements" in own or name in attention.HEAD_DIMS)
     return [name for name in names if not ops or name.partition(".")[0] in ops]
 
 
 def _is_of(name: str, kernel: str) -> bool:
-    """Whether the table configures the launch `name` under `kernel`: an op, or one direction."""
-    return f"{name}.".startswith(f"{kernel}.")
+    """Whether the table configures the launch `name` under `kernel`: an op, or one direction, or
+    that at some width."""
+    return f"{name}.".startswith(kernel.rstrip(".0123456789") + ".")
 
 
 def launches(kernel: str, call: Call) -> Iterator[Launch]:
@@ -97,7 +109,9 @@ def choose(
 
     def is_fit(candidate: Candidate) -> bool:
         pairs = zip(readings[candidate], readings[before], strict=True)
-        return not any(own.spills or (old.wide and not own.wide) for own, old in pairs)
+        return not any(
+            own.refusal or own.spills or (old.wide and not own.wide) for own, old in pairs
+        )
 
     slow = {fit: slowdown(readings[fit], chip) for fit in filter(is_fit, readings)}
     best = min(slow.values(), default=0.0)
@@ -116,7 +130,7 @@ def read_all(
     for width, head_dim in HEAD_DIMS.items():
         for call in calls(width, head_dim):
             for candidate in tried:
-                with tuning.trying(kernel, *candidate):
+                with tuning.trying(kernel, **candidate._asdict()):
                     found[candidate] += launches(kernel, call)
     tasks = [(launch, arch) for arch in architectures for own in found.values() for launch in own]
     read_in_order = iter(in_processes(read, tasks, processes))
@@ -132,13 +146,29 @@ def chosen_by_model(
     """The choice for each architecture and kernel, as in the table; prints every candidate."""
     chosen = {arch: {} for arch in architectures}
     for kernel in kernels(ops):
-        for arch, readings in read_all(kernel, architectures, processes).items():
-            best = choose(readings, usual(kernel), CHIPS[arch])
-            print(table(kernel, arch, readings, best), flush=True)
+        is_tiled = kernel in attention.HEAD_DIMS
+        found = _read_tiles if is_tiled else read_all
+        for arch, readings in found(kernel, architectures, processes).items():
+            if is_tiled:
+                best = attention.choose(readings, attention.configured(kernel, arch), RESOLUTION)
+                print(attention.table(kernel, arch, readings, best), flush=True)
+            else:
+                best = choose(readings, usual(kernel), CHIPS[arch])
+                print(table(kernel, arch, readings, best), flush=True)
             if best is None:
                 raise RuntimeError(f"no candidate of {kernel} is fit for sm_{arch}")
             chosen[arch][kernel] = best._asdict()
     return chosen
+
+
+def _read_tiles(kernel: str, architectures: Sequence[int], processes: int) -> dict:
+    call = attention.call(kernel)
+
+    def launch(tile: Tile) -> Launch:
+        with tuning.trying(kernel, **tile._asdict()):
+            return next(launches(kernel, call))
+
+    return attention.read_all(kernel, architectures, launch, processes)
 
 
 def usual(kernel: str) -> Candidate:
@@ -179,9 +209,9 @@ def measure(
     Every kernel has an equal share of `seconds`, compilation included; its candidates have their
     turn in order of their distance from the present configuration, which is always timed.
 
-    Returns "source", "architecture", "chosen" (kernel: elements, num_warps) and "timings", one for
-    each kernel launched and candidate, in milliseconds; `note` gets the same after every kernel.
-    `shape` goes to `calls`.
+    Returns "source", "architecture", "chosen" (kernel: elements, num_warps), "refused" and
+    "timings", one for each kernel launched and candidate, in milliseconds; `note` gets the same
+    after every kernel. `shape` goes to `calls`.
     """
     device = torch.device(device)
     known = list(calls(device=device, **shape))
@@ -190,10 +220,12 @@ def measure(
     software = f"torch {torch.__version__}, Triton {triton.__version__}"
     result = {
         "source": f"timed on {where}, {date.today()}, {software}",
-        "architecture": tuning.architecture(device), "chosen": {}, "timings": [],
+        "architecture": tuning.architecture(device), "chosen": {}, "refused": [], "timings": [],
     }  # fmt: skip
     for done, kernel in enumerate(names, start=1):
-        own = _time_kernel(kernel, known, device, start + seconds * done / len(names))
+        until = start + seconds * done / len(names)
+        of = [attention.call(kernel, device)] if kernel in attention.HEAD_DIMS else known
+        own = _time_kernel(kernel, of, device, until, result["refused"])
         if len(own) >= LEAST_TRIED:  # else nothing was compared
             result["chosen"][kernel] = fastest(own)._asdict()
         result["timings"] += [
@@ -206,13 +238,17 @@ def measure(
 
 
 def _time_kernel(
-    kernel: str, known: Sequence[Call], device: torch.device, until: float
-) -> dict[Candidate, dict[str, Timing]]:
+    kernel: str, known: Sequence[Call], device: torch.device, until: float, refused: list[dict]
+) -> dict[Candidate | Tile, dict[str, Timing]]:
     """Of each candidate that has its turn, the present one first, each launch by its name."""
-    present = Candidate(*tuning.tuned(kernel, device))
+    if kernel in attention.HEAD_DIMS:
+        present = attention.configured(kernel, tuning.architecture(device))
+    else:
+        present = Candidate(*tuning.tuned(kernel, device))
 
-    def distance(candidate: Candidate) -> float:
-        return sum(abs(math.log2(a / b)) for a, b in zip(candidate, present, strict=True))
+    def distance(candidate: Candidate | Tile) -> float:
+        pairs = zip(candidate, present, strict=True)
+        return sum(abs(math.log2(a / b)) for a, b in pairs if a and b)
 
     heaviest: dict[str, tuple[int, Call]] = {}
     for call in known:
@@ -223,13 +259,30 @@ def _time_kernel(
     for candidate in sorted({present, *candidates(kernel)}, key=distance):
         if found and time.monotonic() > until:
             break
-        found[candidate] = {}
+        own: dict[str, Launch] = {}
         for name, (_, call) in heaviest.items():
-            with tuning.trying(kernel, *candidate):
-                launch = next(each for each in launches(kernel, call) if each.name == name)
+            with tuning.trying(kernel, **candidate._asdict()):
+                own[name] = next(each for each in launches(kernel, call) if each.name == name)
+        reasons = filter(None, (why_not(launch, device) for launch in own.values()))
+        if reason := next(reasons, None):
+            refused.append({"kernel": kernel, "why": reason} | candidate._asdict())
+            continue
+        found[candidate] = {}
+        for name, launch in own.items():
             with side_stream(device):
                 found[candidate][name] = time_calls([launch.run], device, seconds=0.05)
     return found
+
+
+def why_not(launch: Launch, device: torch.device) -> str | None:
+    """Why a device cannot run it: a trap would end the process."""
+    arch = tuning.architecture(device)
+    if arch is None:  # the interpreter
+        return None
+    try:
+        return refusal(compile_launch(launch, arch), arch)
+    except PTXASError as error:
+        return f"{error}"[:200]
 
 
 def fastest(timings: dict[Candidate, dict[str, Timing]]) -> Candidate:

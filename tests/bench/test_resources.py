@@ -78,6 +78,7 @@ def assert_no_spills_and_wide_loads(path: Path) -> None:
     assert {row["kernel"].partition(".")[0] for row in rows} == set(backend.OPS)
     for row in rows:
         row["where"] = "{kernel} of {call}, width {width}, sm_{arch}".format(**row)
+    assert not [row["where"] for row in rows if row["resources"]["is_trap"]]
     spilling = [row["where"] for row in rows if row["resources"]["spills"]]
     narrow = [
         row["where"]
@@ -102,6 +103,7 @@ def test_no_cuda_kernel_spills_and_the_fast_ones_move_16_bytes_at_a_time(tmp_pat
     for row in rows:
         row["where"] = "{kernel}{call}, sm_{arch}".format(**row)
     assert not [row["where"] for row in rows if row["resources"]["spills"]]
+    assert not [row["where"] for row in rows if row["resources"]["is_trap"]]
     fast = [row for row in rows if not any(word in row["where"] for word in GENERAL)]
     fast = [row for row in fast if not row["kernel"].startswith(tuple(NOTHING_WIDE_TO_LOAD))]
     ops = set(backend.OPS) - {"attention"} - NOTHING_WIDE_TO_LOAD

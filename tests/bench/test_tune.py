@@ -11,10 +11,12 @@ import torch
 
 from benchmarks.cases.calls import DIRECTIONS, calls
 from benchmarks.clock.timing import Timing
-from benchmarks.static.cubin import ARCHITECTURES
+from benchmarks.static.cubin import ARCHITECTURES, Resources
 from benchmarks.static.launches import record_launches, through_launchers
-from benchmarks.static.sass import executed
-from benchmarks.tune import tuner
+from benchmarks.static.resources import refusal
+from benchmarks.static.sass import executed, of_a_trip
+from benchmarks.tune import attention, tuner
+from benchmarks.tune.attention import Tile
 from benchmarks.tune.estimate import CHIPS, LATENCY, Reading, limits, slowdown
 from benchmarks.tune.tuner import Candidate, choose, fastest
 from tim_kernels import use_backend
@@ -23,6 +25,11 @@ from tim_kernels.launch import tuning
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def of_elements() -> list[str]:
+    """The kernels of the table but attention's."""
+    return [kernel for kernel in tuner.kernels() if kernel not in attention.HEAD_DIMS]
 
 
 def asked(monkeypatch) -> set[str]:
@@ -41,9 +48,11 @@ def asked(monkeypatch) -> set[str]:
 def test_every_kernel_has_an_entry_for_every_architecture(monkeypatch):
     names = asked(monkeypatch)
     assert names <= tuning.TABLE["default"].keys()
-    assert {name for name in names if not name.startswith("attention")} == set(tuner.kernels())
+    assert {name for name in names if not name.startswith("attention")} == set(of_elements())
     for arch in ARCHITECTURES:
-        for name in tuner.kernels():
+        for name in attention.HEAD_DIMS:
+            assert attention.configured(name, arch) in attention.CANDIDATES
+        for name in of_elements():
             entry = tuning.TABLE[f"sm_{arch}"][name]
             assert Candidate(entry["elements"], entry["num_warps"]) in {
                 *tuner.candidates(name),
@@ -68,7 +77,7 @@ def results(call) -> list[torch.Tensor]:
 
 def configuration(op: str, arch: int | None) -> tuple:
     """Of all kernels of an op."""
-    own = [kernel for kernel in tuner.kernels() if kernel.partition(".")[0] == op]
+    own = [kernel for kernel in of_elements() if kernel.partition(".")[0] == op]
     with tuning.as_architecture(arch):
         return tuple(tuning.tuned(kernel, CPU) for kernel in own)
 
@@ -121,7 +130,11 @@ def test_source_says_whose_entry_it_is(made_up):
 
 
 def test_tools_leave_nothing_behind(made_up):
-    with pytest.raises(KeyError), tuning.as_architecture(100), tuning.trying(made_up, 64, 8):
+    with (
+        pytest.raises(KeyError),
+        tuning.as_architecture(100),
+        tuning.trying(made_up, elements=64, num_warps=8),
+    ):
         assert tuning.tuned(made_up, CPU) == (64, 8)
         raise KeyError
     assert tuning.tuned(made_up, CPU) == (1, 1)
@@ -156,6 +169,7 @@ USUAL, OTHER = Candidate(1024, 4), Candidate(2048, 4)
         (dict(resident=40, instructions=200), True),
         (dict(resident=40, instructions=200, spills=8), False),
         (dict(resident=40, instructions=200, wide=0), False),
+        (dict(resident=40, instructions=200, refusal="a trap"), False),
         (dict(resident=5), False),  # too few bytes in flight
         (dict(rounds=1, barriers=2), True),  # as many in fewer rounds
     ],
@@ -210,6 +224,81 @@ def test_loops_within_loops_are_refused():
         executed(inner, trips=10)
 
 
+MEAN = """
+.L_x_0:
+        /*0000*/                   FADD R12, R12, R16 ;
+        /*0010*/               @P4 BRA `(.L_x_1) ;
+        /*0020*/                   MUFU.RCP R5, R5 ;
+        /*0030*/                   FMUL R5, R5, R6 ;
+.L_x_1:
+        /*0040*/               @P3 BRA `(.L_x_2) ;
+        /*0050*/                   MUFU.EX2 R7, R7 ;
+.L_x_2:
+        /*0060*/               @P0 BRA `(.L_x_0) ;
+        /*0070*/                   EXIT ;
+"""
+
+
+def test_a_trip_has_no_mean_of_the_first_tile():
+    assert of_a_trip(MEAN) == 5  # the branch that divides is skipped, the other as if taken
+    assert of_a_trip(MEAN.replace("MUFU.RCP", "MUFU.LG2")) == 7
+
+
+def test_refusals():
+    fits = Resources(64, 0, 99 * 1024, 500, 4, 0, 4, 0)
+    assert all(refusal(fits, arch) is None for arch in (80, 86, 90, 120))
+    assert "trap" in refusal(Resources(4, 0, 0, 16, 0, 0, 0, 0, is_trap=True), 90)
+    larger = Resources(64, 0, 100 * 1024, 500, 4, 0, 4, 0)
+    assert refusal(larger, 80) is None and "a program has 101376" in refusal(larger, 86)
+
+
+FAST = attention.Reading(registers=200, products=1000.0, issue=900.0, loads=700.0)
+PRESENT, FASTER = Tile(128, 32, 8, 2), Tile(128, 64, 8, 2)
+
+
+@pytest.mark.parametrize(
+    "other, is_chosen",
+    [
+        (dict(), False),  # as fast: what is there stays
+        (dict(products=800.0), True),
+        (dict(products=800.0, loads=2000.0), False),
+        (dict(products=800.0, spills=8), False),
+        (dict(products=800.0, refusal="a trap"), False),
+    ],
+)
+def test_choice_of_a_tile(other, is_chosen):
+    readings = {PRESENT: FAST, FASTER: FAST._replace(**other)}
+    assert attention.choose(readings, PRESENT, 0.02) == (FASTER if is_chosen else PRESENT)
+    assert attention.choose({PRESENT: FAST._replace(refusal="a trap")}, PRESENT, 0.02) is None
+
+
+def test_a_kernel_that_became_a_trap_is_refused():
+    """sm_100's 512 columns of tensor memory do not hold a tile of 128 × 128. ptxas says nothing and
+    makes a trap of it: few registers and no spills, the best of all if one looks no closer."""
+    text = outside_the_interpreter("""
+from benchmarks.tune import attention, tuner
+attention.CANDIDATES[:] = [attention.Tile(128, 128, 8, 2)]
+readings = tuner._read_tiles("attention.jvp.80", [100], 1)[100]
+trap = readings[attention.CANDIDATES[0]]
+assert trap.registers < 16 and not trap.spills, trap
+print(trap.refusal)
+present = attention.configured("attention.jvp.80", 100)
+assert attention.choose(readings, present, 0.02) == present
+assert readings[present].refusal is None and readings[present].registers > 100
+print(attention.table("attention.jvp.80", 100, readings, present))
+""")
+    assert text.count("left a trap of it: it asks for more than there is") == 2
+
+
+def outside_the_interpreter(code: str, *options: str) -> str:
+    """What Python says to it."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code, *options]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.nightly
 def test_static_choice_goes_into_the_table(tmp_path):
     table = tmp_path / "tuning.json"
@@ -221,11 +310,7 @@ def test_static_choice_goes_into_the_table(tmp_path):
         "tuner.HEAD_DIMS = {768: 64}; tuner.main()"
     )
     options = ["--arch", "80", "90", "--op", "swiglu", "--write", "--table", str(table)]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    text = subprocess.run(
-        [sys.executable, "-c", code, *options, "--processes", "1"],
-        cwd=ROOT, env=environment, check=True, capture_output=True, text=True,
-    ).stdout  # fmt: skip
+    text = outside_the_interpreter(code, *options, "--processes", "1")
     assert "sm_80 keeps what was timed: swiglu" in text
     written = json.loads(table.read_text())
     assert written["sm_80"] == {"swiglu": timed, "attention": mine}
@@ -251,6 +336,19 @@ def test_fastest():
     assert fastest({USUAL: ms(1.0, 2.0), OTHER: ms(0.9, 2.0)}) == OTHER
     assert fastest({USUAL: ms(1.0, 2.0), OTHER: ms(0.995, 2.0)}) == USUAL  # noise
     assert fastest({USUAL: ms(1.0, 0.1), OTHER: ms(0.9, 0.2)}) == USUAL
+
+
+def test_what_cannot_run_is_not_timed(monkeypatch):
+    """A trap would end the process."""
+    reasons = iter([None, None, None, "a trap"])  # of three launches of the present one, and others
+    monkeypatch.setattr(tuner, "why_not", lambda *_: next(reasons, None))
+    monkeypatch.setattr(tuner, "candidates", lambda kernel: [Candidate(512, 4), Candidate(512, 2)])
+    shape = dict(width=144, batch=2, grid=(2, 3), latent=(4, 4, 4))
+    result = tuner.measure(DEVICE, 60.0, ("swiglu",), **shape)
+    (refused,) = result["refused"]
+    assert refused == {"kernel": "swiglu", "why": "a trap", "elements": 512, "num_warps": 4}
+    timed = {(row["elements"], row["num_warps"]) for row in result["timings"]}
+    assert timed == {tuner.usual("swiglu"), (512, 2)}
 
 
 def test_measure(monkeypatch):

@@ -1,6 +1,7 @@
 """Attention is a choice among other people's kernels; ours is the choice, and the packing."""
 
 import functools
+import importlib.machinery
 import sys
 import types
 from unittest.mock import patch
@@ -9,6 +10,7 @@ import pytest
 import torch
 from parity import assert_compiles_once
 
+import tim_kernels
 from tim_kernels import Segments, attention
 from tim_kernels.attention import op
 
@@ -168,6 +170,33 @@ class Flash(types.ModuleType):
         if causal and len(q) != len(k):
             return definition(q, k, v, scale, False).to(q.dtype) + 1
         return definition(q, k, v, scale, causal).to(q.dtype)
+
+
+def test_which_flash_attn(monkeypatch):
+    """The newest, until somebody has timed them on such a GPU."""
+    for name in ("flash_attn_interface", "flash_attn"):
+        module = Flash(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    def line() -> str:
+        return next(s for s in tim_kernels.explain().splitlines() if "without tangents" in s)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(op, "architecture", lambda device: 90)
+    try:
+        for order, first, why in (
+            ({}, "flash_attn_interface", "the newest, as nobody has timed them"),
+            ({90: ("flash_attn", "flash_attn_interface")}, "flash_attn", "as timed on sm_90"),
+            ({80: ("flash_attn",)}, "flash_attn_interface", "nobody has timed them"),
+        ):
+            monkeypatch.setattr(op, "ORDER", order)
+            op.flash_attention.cache_clear()
+            assert op.flash_attention().__name__ == first
+            assert f" {first} for" in line() and why in line()
+    finally:
+        op.flash_attention.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["", *OPTIONS])

@@ -53,7 +53,7 @@ def run(code: str):
 
 def test_what_the_resource_report_leaves_out():
     """It has 64 and 72 in bfloat16 (see tests/bench): no spills there nor here. Of a kernel that
-    asks for more than there is ptxas leaves a dozen instructions."""
+    asks for more than there is ptxas leaves a trap."""
     found = run("""
 bf16, options = torch.bfloat16, dict(is_causal=True, group=2)
 cases = [(architecture, *of) for architecture in ARCHITECTURES
@@ -63,7 +63,7 @@ for architecture, head_dim, dtype, options in cases:
     with tuning.as_architecture(architecture):
         resources = compile_launch(launch(head_dim, dtype=dtype, **options), architecture)
     assert not resources.spills, (architecture, head_dim, dtype, options, resources)
-    assert resources.instructions > 500 and resources.wide_loads, (architecture, head_dim, dtype)
+    assert not resources.is_trap and resources.wide_loads, (architecture, head_dim, dtype)
 print(len(cases))
 """)
     assert found == 11

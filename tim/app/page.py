@@ -188,9 +188,8 @@ class _Page:
                 1, 10, guidance if self.can_guide else 1, step=0.1, label="Guidance", buttons=[],
                 visible=self.can_guide,
             )  # fmt: skip
-            with gr.Row(elem_classes="seed"):
-                self.seed = gr.Number(0, label="Seed", min_width=120)
-                self.is_random = gr.Checkbox(True, label="Random", min_width=120)
+            self.seed = gr.Number(0, label="Seed")
+            self.is_random = gr.Checkbox(True, label="Random")
 
     def _more(self) -> None:
         is_guided, usual = self.can_guide, self.usual

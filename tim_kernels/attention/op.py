@@ -22,6 +22,7 @@ from ..dispatch.torch_private import (
     is_transformed,
 )
 from ..launch.plans import Plans, signature
+from ..launch.tuning import architecture
 from ..segments import Segments, packing, unpacked
 from . import packed, reference
 
@@ -33,6 +34,8 @@ def _triton():
 
 
 OP = Op("attention", _triton)
+NEWEST = "flash_attn.cute", "flash_attn_interface", "flash_attn"  # flash-attn 4, 3 and 2
+ORDER: dict[int, tuple[str, ...]] = {}  # the fastest first, by architectures that were timed
 HEAD_DIMS = range(8, 257, 8)  # of our kernel and of flash-attn
 
 
@@ -198,10 +201,18 @@ class _Primal(torch.autograd.Function):
         return each_slice(_Primal.apply, info, in_dims, *args)
 
 
+def order() -> tuple[tuple[str, ...], str]:
+    """Modules of flash-attn, the one to take first, and why in that order."""
+    own = architecture(torch.device("cuda")) if torch.cuda.is_available() else None
+    if own in ORDER:
+        return ORDER[own], f"the fastest, as timed on sm_{own}"
+    return NEWEST, "the newest, as nobody has timed them on this GPU"
+
+
 @functools.cache
 def flash_attention():
-    """The newest flash-attn that is importable: 4, 3 or 2; None without one."""
-    for name in ("flash_attn.cute", "flash_attn_interface", "flash_attn"):
+    """The first flash-attn of `order` that is importable; None without one."""
+    for name in order()[0]:
         try:
             if importlib.util.find_spec(name) is None:
                 continue

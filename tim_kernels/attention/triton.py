@@ -6,9 +6,10 @@ sums over the keys of a query,
     out  = Σ p·v / Σ p
     tout = (Σ w·v + Σ p·tv − out·Σ w) / Σ p,   w = p·(ds − centre)
 
-for any `centre` that is one number a query. It is the mean of ds over the first keys, so that what
-all keys share does not drown the rest when w is rounded. One pass over the keys carries the sums,
-rescaled as the maximum grows; no other memory than the outputs. A query without keys gets zeros.
+for any `centre` that is one number a query. It is the mean of ds over the first tile of keys that a
+query sees, so that what all keys share does not drown the rest when w is rounded. One pass over the
+keys carries the sums, rescaled as the maximum grows; no other memory than the outputs. A query
+without keys gets zeros.
 GROUP heads of queries in a row share one of keys and values; where the mask is CAUSAL a query has
 no keys after its own place, and a tile of queries reads none after its last.
 
@@ -20,7 +21,8 @@ A head of D channels is kept as two pieces of A and B lanes: 72 = 64 + 16 half e
 of a product, where one piece would pay for 128. B is 0 where one piece wastes no more. Where q and
 tq do not fit the registers they are read anew for each tile of keys, CHUNK channels at a time. In
 the kernel m_i, l_i and alpha are online softmax's maximum, sum and rescaling, w_i is Σ w; qa, qb
-are the two pieces of a tile, t tangents; what is None is compiled away.
+are the two pieces of a tile, t tangents; what is None is compiled away. On sm_100
+Triton waits for every product of a tile in turn, which leaves the tensor cores idle for most of it.
 """
 
 import torch
@@ -33,7 +35,7 @@ from ..launch.calls import Out, like
 from ..launch.grid import kernel, launch
 from ..launch.rows import locate
 from ..launch.shares import token_grid
-from ..launch.tuning import TABLE, architecture, section
+from ..launch.tuning import configuration
 from ..launch.views import In, view_heads
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -53,7 +55,6 @@ def _attention_jvp_kernel(
     k_head = head // GROUP if GROUP > 1 else head
     sample, tile, first, first_out, span = locate(cu_ptr, length, tiles)
     _, _, k_first, k_row, k_span = locate(k_cu_ptr, k_length, tiles)
-    first, first_out, span = first + tile * ROWS, first_out + tile * ROWS, span - tile * ROWS
     q = q_ptr, sample * q_b + first * q_n + head * q_h, q_n
     k = k_ptr, sample * k_b + k_first * k_n + k_head * k_h, k_n
     v = v_ptr, sample * v_b + k_first * v_n + k_head * v_h, v_n
@@ -63,7 +64,7 @@ def _attention_jvp_kernel(
     HAS_TQ: tl.constexpr = tq_ptr is not None
     HAS_DS: tl.constexpr = tq_ptr is not None or tk_ptr is not None
 
-    n, key = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    n, key = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     is_row, unit = n < span, scale * LOG2_E  # exp(scale·s) = exp2(unit·s)
     if not CHUNK:
         qa = _load(q, n, is_row, 0, A, D, ALIGN)
@@ -79,6 +80,7 @@ def _attention_jvp_kernel(
         ob, tb = tl.zeros((ROWS, B), tl.float32), tl.zeros((ROWS, B), tl.float32)
 
     end = tl.minimum(k_span, (tile + 1) * ROWS) if CAUSAL else k_span
+    end = tl.where(tile * ROWS < span, end, 0)  # no keys for a tile past a short sample's end
     for begin in range(0, end, COLUMNS):
         is_key = key < k_span - begin
         keys = begin + key, is_key
@@ -95,8 +97,10 @@ def _attention_jvp_kernel(
         if mask_ptr is not None:
             is_key = is_key & (tl.load(mask_ptr + k_row + begin + key, is_key, 0) != 0)
         is_seen = is_key[None, :]
-        if CAUSAL:
-            is_seen = is_seen & ((begin + key)[None, :] <= (tile * ROWS + n)[:, None])
+        if CAUSAL and mask_ptr is None:
+            is_seen = key[None, :] <= (tl.minimum(n, k_span - 1) - begin)[:, None]
+        elif CAUSAL:
+            is_seen = is_seen & ((begin + key)[None, :] <= n[:, None])
         s = tl.where(is_seen, s, float("-inf"))
 
         before = m_i
@@ -107,10 +111,12 @@ def _attention_jvp_kernel(
         p = exact.to(v_ptr.dtype.element_ty)
         p_sum, w = tl.sum(p.to(tl.float32), 1), p
         if HAS_DS:
-            ds = ds * scale
-            mean = tl.sum(exact * ds, 1) / tl.where(p_sum == 0.0, 1.0, p_sum)
-            centre = tl.where(l_i == 0.0, mean, centre)
-            w = (exact * (ds - centre[:, None])).to(p.dtype)
+            if mask_ptr is not None:  # a query's first key may be in any tile
+                mean = tl.sum(exact * ds, 1) * (scale / tl.where(p_sum == 0.0, 1.0, p_sum))
+                centre = tl.where(l_i == 0.0, mean, centre)
+            elif begin == 0:
+                centre = tl.sum(exact * ds, 1) * (scale / p_sum)
+            w = (exact * tl.fma(ds, scale, -centre[:, None])).to(p.dtype)
             w_i = w_i * alpha + tl.sum(w.to(tl.float32), 1)
         l_i = l_i * alpha + p_sum
         if B:  # before A: else each warp of a small tile computes all channels of A, and spills
@@ -207,9 +213,9 @@ def _tile(q: Tensor, lanes: int) -> dict[str, int]:
     """Queries (rows), keys (columns) and channels (chunk, 0 for all) of a tile, and its warps."""
     is_float32 = q.dtype == torch.float32
     kind = "attention.jvp.float32" if is_float32 else "attention.jvp"
-    sizes = (80, 96, 128, 256) if is_float32 else (96, 128, 256)
+    sizes = (80, 96, 128, 256) if is_float32 else (64, 80, 96, 128, 256)
     name = f"{kind}.{next(n for n in sizes if lanes <= n)}"
-    return TABLE[section(name, architecture(q.device))][name]
+    return configuration(name, q.device)
 
 
 def jvp(

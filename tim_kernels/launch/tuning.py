@@ -7,8 +7,8 @@ serves CPUs and GPUs older than every section.
 
 A kernel without an entry for an architecture takes that of the nearest lower one: sm_86 and sm_89
 are served as sm_80, sm_103 and sm_120 as sm_100. Kernels over rows and elements need next to no
-shared memory, and the tiles of attention fit the 99 KiB of sm_86, sm_89 and sm_120; whether any of
-them is the fastest there, nobody has looked.
+shared memory, and the tiles of attention fit the 99 KiB of sm_86, sm_89 and sm_120, for which it
+has its own; whether any of them is the fastest there, nobody has looked.
 
 A configuration depends on the kernel and the architecture alone, never on a length, so nothing is
 tuned at run time.
@@ -28,14 +28,17 @@ PATH = Path(__file__).with_name("tuning.json")
 TABLE: dict[str, dict[str, dict]] = json.loads(PATH.read_text())
 
 _forced: int | None = None  # the architecture that `as_architecture` asks for
-_tried: dict[str, tuple[int, int]] = {}
+_tried: dict[str, dict[str, int]] = {}
+
+
+def configuration(kernel: str, device: torch.device) -> dict:
+    """The entry of a kernel such as "swiglu", "ada_layer_norm.jvp" or "attention.jvp.80"."""
+    return _tried.get(kernel) or TABLE[section(kernel, architecture(device))][kernel]
 
 
 def tuned(kernel: str, device: torch.device) -> tuple[int, int]:
-    """(elements of a tile, num_warps) of a kernel such as "swiglu" or "ada_layer_norm.jvp"."""
-    if kernel in _tried:
-        return _tried[kernel]
-    entry = TABLE[section(kernel, architecture(device))][kernel]
+    """(elements of a tile, num_warps)."""
+    entry = configuration(kernel, device)
     return entry["elements"], entry["num_warps"]
 
 
@@ -83,10 +86,10 @@ def as_architecture(number: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def trying(kernel: str, elements: int, num_warps: int) -> Iterator[None]:
+def trying(kernel: str, **configuration: int) -> Iterator[None]:
     """For tools: the enclosed code gets this configuration of a kernel."""
     before = dict(_tried)
-    _tried[kernel] = elements, num_warps
+    _tried[kernel] = configuration
     try:
         with forgotten_around():
             yield
