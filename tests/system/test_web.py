@@ -286,6 +286,13 @@ def test_what_a_visitor_sees(address, tmp_path):
         steps = [caption.partition("\n")[0] for _, caption in found]
         assert steps == ["1 step", "2 steps", "4 steps", "8 steps", "32 steps"]
 
+        visitor.click(PICTURES)
+        visitor.click("128")
+        visitor.click("Generate")
+        visitor.click("Stop")
+        visitor.until(lambda: "of 128 steps" in visitor.text() and "Generate" in visitor.text())
+        assert "stopped at" in visitor.pictures()[-1][1]
+
         visitor.click("Size and guidance interval")
         visitor.fill("Height", "33")
         visitor.click("Generate")
