@@ -86,7 +86,8 @@ $(VENV)/.torch:
 
 # .venv/.EXTRA: the package is installed with that extra. timm comes alone, for its layers: the
 # torchvision that it asks for needs a CUDA build of PyTorch, and breaks transformers beside another.
+# Pillow 13 resized the golden pictures; gradio asks for an older one and runs with it.
 $(VENV)/.demo $(VENV)/.test $(VENV)/.docs $(VENV)/.bench: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py
 	$(BIN)/python -m pip install --editable ".[$*]"
-	$(if $(filter test,$*),$(BIN)/python -m pip install --no-deps "timm>=1.0")
+	$(if $(filter test,$*),$(BIN)/python -m pip install --no-deps "timm>=1.0" "pillow==13.*")
 	touch $@

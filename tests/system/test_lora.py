@@ -199,7 +199,7 @@ def test_files_that_are_none(files, tmp_path, monkeypatch):
         pipeline.load_lora_weights(files / "class-1", adapter_name="x")
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "peft" else find(n))
-    with pytest.raises(ImportError, match="not installed: pip install peft"):
+    with pytest.raises(ImportError, match="a LoRA needs peft: pip install"):
         pipeline.load_lora_weights(files / "class-1")
 
 

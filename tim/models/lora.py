@@ -1,11 +1,13 @@
 """LoRA (arXiv 2106.09685) of the network: diffusers' adapters, and what a file of them must fit."""
 
+import functools
 import importlib.util
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusers import ModelMixin
 from diffusers.loaders import CogVideoXLoraLoaderMixin, PeftAdapterMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from safetensors import SafetensorError
@@ -52,6 +54,7 @@ class LoRAMixin(PeftAdapterMixin):
         check(self, weights, source, prefix, options.get("metadata"))
         super().load_lora_adapter(weights, prefix=prefix, hotswap=hotswap, **options)
 
+    @functools.wraps(ModelMixin.save_pretrained, assigned=())  # diffusers reads its signature
     def save_pretrained(self, *args: Any, **options: Any) -> None:
         """As diffusers does, of a network without adapters.
 
