@@ -77,7 +77,11 @@ def sample(
     ] = None,
     guidance_interval: Annotated[
         tuple[float, float] | None,
-        _option(HOW, "LOW HIGH: guidance acts between these shares of the time; 0 1 by default."),
+        _option(
+            HOW,
+            "LOW HIGH: guidance acts where the noise, as a share of all, is between; 0 1 by "
+            "default. Above 1, on the first step too.",
+        ),
     ] = None,
     sample_type: Annotated[Text, _option(HOW, "transition, the default, or ddiffusion.")] = None,
     stochasticity: Annotated[

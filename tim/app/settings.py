@@ -65,8 +65,8 @@ class Settings:
         if self.guidance is not None and self.guidance < 1:
             raise ValueError(f"guidance must be at least 1, which is none; got {self.guidance:g}")
         low_high = [_number("guidance_interval", bound) for bound in self.guidance_interval]
-        if len(low_high) != 2 or not 0 <= low_high[0] <= low_high[1] <= 1:
-            raise ValueError(f"guidance_interval must be 0 ≤ low ≤ high ≤ 1, got {low_high}")
+        if len(low_high) != 2 or not 0 <= low_high[0] <= low_high[1]:
+            raise ValueError(f"guidance_interval must be 0 ≤ low ≤ high, got {low_high}")
         dtype_of(self.dtype)
 
     def filled(self, pipeline: Pipeline) -> "Settings":

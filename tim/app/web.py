@@ -1,11 +1,11 @@
 """The command `tim app`."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tim.app import assets
 from tim.app.common import Device, device_of, dtype_of, errors_without_traceback
 
 EXAMPLE = "Example: tim app runs/digits --port 8000"
@@ -57,19 +57,17 @@ def serve(
         ValueError, OSError: see `tim.opening.open_pipeline`.
         OSError: the port is taken.
     """
+    from tim.app import assets  # not before: it imports all of diffusers
     from tim.app.page import LAUNCH, page
 
     pipeline = assets.open_pipeline(source, config, dtype=dtype_of(dtype), device=device_of(device))
     is_ours = assets.is_name(source)  # their samples are best without guidance
-    blocks = page(
-        pipeline, source, config, examples=_examples(source), guidance=1.0 if is_ours else 1.5
-    )
+    examples = _examples(assets.folder("emoji")) if is_ours and source == "emoji" else None
+    blocks = page(pipeline, source, config, examples=examples, guidance=1.0 if is_ours else 1.5)
     blocks.launch(server_name=host, server_port=port, share=share, **LAUNCH)
 
 
-def _examples(source: str) -> list[str] | None:
-    """Prompts that the emoji network draws well; of another network the page has its own."""
-    if not (assets.is_name(source) and source == "emoji"):
-        return None
-    texts = json.loads((assets.folder("emoji") / "prompts.json").read_text())
+def _examples(folder: Path) -> list[str]:
+    """Prompts that the emoji network draws well."""
+    texts = json.loads((folder / "prompts.json").read_text())
     return texts[::-1][:8]  # the short ones come last

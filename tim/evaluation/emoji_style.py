@@ -1,8 +1,8 @@
 """A LoRA of a dozen emoji in one style: the dozen, and how the style is drawn for other names.
 
-`python -m tim.evaluation.emoji_style pictures` prints twelve emoji in blue ink on yellow paper, each
-with its name for a caption, and `judge` asks a network with and without the adapter for
-names that are not among them. A sample is right if, of all real pictures printed so, the nearest by
+`python -m tim.evaluation.emoji_style pictures` prints twelve emoji in blue ink on yellow paper,
+each with its name for a caption, and `judge` asks a network with and without the adapter for names
+that are not among them. A sample is right if, of all real pictures printed so, the nearest by
 its pixels is the one that was asked for.
 """
 
