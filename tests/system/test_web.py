@@ -260,7 +260,7 @@ def test_a_space_of_the_page_s_three_lines(monkeypatch):
     served = []
     monkeypatch.setattr(web, "serve", lambda *given, **options: served.append(given))
     exec(lines, {})
-    assert served == [("emoji",)]
+    assert served == [("mnist",)]
 
 
 @pytest.mark.skipif(
