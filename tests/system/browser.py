@@ -78,11 +78,14 @@ class Browser:
         says = f"[normalize-space()='{text}' or span[normalize-space()='{text}']]"
         path = f"//*[self::button or self::label]{says}"
 
-        def found():
+        def clicked():
             found = self.driver.find_elements(By.XPATH, path)
-            return next(filter(lambda each: each.is_displayed(), found), None)
+            shown = [each for each in found if each.is_displayed()]
+            for each in shown[:1]:
+                self.driver.execute_script("arguments[0].click()", each)
+            return shown
 
-        self.driver.execute_script("arguments[0].click()", self.until(found))
+        self.until(clicked)
 
     def pictures(self) -> list[tuple[int, str]]:
         """The width of each that is loaded, px in the file, and its caption."""

@@ -276,9 +276,10 @@ def test_what_a_visitor_sees(address, tmp_path):
         found = visitor.until(lambda: len(visitor.pictures()) == 4 and visitor.pictures())
         assert all(width == 32 and caption.startswith("1 step\n") for width, caption in found)
         assert visitor.value("The same again").startswith("tim sample emoji 'a dog' --steps 1 ")
-        shown = visitor.driver.find_element("css selector", ".pictures img")
-        assert shown.size["width"] > 100
-        assert shown.value_of_css_property("image-rendering") == "pixelated"
+        shown = lambda: visitor.driver.find_element("css selector", ".pictures img")  # noqa: E731
+        assert visitor.until(lambda: shown().size["width"]) > 100
+        style = visitor.until(lambda: shown().value_of_css_property("image-rendering"))
+        assert style == "pixelated"
 
         visitor.click(SIDE_BY_SIDE)
         visitor.click("Generate")
@@ -287,6 +288,7 @@ def test_what_a_visitor_sees(address, tmp_path):
         assert steps == ["1 step", "2 steps", "4 steps", "8 steps", "32 steps"]
 
         visitor.click(PICTURES)
+        visitor.until(lambda: "Number of pictures" in visitor.text())
         visitor.click("128")
         visitor.click("Generate")
         visitor.click("Stop")
