@@ -29,7 +29,7 @@ LeaveOut = Annotated[
     ),
 ]
 
-_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 _EXPECTED = (
     ValueError, OSError, ImportError, ArithmeticError, OmegaConfBaseException,
     torch.OutOfMemoryError,
@@ -117,6 +117,6 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     Raises:
         ValueError: it is another than the three that networks compute in.
     """
-    if name is not None and name not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
-    return _DTYPES.get(name)
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES.get(name)

@@ -6,7 +6,7 @@ from typing import Annotated
 import torch
 import typer
 
-from tim.app.common import check_device, dtype_of, errors_without_traceback
+from tim.app.common import Device, device_of, dtype_of, errors_without_traceback
 from tim.provenance import versions as installed
 
 EXAMPLE = "Example: tim explain mnist --steps 4"
@@ -35,16 +35,13 @@ def explain(
     steps: Annotated[int, typer.Option(help="Sampling steps of the plan.")] = 8,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance of the plan.")] = 1.0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cuda, cpu, …; a GPU by default if there is one.")
-    ] = None,
+    device: Device = None,
 ) -> None:
     """Say what runs on this machine and why; of a network, block by block, and the sampler's plan.
 
     The plan is of one picture, which is drawn.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
+    device = device_of(device)
     with errors_without_traceback():
         if model is None:
             import tim_kernels

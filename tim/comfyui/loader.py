@@ -7,6 +7,7 @@ import torch
 
 from tim import config
 from tim.app import assets
+from tim.app.common import DTYPES, dtype_of
 from tim.opening import is_pipeline, weight_files
 from tim.pipelines import TiMClassPipeline, TiMTextPipeline
 
@@ -14,7 +15,6 @@ CATEGORY = "TiM"
 PIPELINE = "TIM_PIPELINE"
 _OWN = "its own"
 _DEFAULT = "default"
-_DTYPES = ("float32", "bfloat16", "float16")
 _FOLDERS = ("tim", "checkpoints", "diffusion_models", "diffusers")  # of ComfyUI's models
 
 
@@ -43,7 +43,7 @@ class TiMLoader:
             "required": {
                 "source": ("STRING", {"default": "mnist", "tooltip": source}),
                 "preset": ([_OWN, *config.presets()], {"default": _OWN, "tooltip": preset}),
-                "dtype": ([_DEFAULT, *_DTYPES], {"default": _DEFAULT, "tooltip": dtype}),
+                "dtype": ([_DEFAULT, *DTYPES], {"default": _DEFAULT, "tooltip": dtype}),
                 "device": ([_DEFAULT, "cpu"], {"default": _DEFAULT, "tooltip": device}),
             },
             "optional": {
@@ -82,7 +82,7 @@ class TiMLoader:
         pipeline = assets.open_pipeline(
             source if assets.is_name(source) else _located(source),
             None if preset == _OWN else preset,
-            dtype=None if dtype == _DEFAULT else getattr(torch, dtype),
+            dtype=dtype_of(None if dtype == _DEFAULT else dtype),
             device=where, vae=vae or None, text_encoder=text_encoder or None,
         )  # fmt: skip
         return (pipeline,)

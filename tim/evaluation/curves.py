@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from tim.evaluation import report
 from tim.files import replacing
 
 STEPS = (1, 2, 4, 8, 32)
@@ -36,12 +37,8 @@ def percent(value: float, error: float) -> str:
 
 def markdown(columns: Mapping[str, Sequence[str]]) -> str:
     """A table of one line for each of STEPS; `columns` by their head."""
-    lines = [
-        ["steps", *columns],
-        ["---:"] * (1 + len(columns)),
-        *([str(steps), *of] for steps, *of in zip(STEPS, *columns.values(), strict=True)),
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rows = [[steps, *of] for steps, *of in zip(STEPS, *columns.values(), strict=True)]
+    return report.table(["steps", *columns], rows, has_names=False)
 
 
 def plot(panels: Sequence[Panel], path: Path) -> None:

@@ -17,17 +17,16 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from tim import config
 from tim.checks import whole
 from tim.data import pictures
 from tim.data.emoji import HELD_OUT, TRAIN, read
-from tim.encoders.text import load_model
 from tim.evaluation import curves
 from tim.evaluation.curves import STEPS, percent
 from tim.evaluation.statistics import Moments, distance
 from tim.files import replacing
+from tim.opening import open_pipeline
 from tim.pipelines import TiMTextPipeline
 from tim.processes import errors_in_one_line
 
@@ -106,16 +105,7 @@ def prompts(folder: Path, *, per_pair: int = 4, most: int = 228) -> dict[str, li
 
 def load(folder: Path, text_encoder: Path) -> TiMTextPipeline:
     """The pipeline of the network that `tim train` exported to `folder`, in float32."""
-    settings = folder / "training.yaml"
-    if not settings.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no {settings.name}: expected the `model` folder of a run"
-        )
-    pipeline = TiMTextPipeline.from_checkpoint(
-        folder / "diffusion_pytorch_model.safetensors", settings, dtype=torch.float32,
-        text_encoder=load_model(text_encoder, torch.float32),
-        tokenizer=AutoTokenizer.from_pretrained(text_encoder),
-    )  # fmt: skip
+    pipeline = open_pipeline(folder, dtype=torch.float32, text_encoder=text_encoder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

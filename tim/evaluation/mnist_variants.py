@@ -29,6 +29,7 @@ from tim.evaluation.mnist import (
     trained_images,
 )  # fmt: skip
 from tim.files import replacing
+from tim.images import step_label
 from tim.training import load_export
 
 RECOGNISED_AT, FRECHET_AT = (1, 2, 4, 32), (1, 4)  # steps in the table
@@ -63,8 +64,8 @@ def measure(
 def table(results: dict[str, Any]) -> str:
     """One line a network, in Markdown; the longest run comes last."""
     networks = sorted(results["networks"].items(), key=lambda item: item[1]["trained_images"])
-    head = ["", "images seen", *(f"recognised, {_steps(n)}" for n in RECOGNISED_AT)]
-    head += [f"Fréchet, {_steps(n)}" for n in FRECHET_AT]
+    head = ["", "images seen", *(f"recognised, {step_label(n)}" for n in RECOGNISED_AT)]
+    head += [f"Fréchet, {step_label(n)}" for n in FRECHET_AT]
     rows = []
     for name, network in networks:
         shares = [network["by_steps"][str(n)] for n in RECOGNISED_AT]
@@ -75,10 +76,6 @@ def table(results: dict[str, Any]) -> str:
             + [f"{m['frechet_distance']:.2f} ± {m['frechet_error']:.2f}" for m in distances]
         )
     return report.table(head, rows)
-
-
-def _steps(count: int) -> str:
-    return "1 step" if count == 1 else f"{count} steps"
 
 
 def named(networks: Iterable[str]) -> dict[str, Path]:

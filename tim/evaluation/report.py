@@ -94,9 +94,9 @@ def run_of(folder: str | Path) -> dict[str, Any] | None:
     return run
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers on the right."""
-    lines = [head, [":---", *["---:"] * (len(head) - 1)], *rows]
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]], *, has_names: bool = True) -> str:
+    """A Markdown table; numbers are on the right, and text the first column, if it `has_names`."""
+    lines = [head, [":---" if has_names else "---:", *["---:"] * (len(head) - 1)], *rows]
     cells = [[_cell(value) for value in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 

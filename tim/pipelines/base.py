@@ -27,7 +27,7 @@ from tim.transports import TRANSPORTS, TransportName, make
 from .callbacks import States, inputs_of, on_step
 from .calls import Call, Pictures, Side, is_several
 from .lora import LoRALoader
-from .schedule import check_scheduler
+from .schedule import check_scheduler, count_of
 
 
 @saved_whole
@@ -167,7 +167,7 @@ class TiMPipeline(LoRALoader, DiffusionPipeline):
         names = call.callback_on_step_end_tensor_inputs
         inputs_of(call.callback_on_step_end, names, self._callback_tensor_inputs)
         self._guidance_scale = call.guidance_scale
-        self._num_timesteps = options.get("num_steps") or len(options["times"]) - 1
+        self._num_timesteps = count_of(options)
         return options
 
     def _generate(

@@ -16,7 +16,7 @@ from tim.transports import Transport
 
 from .callbacks import States, StepCallback
 from .guidance import FromDiffusers
-from .schedule import steps_of
+from .schedule import count_of, steps_of
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 # Of "pil", "np", and "pt" or "latent"; of several sizes lists of them.
@@ -99,8 +99,7 @@ class Call:
         options |= dict(stochasticity_ratio=self.stochasticity_ratio, sample_type=self.sample_type)
         if self.guider is None:
             return options | dict(cfg_scale=self.guidance_scale, cfg_low=low, cfg_high=high)
-        num_steps = options.get("num_steps") or len(options["times"]) - 1
-        return options | dict(guider=FromDiffusers(self.guider, num_steps))
+        return options | dict(guider=FromDiffusers(self.guider, count_of(options)))
 
 
 def is_several(side: Side) -> bool:

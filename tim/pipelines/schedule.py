@@ -81,6 +81,11 @@ def steps_of(
     return dict(times=(*starts, transport.T_min))
 
 
+def count_of(options: dict[str, Any]) -> int:
+    """Steps of what `steps_of` gave."""
+    return options.get("num_steps") or len(options["times"]) - 1
+
+
 def _numbers(name: str, given: Iterable[float]) -> list[float]:
     try:
         if isinstance(given, str):

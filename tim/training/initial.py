@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from tim.checkpoints import read_weights
@@ -17,7 +18,7 @@ _STEP = re.compile(r"(?:save-)?checkpoint-(\d+)")
 
 def weights_file(path: str | Path) -> Path:
     """The file itself, or that in a folder of `save_pretrained`, of a network or a pipeline."""
-    path, name = Path(path), "diffusion_pytorch_model.safetensors"
+    path, name = Path(path), SAFETENSORS_WEIGHTS_NAME
     if not path.is_dir():
         return path
     within = path / "transformer" / name

@@ -1,6 +1,5 @@
 """LoRA (arXiv 2106.09685): low-rank adapters of a frozen base are all that trains and is kept."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from tim import checkpoints, config
 from tim.checks import some, whole
 from tim.models import TiMTransformer2DModel, lora
+from tim.provenance import state_hash
 from tim.training.initial import weights_file
 from tim.training.weights import Whole
 
@@ -97,7 +97,7 @@ class Adapters(Whole):
         from peft import LoraConfig
 
         network = base(cfg)
-        self.base = fingerprint(network)
+        self.base = state_hash(network)
         settings = LoraConfig(**self.settings.metadata, lora_dropout=self.settings.dropout)
         try:
             network.requires_grad_(False).add_adapter(settings, _NAME)
@@ -163,15 +163,6 @@ def opened(folder: Path, cfg: DictConfig) -> TiMTransformer2DModel:
     network = base(cfg)
     network.load_lora_adapter(folder, adapter_name=_NAME)
     return network
-
-
-def fingerprint(network: nn.Module) -> str:
-    """The SHA-256 of all weights, names and shapes."""
-    found = hashlib.sha256()
-    for name, weight in sorted(network.state_dict().items()):
-        found.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
-        found.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 def _weights(network: TiMTransformer2DModel) -> dict[str, Tensor]:

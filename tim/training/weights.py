@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import safetensors.torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ class Whole:
     have_base = False
     base: str | None = None
     dropout = 0.0
-    file = "diffusion_pytorch_model.safetensors"
+    file = SAFETENSORS_WEIGHTS_NAME
 
     def fresh(self, cfg: DictConfig) -> TiMTransformer2DModel:
         """The network before the first step."""
