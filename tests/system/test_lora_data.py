@@ -80,7 +80,7 @@ def test_upright_on_white_and_mirrored(tmp_path):
     clear.paste((0, 0, 255, 255), (0, 0, 32, 32))
     clear.save(tmp_path / "clear.png")
     for name in ("turned", "clear"):
-        (tmp_path / f"{name}.txt").write_text("a café")
+        (tmp_path / f"{name}.txt").write_text("a café", "utf-8-sig")
     items = CaptionedFolder(tmp_path, flip=True, escape_captions=True)
     assert items.sizes.tolist() == [[32, 64], [64, 32]]
     assert items[0]["caption"] == escaped("a café") != "a café"

@@ -139,11 +139,15 @@ def test_names_of_classes():
     assert "did you mean golden retriever (207)" in refused(*network, "golden retreiver")
 
 
-def test_a_file_of_prompts():
-    Path("prompts.txt").write_text("red heart\n\n  a dog \n", encoding="utf-8")
+@pytest.mark.parametrize("encoding, end", [("utf-8", "\n"), ("utf-8-sig", "\r\n")])
+def test_a_file_of_prompts(encoding, end):
+    """As editors of Windows write it, too."""
+    lines = "red heart", "", "  a dog ", ""
+    Path("prompts.txt").write_bytes(end.join(lines).encode(encoding))
     drawn("emoji", "--prompts", "prompts.txt", "--steps", 1, "--output", "all")
     names = sorted(path.name for path in Path("all").iterdir())
     assert names == ["000-red-heart-0.png", "001-a-dog-1.png"]
+    assert settings("all/000-red-heart-0.png")["what"] == ["red heart"]
     assert settings("all/001-a-dog-1.png")["what"] == ["a dog"]
 
 

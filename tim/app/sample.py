@@ -175,7 +175,7 @@ def _lines(path: Path | None) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path} of prompts")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # Windows writes a mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8") from error
     found = [line.strip() for line in lines if line.strip()]

@@ -175,6 +175,6 @@ def _beside(root: Path, others: list[str]) -> dict[str, str]:
     for name in others:
         if name.endswith(".txt"):
             with reading(root / name):
-                text = (root / name).read_text("utf-8")
+                text = (root / name).read_text("utf-8-sig")  # Windows writes a mark
             found[name.removesuffix(".txt")] = " ".join(text.split())
     return found
