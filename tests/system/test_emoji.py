@@ -17,7 +17,7 @@ from tim.app import assets, demo
 from tim.app.cli import app
 from tim.data import emoji
 from tim.encoders import KeptFeatures, TextEncoder
-from tim.evaluation import curves
+from tim.evaluation import curves, emoji_style
 from tim.evaluation import emoji as evaluation
 from tim.images import step_grid
 from tim.training import load_export, loop, save_export
@@ -251,6 +251,20 @@ def test_the_measurements(folder, trained, tmp_path, monkeypatch, capsys):
     assert json.loads(output.read_text()) == results
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert table[2] in capsys.readouterr().out
+
+
+def test_a_style_is_measured_against_pictures_printed_in_it(folder, monkeypatch):
+    """Printed pictures are right and of their colour; those that are not printed are neither."""
+    real = evaluation.Real(folder)
+    prompts = evaluation.prompts(folder, per_pair=1, most=2)["seen"]
+    plain = real.images[real.of(prompts)]
+    real.images = emoji_style.printed(real.images)
+    assert real.images.amin() >= -1 and real.images.amax() <= 1
+    for samples, share in ((emoji_style.printed(plain), 1), (plain.roll(1, 0), 0)):
+        monkeypatch.setattr(evaluation, "draw", lambda *_, s=samples, **options: s)
+        found = emoji_style.measure(None, prompts, real, 0)
+        assert [*found] == ["1", "4", "8"] and found["4"]["right"] == share
+        assert (found["4"]["colour_distance"] < 1e-3) == (share == 1)
 
 
 @pytest.fixture

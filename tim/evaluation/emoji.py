@@ -66,11 +66,14 @@ class Real:
         """The places of the pictures that are asked for, (B,)."""
         return torch.tensor([self._place[prompt.file] for prompt in prompts])
 
+    def nearest(self, samples: Tensor) -> Tensor:
+        """The places of the pictures that `samples` (B, 3, H, W) are nearest to, (B,)."""
+        return torch.cdist(samples.flatten(1), self.images.flatten(1)).argmin(1)
+
     def judge(self, samples: Tensor, prompts: list[Prompt]) -> dict[str, float]:
         """Shares of `samples` (B, 3, H, W) whose nearest picture is the right one, has the right
         base, and, of those with a tone, the right tone; with standard errors."""
-        nearest = torch.cdist(samples.flatten(1), self.images.flatten(1)).argmin(1)
-        asked = self.of(prompts)
+        nearest, asked = self.nearest(samples), self.of(prompts)
         got, wanted = ([self._factors[i] for i in which.tolist()] for which in (nearest, asked))
         pairs = list(zip(got, wanted, strict=True))
         trues = {

@@ -21,7 +21,7 @@ from tim.data.emoji import TRAIN, read
 from tim.evaluation import curves
 from tim.evaluation import emoji as of_emoji
 from tim.files import filling, replacing
-from tim.images import labelled_grid, to_pil
+from tim.images import labelled_grid, step_label, to_pil
 from tim.pipelines import TiMTextPipeline
 from tim.training.initial import weights_file
 
@@ -78,8 +78,7 @@ def measure(
     for steps in STEPS:
         texts = [prompt.text for prompt in prompts]
         samples = of_emoji.draw(pipeline, texts, num_steps=steps, guidance=1.0, seed=seed)
-        nearest = torch.cdist(samples.flatten(1), real.images.flatten(1)).argmin(1)
-        right, error = curves.share(nearest == asked)
+        right, error = curves.share(real.nearest(samples) == asked)
         far = (samples.clamp(-1, 1) - real.images[asked]).mean(dim=(2, 3)).norm(dim=1).mean()
         found[str(steps)] = {
             "right": right, "right_error": error, "colour_distance": 127.5 * float(far)
@@ -114,7 +113,7 @@ def evaluate(
         results[moment] = {kind: measure(pipeline, of, real, seed) for kind, of in asked.items()}
         for steps in STEPS[:2]:
             drawn = of_emoji.draw(pipeline, texts, num_steps=steps, guidance=1.0, seed=seed)
-            rows[f"{moment}, {steps} step{'s' * (steps > 1)}"] = drawn[:-1]
+            rows[f"{moment}, {step_label(steps)}"] = drawn[:-1]
     rows["printed"] = real.images[real.of(shown)]
     return results, rows
 
