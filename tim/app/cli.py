@@ -89,15 +89,20 @@ def export(
     average: Annotated[bool, typer.Option(help="The averaged network or the network.")] = True,
 ) -> None:
     """Write a checkpoint's weights as one file, under the published names."""
+    from tqdm import tqdm
+
     from tim.files import replacing
     from tim.training import merged
 
     if output.suffix != ".safetensors":
         raise typer.BadParameter(f"{output} must end in .safetensors")
-    with errors_without_traceback():
+    with errors_without_traceback(), tqdm(total=2, desc="read") as bar:
         weights = merged(checkpoint, average)
+        bar.set_description("write")
+        bar.update()
         with replacing(output) as path:
             save_file(weights, path)
+        bar.update()
     typer.echo(output)
 
 
