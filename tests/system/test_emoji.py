@@ -220,6 +220,19 @@ def test_real_pictures_are_judged_right(folder):
     assert (wrong["right"], wrong["base"], wrong["tone"]) == (0, 1, 0)
 
 
+def test_pictures_that_are_the_same_are_one(folder, tmp_path):
+    """A sample cannot tell tones that its picture does not show."""
+    shutil.copytree(folder, tmp_path / "same")
+    hands = [line for line in lines(folder, emoji.TRAIN) if line["name"] == "waving hand"]
+    one, other = (line["image_file"] for line in hands[1:3])
+    shutil.copyfile(folder / one, tmp_path / "same" / other)
+    real = evaluation.Real(tmp_path / "same")
+    asked = [evaluation.Prompt("", file) for file in (one, other)]
+    found = real.judge(real.images[real.of(asked)] + 0.01, asked)
+    assert found["right"] == found["base"] == found["tone"] == 1
+    assert real.of(asked)[0] == real.of(asked)[1]
+
+
 def test_the_distance_of_pictures(folder):
     images = evaluation.Real(folder).images
     same, mirrored, noise = (
