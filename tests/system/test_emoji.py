@@ -116,6 +116,10 @@ def test_fonts_that_do_not_serve(tmp_path):
     shutil.copy(plain, tmp_path / "plain.ttf")
     with pytest.raises(ValueError, match="pictures in a table CBDT, got"):
         emoji.prepare(tmp_path, tmp_path / "plain.ttf")
+    for name, content in (("odd.ttf", b"no font"), ("torn.ttf", FONT.read_bytes()[:1000])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(data.UnreadableError, match=f"{name}: "):
+            emoji.prepare(tmp_path, tmp_path / name)
     with pytest.raises(ValueError, match="batch_size must be at most 13, all pictures, got 14"):
         emoji.prepare(tmp_path, FONT, batch_size=14)
     with pytest.raises(ValueError, match="size must be a multiple of 32 px, got 40"):
