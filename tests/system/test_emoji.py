@@ -116,6 +116,10 @@ def test_fonts_that_do_not_serve(tmp_path):
     shutil.copy(plain, tmp_path / "plain.ttf")
     with pytest.raises(ValueError, match="pictures in a table CBDT, got"):
         emoji.prepare(tmp_path, tmp_path / "plain.ttf")
+    for name, content in (("odd.ttf", b"no font"), ("torn.ttf", FONT.read_bytes()[:1000])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(data.UnreadableError, match=f"{name}: "):
+            emoji.prepare(tmp_path, tmp_path / name)
     with pytest.raises(ValueError, match="batch_size must be at most 13, all pictures, got 14"):
         emoji.prepare(tmp_path, FONT, batch_size=14)
     with pytest.raises(ValueError, match="size must be a multiple of 32 px, got 40"):
@@ -218,6 +222,19 @@ def test_real_pictures_are_judged_right(folder):
     of_hand = [prompt for prompt in asked if "waving" in prompt.text]
     wrong = real.judge(real.images[other_tone], of_hand)
     assert (wrong["right"], wrong["base"], wrong["tone"]) == (0, 1, 0)
+
+
+def test_pictures_that_are_the_same_are_one(folder, tmp_path):
+    """A sample cannot tell tones that its picture does not show."""
+    shutil.copytree(folder, tmp_path / "same")
+    hands = [line for line in lines(folder, emoji.TRAIN) if line["name"] == "waving hand"]
+    one, other = (line["image_file"] for line in hands[1:3])
+    shutil.copyfile(folder / one, tmp_path / "same" / other)
+    real = evaluation.Real(tmp_path / "same")
+    asked = [evaluation.Prompt("", file) for file in (one, other)]
+    found = real.judge(real.images[real.of(asked)] + 0.01, asked)
+    assert found["right"] == found["base"] == found["tone"] == 1
+    assert real.of(asked)[0] == real.of(asked)[1]
 
 
 def test_the_distance_of_pictures(folder):

@@ -93,6 +93,21 @@ def test_upright_on_white_and_mirrored(tmp_path):
     assert np.array_equal(got, upright) or np.array_equal(got, upright[:, ::-1])
 
 
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_grey_levels_of_16_bits(tmp_path, kind):
+    levels = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
+    Image.fromarray(levels).save(tmp_path / f"grey.{kind}")
+    (tmp_path / "grey.txt").write_text("a ramp")
+    got = (CaptionedFolder(tmp_path)[0]["image"] + 1) * 127.5
+    assert torch.allclose(got, torch.from_numpy(levels / 257).float().expand(3, -1, -1), atol=0.51)
+
+
+def test_listed_names_as_one_writes_paths(listed):
+    path = listed / "metadata.jsonl"
+    path.write_text(path.read_text().replace("deep/c", "./deep//c"))
+    assert len(CaptionedFolder(listed)) == len(SIZES)
+
+
 def lost_text(folder):
     (folder / "b.txt").unlink()
     return "no caption in a .txt beside it for b.png"

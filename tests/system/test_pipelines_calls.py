@@ -195,3 +195,19 @@ def test_what_is_cut_from_a_prompt_alone_is_said_once(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "truncated to max_seq_length = 3 tokens, the prompt loses 'a dog'"
     ]
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_a_negative_prompt_without_guidance_is_said_to_do_nothing(caplog, batch_invariant):
+    pipeline = text_pipeline()
+    _, nothing = pipeline.encode_prompt(PROMPTS)
+    options = dict(batch_invariant=batch_invariant, **LATENT)
+    for negative in ("", ["", ""], None):
+        pipeline(PROMPTS, negative_prompt=negative, guidance_scale=1.0, **options)
+    pipeline(PROMPTS, negative_prompt="a dog", guidance_scale=1.5, **options)
+    assert not caplog.records
+    for negative in ({"negative_prompt": "a dog"}, {"negative_prompt_embeds": nothing}):
+        caplog.clear()
+        pipeline(PROMPTS, guidance_scale=1.0, **negative, **options)
+        (record,) = caplog.records
+        assert record.levelname == "WARNING" and "negative prompts are not read" in record.message

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -164,7 +165,7 @@ def _listed(path: Path) -> dict[str, str]:
                 f'{path}, line {number}: {{"file_name": …, "text": …}} is needed, got '
                 f"{line.decode(errors='replace')[:80]}"
             ) from None
-        if name in found:
+        if (name := os.path.normpath(name)) in found:
             raise ValueError(f"{path}, line {number}: {name} again")
         found[name] = " ".join(text.split())
     return found

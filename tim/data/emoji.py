@@ -21,6 +21,7 @@ from PIL import Image
 
 from tim.checks import whole
 from tim.data import pictures
+from tim.data.base import reading
 from tim.data.buckets import Size, filled, nearest, of_area
 from tim.data.captioned_images import UNIT
 from tim.files import filling
@@ -109,6 +110,7 @@ class Font:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it has no such table.
+        UnreadableError: it is damaged, or no font.
     """
 
     def __init__(self, path: Path = FONT):
@@ -122,14 +124,16 @@ class Font:
             raise FileNotFoundError(
                 f"{path} is no file: install fonts-noto-color-emoji, or name the font with --font"
             )
-        font = TTFont(path)
+        with reading(path):
+            font = TTFont(path)
         if "CBDT" not in font:
             raise ValueError(
                 f"{path} must hold pictures in a table CBDT, got {', '.join(font.keys())}"
             )
-        self._glyphs = font["CBDT"].strikeData[-1]
-        self._of_character = font.getBestCmap()
-        self._of_several = dict(_ligatures(font))
+        with reading(path):
+            self._glyphs = font["CBDT"].strikeData[-1]
+            self._of_character = font.getBestCmap()
+            self._of_several = dict(_ligatures(font))
 
     def drawn(self, sequence: str) -> Image.Image | None:
         """RGBA, as the font has it; None if it has none."""

@@ -22,7 +22,11 @@ def read(path: str | Path, *, upright: bool = False, on_white: bool = False) -> 
         UnreadableError: the file is missing or is no whole picture.
     """
     with reading(path), Image.open(path) as image:
+        is_deep = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
         image = ImageOps.exif_transpose(image) if upright else image
+        if is_deep:
+            levels = np.rint(np.asarray(image) / 257)  # of 16 bits, which Pillow would cut off
+            image = Image.fromarray(levels.astype(np.uint8))
         if on_white and image.has_transparency_data:
             canvas = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(canvas, image.convert("RGBA"))

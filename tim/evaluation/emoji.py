@@ -47,19 +47,24 @@ class Prompt(NamedTuple):
 
 
 class Real:
-    """All real pictures (N, 3, H, W) in [-1, 1], with their names and tones."""
+    """All real pictures (N, 3, H, W) in [-1, 1], with their names and tones.
+
+    Those that are the same, as of somebody whose skin is covered, have the place of the first.
+    """
 
     def __init__(self, folder: Path):
         lines = {line["image_file"]: line for line in read(folder / HELD_OUT)}
         lines |= {line["image_file"]: line for line in read(folder / TRAIN)}
-        self._place = {file: i for i, file in enumerate(lines)}
         images = [pictures.to_tensor(pictures.read(folder / file)) for file in lines]
         if len(shapes := {image.shape for image in images}) > 1:
             raise ValueError(
                 f"pictures of one size are needed, got {len(shapes)} sizes in {folder}: "
                 "python -m tim.data.emoji makes them without --trim"
             )
-        self.images = torch.stack(images)
+        self.images, first = torch.stack(images), {}
+        places = [first.setdefault(image.numpy().tobytes(), i) for i, image in enumerate(images)]
+        self._first = torch.tensor(places)
+        self._place = dict(zip(lines, places, strict=True))
         self._factors = [(line["name"], line["tone"]) for line in lines.values()]
 
     def of(self, prompts: list[Prompt]) -> Tensor:
@@ -68,7 +73,7 @@ class Real:
 
     def nearest(self, samples: Tensor) -> Tensor:
         """The places of the pictures that `samples` (B, 3, H, W) are nearest to, (B,)."""
-        return torch.cdist(samples.flatten(1), self.images.flatten(1)).argmin(1)
+        return self._first[torch.cdist(samples.flatten(1), self.images.flatten(1)).argmin(1)]
 
     def judge(self, samples: Tensor, prompts: list[Prompt]) -> dict[str, float]:
         """Shares of `samples` (B, 3, H, W) whose nearest picture is the right one, has the right

@@ -1,5 +1,6 @@
 """From prompts to pictures."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex, overload
@@ -23,6 +24,8 @@ from .callbacks import States, StepCallback
 from .calls import INTERVAL, SCALE, Call, Generators, OutputType, Pictures, Side
 from .prompts import Prompts, ReadsPrompts
 from .schedule import STEPS
+
+_log = logging.getLogger(__name__)
 
 
 class TiMTextPipeline(ReadsPrompts):
@@ -185,7 +188,7 @@ class TiMTextPipeline(ReadsPrompts):
         Args, beside those of `TiMClassPipeline`:
             prompt: one or several.
             negative_prompt: what guidance leads away from, one for all or one each; nothing, as
-                in training, by default; not read without guidance.
+                in training, by default; without guidance it is not read, with a warning.
             num_images_per_prompt: pictures of each prompt.
             prompt_embeds, negative_prompt_embeds: in place of the prompts, what `encode_prompt`
                 made of them.
@@ -205,6 +208,10 @@ class TiMTextPipeline(ReadsPrompts):
         options = self._begin(call)
         given = prompt, num_images_per_prompt, negative_prompt
         embeds = prompt_embeds, negative_prompt_embeds
+        several = isinstance(negative_prompt, (list, tuple))
+        is_negative = any(negative_prompt) if several else bool(negative_prompt)
+        if not call.is_guided and (is_negative or negative_prompt_embeds is not None):
+            _log.warning("without guidance (guidance_scale above 1) negative prompts are not read")
         if call.batch_invariant:
             y, y_null = self._apart(*given, call.is_guided, *embeds)
             return self._generate(call, options, y, y_null)
