@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_latents import latents, parts
-from small_pipelines import network
+from small_pipelines import network, package
 from torch import nn
 from two_processes import (
     assert_same,
@@ -18,8 +19,10 @@ from two_processes import (
     in_two_processes,
     state_of,
 )
+from typer.testing import CliRunner
 
 from tim import config
+from tim.app.cli import app
 from tim.models.lora import FILE, TARGETS
 from tim.objective import TransitionObjective
 from tim.training import load_export, loop, merged
@@ -114,6 +117,21 @@ def test_what_a_run_leaves_is_read(bases, tmp_path):
     assert all(torch.equal(own[name], begun[name]) for name in own)
     with pytest.raises(ValueError, match="of another rank or of other layers: blocks.0.attn"):
         loop.Trainer(small(bases, lora={"init_from": str(model), "rank": 3}), tmp_path, parts())
+
+
+def test_the_preset_anywhere(tmp_path, monkeypatch):
+    """Its base and text encoder are the shipped network's, wherever they are installed."""
+    package(tmp_path / "site")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    for name in ("cat", "fox"):
+        Image.new("RGB", (40, 30), "blue").save(f"pictures/{name}.png")
+        Path(f"pictures/{name}.txt").write_text(f"a {name}")
+    short = ["training.max_train_steps=1"]
+    done = CliRunner().invoke(app, ["train", "--config", "emoji-lora", *short])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "runs/emoji-lora/model" / FILE).is_file()
 
 
 def adapted(bases, kind, dropout=0.0):

@@ -5,6 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
 from tim import opening
 from tim.data import emoji
 from tim.opening import Source
@@ -54,6 +56,22 @@ def path_of(source: Source) -> Source:
     return folder(str(source)) if is_name(source) else source
 
 
+def with_folders(cfg: DictConfig) -> DictConfig:
+    """A training's settings, where `model.ckpt` and `model.text_encoder_dir` may be a network of
+    NAMES: its weights, what reads its prompts.
+
+    Raises:
+        FileNotFoundError, ImportError: they are not installed.
+    """
+    cfg = cfg.copy()
+    if cfg.model.get("ckpt") is not None:
+        cfg.model.ckpt = str(path_of(cfg.model.ckpt))
+    text_encoder = cfg.model.get("text_encoder_dir")
+    if text_encoder == "emoji" and is_name(text_encoder):
+        cfg.model.text_encoder_dir = str(_emoji_text_encoder())
+    return cfg
+
+
 def is_name(source: Source) -> bool:
     """Whether a network of NAMES is meant, and not a folder here."""
     return str(source) in NAMES and not Path(source).exists()
@@ -61,4 +79,4 @@ def is_name(source: Source) -> bool:
 
 def _emoji_text_encoder() -> Path:
     made = Path("datasets/emoji/text_encoder")  # of python -m tim.data.emoji
-    return made if made.is_dir() else emoji.text_encoder()
+    return made.resolve() if made.is_dir() else emoji.text_encoder()

@@ -70,11 +70,12 @@ def train(
 ) -> None:
     """Train a network; a stopped run goes on from its latest checkpoint."""
     from tim import config as configs
+    from tim.app import assets
     from tim.training import train as run
     from tim.training.parallel import leaving_together
 
     with errors_without_traceback(), leaving_together():
-        cfg = configs.override(configs.load(config), overrides or [])
+        cfg = assets.with_folders(configs.override(configs.load(config), overrides or []))
         folder = run(cfg, output or Path("runs") / Path(config).stem, profile=profile)
     typer.echo(f"network: {folder}")
 
