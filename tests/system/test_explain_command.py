@@ -1,5 +1,6 @@
 """`tim explain`, `tim --version` and the help pages."""
 
+import os
 import re
 import runpy
 import subprocess
@@ -125,6 +126,18 @@ def test_a_module_that_is_run_says_what_is_wrong_in_one_line(
     monkeypatch.delitem(sys.modules, f"tim.evaluation.{module}", raising=False)
     with pytest.raises(SystemExit, match="^error: .*" + said):
         runpy.run_module(f"tim.evaluation.{module}", run_name="__main__")
+
+
+def test_a_reader_that_has_enough_ends_it_without_a_word():
+    code = (
+        "import typer; from tim.app.common import errors_without_traceback as quiet\n"
+        "def main():\n with quiet():\n  [typer.echo('line') for _ in range(99)]\ntyper.run(main)"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_python_m_tim_and_the_installed_command_are_the_same():

@@ -69,6 +69,9 @@ def errors_without_traceback() -> Iterator[None]:
         is_saved = hasattr(stop, "exit_code")  # a run's own, which leaves what it has done
         typer.echo(f"{stop}; the same command goes on from it" if is_saved else "stopped", err=True)
         raise typer.Exit(getattr(stop, "exit_code", 130)) from None
+    except BrokenPipeError:  # who reads the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
     except _EXPECTED as error:
         fail(error, 1)
     except RuntimeError as error:
