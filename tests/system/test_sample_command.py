@@ -130,6 +130,12 @@ def test_the_shipped_emoji(tmp_path, monkeypatch):
     assert settings("heart.png")["text_encoder"] is None
 
 
+def test_a_folder_with_a_dot_and_the_last_seed():
+    Path("of.mine").mkdir()
+    drawn("digits", 3, "--steps", 1, "--seed", (1 << 63) - 1, "--output", "of.mine")
+    assert [path.name for path in Path("of.mine").iterdir()] == [f"000-3-{(1 << 63) - 1}.png"]
+
+
 def test_names_of_classes():
     network = "c2i/c2i.safetensors", "--config", "c2i/config.yaml"
     by_id = samples(*network, 207, 999)
@@ -241,7 +247,7 @@ GOOD = ["digits", 3]
         ([*GOOD, "--steps", "four"], "Invalid value for '--steps'"),
         ([*GOOD, "--count", 0], "count must be at least 1, got 0"),
         ([*GOOD, "--seed", -1], "seed must be at least 0, got -1"),
-        ([*GOOD, "--seed", 1 << 63], "seed must be below 2^63"),
+        ([*GOOD, "--seed", 1 << 63], f"seeds must be below 2^63, got {1 << 63} to {1 << 63}"),
         ([*GOOD, "--cfg-scale", "nan"], "guidance must be a finite number, got nan"),
         ([*GOOD, "--guidance", "inf"], "guidance must be a finite number, got inf"),
         ([*GOOD, "--guidance", -2], "guidance must be at least 1, which is none; got -2"),
@@ -257,10 +263,13 @@ GOOD = ["digits", 3]
         ([*GOOD, "--width", 0], "width must be at least 1, got 0"),
         ([*GOOD, "--dtype", "int8"], "dtype must be one of float32, bfloat16, float16"),
         ([*GOOD, "--device", "nope"], "device 'nope'"),
+        ([*GOOD, "--device", "meta"], "device 'meta' computes nothing"),
+        ([*GOOD, "--height", 56 * 10**11], "this machine's memory is too small for it"),
         ([*GOOD, "--nope"], "No such option: --nope"),
         ([*GOOD, "--output", "x.gif"], "must end in .png or .safetensors, or be a folder"),
         ([*GOOD, "--output", "digits.png"], "digits.png is a folder: a file is needed"),
-        ([*GOOD, "--output", "empty.txt/x.png"], "empty.txt"),
+        ([*GOOD, "--output", "empty.txt/x.png"], "error: empty.txt: File exists"),
+        ([*GOOD, "--output", "nosuffix"], "nosuffix is a file: a folder, a .png or"),
         ([*GOOD, "--grid", "--output", "all"], "a grid needs an output in .png, got all"),
         ([*GOOD, "--config", "mnist"], "has its own configuration: leave out mnist"),
         ([*GOOD, "--text-encoder", "text"], "text is neither a folder of one nor"),
@@ -284,12 +293,14 @@ GOOD = ["digits", 3]
         (["--like", "what.png"], "the settings cannot be read"),
         (["--like", "list.png"], "list.png holds no settings of tim sample"),
         (["--like", "wrong.png"], "steps must be a whole number, got 'four'"),
+        (["--like", "moved.png"], "moved.png is of gone, which is not here: give --model"),
     ],
 )
 def test_one_line_for_what_is_wrong(runs, monkeypatch, arguments, said):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     Path("digits.png").mkdir()
     Path("empty.txt").touch()
+    Path("nosuffix").touch()
     Path("bytes.txt").write_bytes(b"caf\xe9")
     for name in ("text.safetensors", "text.bin"):
         Path(name).write_text("no weights")
@@ -301,6 +312,7 @@ def test_one_line_for_what_is_wrong(runs, monkeypatch, arguments, said):
     others = {"weights": {}, "made_with": {"versions": {}}}
     for name, wrong in (
         ("older.png", {"stps": 1}), ("wrong.png", {"steps": "four"}), ("what.png", {"what": 3}),
+        ("moved.png", {"model": "gone"}),
     ):  # fmt: skip
         record.save(plain, Path(name), {"settings": of | wrong, **others})
     record.save(plain, Path("list.png"), {"settings": of, "weights": {}, "made_with": []})

@@ -42,8 +42,8 @@ def open_pipeline(
     Raises:
         ImportError: the text encoder of "emoji" is not installed.
     """
-    if is_name(source) and str(source) == "emoji" and options.get("text_encoder") is None:
-        options["text_encoder"] = _emoji_text_encoder()
+    if options.get("text_encoder") is None:
+        options["text_encoder"] = text_encoder_of(source)
     return opening.open_pipeline(path_of(source), config, **options)
 
 
@@ -77,6 +77,13 @@ def is_name(source: Source) -> bool:
     return str(source) in NAMES and not Path(source).exists()
 
 
-def _emoji_text_encoder() -> Path:
+def text_encoder_of(source: Source) -> Path | None:
+    """The one that "emoji" needs beside its folder; None of any other source.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    if not (is_name(source) and str(source) == "emoji"):
+        return None
     made = Path("datasets/emoji/text_encoder")  # of python -m tim.data.emoji
     return made.resolve() if made.is_dir() else emoji.text_encoder()

@@ -69,8 +69,15 @@ def errors_without_traceback() -> Iterator[None]:
         is_saved = hasattr(stop, "exit_code")  # a run's own, which leaves what it has done
         typer.echo(f"{stop}; the same command goes on from it" if is_saved else "stopped", err=True)
         raise typer.Exit(getattr(stop, "exit_code", 130)) from None
+    except BrokenPipeError:  # who reads the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
     except _EXPECTED as error:
         fail(error, 1)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # of the CPU: torch has no class for it
+            raise
+        fail("this machine's memory is too small for it", 1)
 
 
 @contextmanager
@@ -88,6 +95,8 @@ def _ended_bars() -> Iterator[None]:
 
 def fail(error: Exception | str, code: int) -> NoReturn:
     """End with one line."""
+    if isinstance(error, OSError) and error.filename and error.strerror:  # without its number
+        error = f"{error.filename}: {error.strerror}"
     typer.echo(f"error: {' '.join(str(error).split())}", err=True)
     raise typer.Exit(code) from None
 
@@ -106,9 +115,12 @@ def device_of(name: str | None) -> str:
 
 def check_device(name: str) -> None:
     try:
-        torch.empty(0, device=name)
+        is_real = torch.empty(0, device=name).device.type != "meta"
     except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
-        raise typer.BadParameter(f"device {name!r}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise typer.BadParameter(f"device {name!r}: {reason}") from None
+    if not is_real:
+        raise typer.BadParameter(f"device {name!r} computes nothing: cpu or cuda is needed")
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:

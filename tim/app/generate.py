@@ -23,7 +23,8 @@ Checkpoint = Annotated[
     Path,
     typer.Option(
         "--checkpoint", "--ckpt",
-        help="A weight file, the `model` folder of `tim train`, or a saved pipeline's folder.",
+        help="emoji or mnist; a weight file, the `model` folder of `tim train`, or a saved "
+        "pipeline's folder.",
     ),
 ]  # fmt: skip
 Config = Annotated[
@@ -64,6 +65,7 @@ def _command(name: str) -> Callable[..., None]:
         device = device_of(device)
         changes = {field: value for field, value in given.items() if value is not None}
         with errors_without_traceback():
+            from tim.app import assets
             from tim.generate.benchmarks import BENCHMARKS
             from tim.generate.run import generate
             from tim.generate.sources import load
@@ -71,7 +73,10 @@ def _command(name: str) -> Callable[..., None]:
             settings = make(name, preset, **changes)
             captions = (caption_dir,) if name in _CAPTIONS else ()
             benchmark = BENCHMARKS[name](settings, *captions)
-            source = load(checkpoint, config, dtype=getattr(torch, settings.dtype))
+            source = load(
+                assets.path_of(checkpoint), config, dtype=getattr(torch, settings.dtype),
+                text_encoder=assets.text_encoder_of(checkpoint),
+            )  # fmt: skip
             with launched_group():
                 folder = generate(benchmark, source.to(device), output)
         say(folder)

@@ -135,6 +135,7 @@ def _draw(
     settings = settings_of(values)
     settings = dataclasses.replace(settings, grid=_is_grid(settings, output, grid))
     _check_output(output, grid)
+    _check_there(settings.model, like)
     pipeline = assets.open_pipeline(
         settings.model, settings.config, dtype=dtype_of(settings.dtype), device=settings.device,
         vae=settings.vae, text_encoder=settings.text_encoder,
@@ -143,8 +144,8 @@ def _draw(
     weights = drawing.weights_of(pipeline, settings.model)
     if like is not None:
         _note_differences(like, before, weights, settings.dtype)
-    is_png = output.suffix in (".png", "")
-    save = drawing.save_pictures if is_png else drawing.save_states
+    is_states = output.suffix == ".safetensors"
+    save = drawing.save_states if is_states else drawing.save_pictures
     save(pipeline, settings, output, weights)
 
 
@@ -195,16 +196,28 @@ def _device(name: str | None, before: dict[str, Any]) -> str:
 
 
 def _check_output(output: Path, grid: bool | None) -> None:
-    if output.suffix not in (".png", ".safetensors", ""):
+    is_file = output.suffix in (".png", ".safetensors")
+    if not (is_file or output.suffix == "" or output.is_dir()):
         raise ValueError(f"{output} must end in .png or .safetensors, or be a folder")
     if grid and output.suffix != ".png":
         raise ValueError(f"a grid needs an output in .png, got {output}")
-    folder = output.parent if output.suffix else output
-    if output.suffix and output.is_dir():
+    folder = output.parent if is_file else output
+    if is_file and output.is_dir():
         raise ValueError(f"{output} is a folder: a file is needed")
+    if not is_file and output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file: a folder, a .png or a .safetensors is needed")
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} may not be written to: give another --output")
+
+
+def _check_there(model: str, like: Path | None) -> None:
+    from tim.app import assets
+    from tim.opening import is_pipeline
+
+    is_known = assets.is_name(model) or Path(model).exists() or is_pipeline(model)
+    if like is not None and not is_known:
+        raise FileNotFoundError(f"{like} is of {model}, which is not here: give --model")
 
 
 def _is_grid(settings: Any, output: Path, grid: bool | None) -> bool:

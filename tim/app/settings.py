@@ -58,8 +58,9 @@ class Settings:
         for name in ("height", "width"):
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name), 1)
-        if self.seed + self.count * len(self.what) >= 1 << 63:
-            raise ValueError(f"seed must be below 2^63, got {self.seed}")
+        last = self.seed + self.count * len(self.what) - 1
+        if last >= 1 << 63:
+            raise ValueError(f"seeds must be below 2^63, got {self.seed} to {last}")
         for name in ("guidance", "stochasticity"):
             _number(name, getattr(self, name))
         if self.guidance is not None and self.guidance < 1:

@@ -232,8 +232,7 @@ def main(
     seed: int = 0,
 ) -> None:
     """Measure two trained networks and print Markdown tables."""
-    with errors_in_one_line():
-        results = evaluate({"TiM": tim, "flow matching": flow}, data, seed=seed)
+    results = evaluate({"TiM": tim, "flow matching": flow}, data, seed=seed)
     with replacing(output) as path:
         path.write_text(json.dumps(results, indent=2) + "\n")
     plot(results, output.with_suffix(".png"))
@@ -242,4 +241,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with errors_in_one_line():
+        typer.run(main)

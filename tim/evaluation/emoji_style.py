@@ -23,6 +23,7 @@ from tim.evaluation import emoji as of_emoji
 from tim.files import filling, replacing
 from tim.images import labelled_grid, step_label, to_pil
 from tim.pipelines import TiMTextPipeline
+from tim.processes import errors_in_one_line
 from tim.training.initial import weights_file
 
 NAMES = (
@@ -140,4 +141,5 @@ def judge(
 
 
 if __name__ == "__main__":
-    app()
+    with errors_in_one_line():
+        app()

@@ -24,6 +24,7 @@ from tim.data import mnist
 from tim.evaluation import curves, statistics
 from tim.evaluation.curves import STEPS, percent
 from tim.files import replacing
+from tim.processes import errors_in_one_line
 from tim.sampling import sample
 from tim.training import load_export
 from tim.transports import Transport
@@ -273,4 +274,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with errors_in_one_line():
+        typer.run(main)

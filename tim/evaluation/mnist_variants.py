@@ -30,6 +30,7 @@ from tim.evaluation.mnist import (
 )  # fmt: skip
 from tim.files import replacing
 from tim.images import step_label
+from tim.processes import errors_in_one_line
 from tim.training import load_export
 
 RECOGNISED_AT, FRECHET_AT = (1, 2, 4, 32), (1, 4)  # steps in the table
@@ -116,4 +117,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with errors_in_one_line():
+        typer.run(main)

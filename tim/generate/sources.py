@@ -131,7 +131,7 @@ class Source:
 
 def load(
     checkpoint: str | Path, preset_or_config: str | Path | None = None, *,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.bfloat16, text_encoder: str | Path | None = None,
 ) -> Source:  # fmt: skip
     """Of what `tim.opening.open_pipeline` opens, with the same errors; on the CPU.
 
@@ -140,8 +140,9 @@ def load(
             and `model.text_encoder_dir` name the other networks. The others have their own.
         dtype: of network and text encoder, which gets bfloat16 in place of float16. The
             autoencoder is float32, as published.
+        text_encoder: a folder or a name on the hub, in place of the configuration's.
     """
-    pipeline = open_pipeline(checkpoint, preset_or_config, dtype=dtype)
+    pipeline = open_pipeline(checkpoint, preset_or_config, dtype=dtype, text_encoder=text_encoder)
     settings, text = pipeline.config, None
     if isinstance(pipeline, TiMTextPipeline):
         if pipeline.text_encoder is None or pipeline.tokenizer is None:
