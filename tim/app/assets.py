@@ -66,9 +66,9 @@ def with_folders(cfg: DictConfig) -> DictConfig:
     cfg = cfg.copy()
     if cfg.model.get("ckpt") is not None:
         cfg.model.ckpt = str(path_of(cfg.model.ckpt))
-    text_encoder = cfg.model.get("text_encoder_dir")
-    if text_encoder == "emoji" and is_name(text_encoder):
-        cfg.model.text_encoder_dir = str(_emoji_text_encoder())
+    text_encoder = text_encoder_of(cfg.model.get("text_encoder_dir", ""))
+    if text_encoder is not None:
+        cfg.model.text_encoder_dir = str(text_encoder)
     return cfg
 
 
