@@ -29,7 +29,7 @@ LEVELS = {
         ["coefficients"],
         ["launch"],
         ["dispatch"],
-        ["segments"],
+        ["fp8", "segments"],
         [
             "ada_layer_norm", "attention", "qk_norm_rope", "swiglu", "time_pair_embedding",
             "transition_inputs", "transition_loss", "transition_step",

@@ -1,5 +1,6 @@
 """Fused operations of Transition Models (arXiv 2509.04394). Needs torch alone."""
 
+from .ada_layer_norm.fp8 import ada_layer_norm_fp8, gated_residual_ada_layer_norm_fp8
 from .ada_layer_norm.op import ada_layer_norm, gated_residual, gated_residual_ada_layer_norm
 from .attention.op import attention
 from .dispatch.backend import BackendUnavailable, set_backend, use_backend
@@ -11,6 +12,7 @@ from .network.packing import Packing, pack, unpack
 from .qk_norm_rope.op import qk_norm_rope, qkv_norm_rope
 from .qk_norm_rope.reference import grid_positions, rope_tables
 from .segments import Segments
+from .swiglu.fp8 import swiglu_fp8
 from .swiglu.op import swiglu
 from .time_pair_embedding.op import TimeMLP, time_pair_embedding
 from .transition_inputs.op import transition_inputs
@@ -31,11 +33,13 @@ __all__ = [
     "TimeMLP",
     "accelerate",
     "ada_layer_norm",
+    "ada_layer_norm_fp8",
     "attention",
     "explain",
     "forward_mode",
     "gated_residual",
     "gated_residual_ada_layer_norm",
+    "gated_residual_ada_layer_norm_fp8",
     "grid_positions",
     "pack",
     "qk_norm_rope",
@@ -44,6 +48,7 @@ __all__ = [
     "rope_tables",
     "set_backend",
     "swiglu",
+    "swiglu_fp8",
     "time_pair_embedding",
     "transition_inputs",
     "transition_loss",

@@ -353,9 +353,9 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     if args.dry_run:
-        from tests.kernels.interpreter import round_bfloat16_like_hardware
+        from tests.kernels.interpreter import round_like_hardware
 
-        round_bfloat16_like_hardware()
+        round_like_hardware()
     seconds = 600.0 if args.until is None else args.until - time.monotonic()
     STAGES[args.name](Run(args.name, args.rows, seconds, args.dry_run, args.skip, args.brief))
 

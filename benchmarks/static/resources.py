@@ -24,8 +24,8 @@ import triton
 from tim_kernels import use_backend
 from tim_kernels.launch import tuning
 
-from ..cases import forms
-from ..cases.calls import DIRECTIONS, calls
+from ..cases import forms, fp8
+from ..cases.calls import DIRECTIONS, Call, calls
 from ..cases.shapes import Shape
 from ..record.table import Column, text
 from . import extension
@@ -87,17 +87,23 @@ def triton_jobs(
         of_dtype = getattr(torch, dtype)
         made = [calls(**shape._asdict(), dtype=of_dtype)]
         made += [] if only_tim else [forms.calls(shape, of_dtype, "meta")]
-        for call in itertools.chain(*made):
-            for direction in DIRECTIONS if not ops or call.op in ops else ():
-                with (
-                    use_backend("triton"), tuning.as_architecture(arch),
-                    record_launches() as launches, through_launchers(),
-                ):  # fmt: skip
-                    call.run(direction)
-                for launch in launches:
-                    code = repr((arch, launch.name, specialise(launch), launch.options))
-                    jobs.setdefault(code, (arch, width, dtype, call.name, launch))
+        todo = list(itertools.product(itertools.chain(*made), DIRECTIONS))
+        if not only_tim and arch >= fp8.OLDEST:
+            todo += [(call, "forward") for call in fp8.calls(shape, of_dtype, "meta")]
+        for call, direction in todo:
+            for launch in _launches(call, direction, arch) if not ops or call.op in ops else ():
+                code = repr((arch, launch.name, specialise(launch), launch.options))
+                jobs.setdefault(code, (arch, width, dtype, call.name, launch))
     return list(jobs.values())
+
+
+def _launches(call: Call, direction: str, arch: int) -> list[Launch]:
+    with (
+        use_backend("triton"), tuning.as_architecture(arch),
+        record_launches() as launches, through_launchers(),
+    ):  # fmt: skip
+        call.run(direction)
+    return launches
 
 
 def compile_job(arch: int, width: int, dtype: str, call: str, launch: Launch) -> Compiled:

@@ -8,12 +8,12 @@ import torch
 
 def mend() -> None:
     """Both, in this process."""
-    round_bfloat16_like_hardware()
+    round_like_hardware()
     look_for_builtins_once()
 
 
-def round_bfloat16_like_hardware() -> None:
-    """Triton's interpreter truncates float32 to bfloat16; a GPU rounds to nearest even."""
+def round_like_hardware() -> None:
+    """Triton's interpreter truncates float32 to bfloat16 and FP8; a GPU rounds to nearest even."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -25,6 +25,10 @@ def round_bfloat16_like_hardware() -> None:
             return values.bfloat16().view(torch.int16).numpy().view(np.uint16)
         if (source, target) == (tl.bfloat16, tl.float32):
             return data.astype(np.uint32) << 16
+        if (source, target) == (tl.float32, tl.float8e4nv):
+            values = torch.from_numpy(np.ascontiguousarray(data).view(np.float32))
+            values = values.clamp(-448, 448).to(torch.float8_e4m3fn)  # as cvt.rn.satfinite
+            return values.view(torch.uint8).numpy()
         return convert(data, source, target, rounding_mode)
 
     interpreter._convert_float = rounded

@@ -20,6 +20,7 @@ from triton.runtime import interpreter
 TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }  # fmt: skip
 TARGET = "cuda", 90, 32
 

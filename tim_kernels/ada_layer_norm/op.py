@@ -55,12 +55,10 @@ def _backward_fake(
 _TAIL = (
     "Tensor? weight, Tensor? norm_bias, float eps, str? norm, Tensor? cu_seqlens, SymInt max_length"
 )
-forward_op = Operator(
-    OP,
-    "ada_layer_norm(Tensor x, Tensor? branch, Tensor? gate, Tensor? bias, Tensor? shift, "
-    f"Tensor? scale, {_TAIL}) -> (Tensor, Tensor)",
-    _forward_fake,
+ARGUMENTS = (
+    "Tensor x, Tensor? branch, Tensor? gate, Tensor? bias, Tensor? shift, Tensor? scale, " + _TAIL
 )
+forward_op = Operator(OP, f"ada_layer_norm({ARGUMENTS}) -> (Tensor, Tensor)", _forward_fake)
 backward_op = Operator(
     OP,
     "ada_layer_norm_backward(Tensor? dout, Tensor? dy, Tensor x, Tensor? branch, Tensor? gate, "
@@ -103,7 +101,7 @@ def _like(total: Tensor, row: Tensor | None) -> Tensor | None:
     return None if row is None else total.sum_to_size(row.shape).to(row.dtype)
 
 
-def _check(
+def check(
     x, branch, gate, bias, shift, scale, weight, norm_bias, eps, norm, cu, max_length
 ) -> bool:
     samples = check_tokens("x", x, cu)
@@ -146,7 +144,7 @@ def _on_cpu(*args):
     return cpu.run(*args[:10]) if cpu.takes(*args[:10]) else _reference(*args)
 
 
-_call = forward_op.differentiable(8, _check, _reference, _vjp, _on_cpu)
+_call = forward_op.differentiable(8, check, _reference, _vjp, _on_cpu)
 
 
 def ada_layer_norm(

@@ -3,6 +3,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import accumulation_dtype
+from ..fp8 import quantise_rows
 from ..segments import Segments, per_token
 from .forms import is_of_token
 
@@ -65,6 +66,26 @@ def gated_residual_ada_layer_norm(
     new = _gated_residual(x, branch, gate, branch_bias, segments)
     y = ada_layer_norm(new, shift, scale, eps, segments, **affine)
     return new.to(x.dtype), y.to(x.dtype)
+
+
+def ada_layer_norm_fp8(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    branch_bias: Tensor | None,
+    segments: Segments | None,
+    **affine,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """x', None without a branch, and the unrounded y as FP8 values and scales."""
+    if branch is None:
+        new = x.to(accumulation_dtype(x))
+    else:
+        new = _gated_residual(x, branch, gate, branch_bias, segments)
+    y = ada_layer_norm(new, shift, scale, eps, segments, **affine)
+    return None if branch is None else new.to(x.dtype), *quantise_rows(y)
 
 
 def _gated_residual(x, branch, gate, branch_bias, segments) -> Tensor:

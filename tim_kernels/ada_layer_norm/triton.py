@@ -31,6 +31,7 @@ from ..launch.rows import (
     pieces,
     store_row,
     store_rows,
+    store_rows_fp8,
     sum_rows,
     tile_rows,
 )
@@ -63,7 +64,7 @@ def _ada_layer_norm_forward_kernel(
     cu_ptr, length, tiles,
     x_ptr, x_b, x_n, branch_ptr, branch_b, branch_n, gate_ptr, gate_s, gate_n,
     bias_ptr, bias_s, shift_ptr, shift_s, shift_n, scale_ptr, scale_s, scale_n,
-    weight_ptr, norm_bias_ptr, out_ptr, y_ptr, eps,
+    weight_ptr, norm_bias_ptr, out_ptr, y_ptr, fp8_scale_ptr, eps,
     IS_RMS: tl.constexpr,
     C: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +94,10 @@ def _ada_layer_norm_forward_kernel(
         scale_a, scale_b = _load(scale_ptr, sample, scale_s, row, scale_n, is_row, ALIGN, C, A, B)
         shift_a, shift_b = _load(shift_ptr, sample, shift_s, row, shift_n, is_row, ALIGN, C, A, B)
         ya, yb = xa * (1 + scale_a) + shift_a, xb * (1 + scale_b) + shift_b
-        store_rows(y_ptr, row_out, is_row, ya, yb, C, A, B)
+        if fp8_scale_ptr is None:
+            store_rows(y_ptr, row_out, is_row, ya, yb, C, A, B)
+        else:
+            store_rows_fp8(y_ptr, fp8_scale_ptr, row_out, is_row, ya, yb, C, A, B)
 
 
 @kernel
@@ -261,6 +265,18 @@ def _tile(direction: str, x: Tensor, norm: str | None) -> dict[str, int]:
 
 def forward(*args):
     """(x', y), either of them an empty tensor where the op does not make it."""
+    x, *_, norm, _, _ = args
+    return _forward(args, like(x, norm))
+
+
+def fp8(*args):
+    """(x', values, scales), y as FP8; x' is empty where there is no branch."""
+    shape = args[0].shape
+    return _forward(args, Made(shape, torch.float8_e4m3fn), Made((*shape[:-1], 1), torch.float32))
+
+
+def _forward(args: tuple, *made: Made | None):
+    """x' and what else is made: y, or its values and scales."""
     x, branch, *_, eps, norm, cu, max_length = args
     tile = _tile("forward", x, norm)
     programs, length, tiles = token_grid(x, cu, max_length, tile["ROWS"])
@@ -268,8 +284,8 @@ def forward(*args):
         _ada_layer_norm_forward_kernel, (programs,),
         (In(10), length, tiles, *view_tokens(args, 0, 1, is_packed=cu is not None),
          *view_modulation(args, 2), *view_cond(args, 3), *view_modulation(args, 4, 5),
-         *view_vectors(args, 6, 7), Out(0), Out(1), eps),
-        (like(x, branch), like(x, norm)), args, **tile,
+         *view_vectors(args, 6, 7), Out(0), Out(1), Out(2) if made[1:] else None, eps),
+        (like(x, branch), *made), args, **tile,
     )  # fmt: skip
 
 

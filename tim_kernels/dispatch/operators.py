@@ -177,6 +177,22 @@ class Operator:
         return self.derivative.function.apply(Planned(args, None, run), *args)
 
 
+class InferenceOperator(Operator):
+    """One for inference alone: a call that somebody could differentiate is refused by name."""
+
+    def __init__(self, op: Op, schema: str, fake: Callable, check: Callable, reference: Callable):
+        super().__init__(op, schema, fake)
+        self.check, self.reference, self.on_cpu = check, reference, reference
+
+    def __call__(self, *args):
+        if has_tangent(args) or (torch.is_grad_enabled() and _requires_grad(args)):
+            raise NotImplementedError(
+                f"{self.name} has no derivative, and an argument needs one: it is for inference, "
+                "under torch.no_grad()"
+            )
+        return super().__call__(*args)
+
+
 class Derivative:
     """Derivatives of whatever computes an op: `derivative(planned, *args)` is planned.run(*args),
     differentiable where somebody may ask for it, with `vjp(args, needs, *gradients)` and

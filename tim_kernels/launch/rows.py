@@ -62,6 +62,26 @@ def store_rows(ptr, row, is_row, a, b, C: tl.constexpr, A: tl.constexpr, B: tl.c
 
 
 @triton.jit
+def store_rows_fp8(
+    ptr, scale_ptr, row, is_row, a, b, C: tl.constexpr, A: tl.constexpr, B: tl.constexpr
+):
+    """Write rows as FP8 E4M3, and the scale of each, as `quantise_rows` of ..fp8 does.
+
+    The largest magnitude is found among the bits: there NaN is above infinity, where a maximum of
+    floats would lose it.
+    """
+    bits_a = tl.abs(a).to(tl.int32, bitcast=True)
+    bits_b = tl.abs(b).to(tl.int32, bitcast=True)
+    bits = tl.maximum(tl.max(bits_a, 1), tl.max(bits_b, 1))
+    bits = tl.maximum(bits, 27 << 23)  # 2^-100
+    most = bits.to(tl.float32, bitcast=True)
+    scale = tl.div_rn(most, tl.full(most.shape, 448.0, tl.float32))
+    inverse = tl.div_rn(tl.full(most.shape, 1.0, tl.float32), scale)[:, None]
+    tl.store(scale_ptr + row, scale, mask=is_row)
+    store_rows(ptr, row, is_row, a * inverse, b * inverse, C, A, B)  # the cast saturates
+
+
+@triton.jit
 def load_row(
     ptr, sample, stride, ALIGN: tl.constexpr, C: tl.constexpr, A: tl.constexpr, B: tl.constexpr
 ):

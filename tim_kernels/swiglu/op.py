@@ -43,7 +43,7 @@ def _vjp(args, needs, dout):
     return dgate, None if args[1] is None else dvalue
 
 
-def _check(gate: Tensor, value: Tensor | None) -> bool:
+def check(gate: Tensor, value: Tensor | None) -> bool:
     for name, x in (("gate", gate), ("value", value)):
         if x is not None:
             check_floating(name, x)
@@ -72,7 +72,7 @@ def _on_cpu(gate, value):
     return F.silu(gate) * value
 
 
-_call = forward_op.differentiable(2, _check, reference.swiglu, _vjp, _on_cpu)
+_call = forward_op.differentiable(2, check, reference.swiglu, _vjp, _on_cpu)
 
 
 def swiglu(gate: Tensor, value: Tensor | None = None) -> Tensor:

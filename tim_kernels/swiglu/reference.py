@@ -2,6 +2,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import accumulation_dtype
+from ..fp8 import quantise_rows
 
 
 def swiglu(gate: Tensor, value: Tensor | None = None) -> Tensor:
@@ -14,3 +15,9 @@ def swiglu(gate: Tensor, value: Tensor | None = None) -> Tensor:
         gate, value = gate.chunk(2, dim=-1)
     dtype = accumulation_dtype(gate, value)
     return (F.silu(gate.to(dtype)) * value.to(dtype)).to(gate.dtype)
+
+
+def swiglu_fp8(gate: Tensor, value: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The unrounded silu(gate)·value as FP8 values (..., C) and scales (..., 1)."""
+    dtype = accumulation_dtype(gate, value)
+    return quantise_rows(swiglu(gate.to(dtype), value))

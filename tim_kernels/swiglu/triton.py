@@ -9,12 +9,14 @@ reached by a row stride, which is all that tells a packed half from a tensor of 
 In the kernels g is gate, v value, d gradients, t tangents.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..launch.calls import Made, Out, like
 from ..launch.grid import kernel, launch
+from ..launch.rows import load_rows, pieces, store_rows_fp8, tile_rows
 from ..launch.tuning import tuned
 from ..launch.views import In, view_matrix
 
@@ -63,6 +65,20 @@ def _swiglu_forward_kernel(
     v = _load(v_ptr, v_stride, row, column, is_row, ALIGN)
     y, _ = _silu(g)
     tl.store(out_ptr + row * out_stride * ALIGN + column, y * v, mask=is_row)
+
+
+@kernel
+def _swiglu_fp8_kernel(
+    rows, g_ptr, g_stride, v_ptr, v_stride, out_ptr, scale_ptr,
+    C: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    is_row = row < rows
+    ga, gb = load_rows(g_ptr, 0, 0, row, g_stride, is_row, ALIGN, C, A, B)
+    va, vb = load_rows(v_ptr, 0, 0, row, v_stride, is_row, ALIGN, C, A, B)
+    ya, _ = _silu(ga)
+    yb, _ = _silu(gb)
+    store_rows_fp8(out_ptr, scale_ptr, row, is_row, ya * va, yb * vb, C, A, B)
 
 
 @kernel
@@ -125,6 +141,22 @@ def forward(*args):
         _swiglu_forward_kernel, (programs,),
         (rows, *_halves(args, 0, 1, C, value is None), Out(0, (C,))),
         (Made((*gate.shape[:-1], C), gate.dtype),), args, units=UNITS, **constants,
+    )  # fmt: skip
+
+
+def fp8(*args):
+    """silu(gate)·value as FP8 values and scales: whole rows, since a row has one scale."""
+    gate, value = args
+    C, rows, _, _ = _grid(gate, value)
+    A, B = pieces(C)
+    num_warps = min(16, 4 * triton.next_power_of_2(triton.cdiv(A + B, 4096)))  # not timed
+    tile = tile_rows(C, 2048)
+    return launch(
+        _swiglu_fp8_kernel, (triton.cdiv(rows, tile),),
+        (rows, *_halves(args, 0, 1, C, value is None), Out(0), Out(1)),
+        (Made((*gate.shape[:-1], C), torch.float8_e4m3fn),
+         Made((*gate.shape[:-1], 1), torch.float32)),
+        args, C=C, A=A, B=B, ROWS=tile, num_warps=num_warps,
     )  # fmt: skip
 
 
