@@ -9,6 +9,7 @@ cpu         every op and whole networks against PyTorch's own on this CPU, by tu
 host        what a call of an op costs the host; needs no GPU
 packed      pictures of many sizes: packed, padded and one by one; needs no GPU
 derivative  error and price of dF/dt: difference quotient and forward mode
+fp8         error of whole networks with FP8 blocks, and the digits they draw; needs no GPU
 tune        tile sizes and warps: timed on a GPU, else guessed from compiled code
 fastest     which backend "auto" takes, from the committed results
 report      the committed results as Markdown, into README.md
@@ -35,6 +36,8 @@ def main() -> None:
             from .compare.packed import main as run
         case "derivative":
             from .compare.derivative import main as run
+        case "fp8":
+            from .compare.fp8 import main as run
         case "tune":
             from .tune.tuner import main as run
         case "fastest":

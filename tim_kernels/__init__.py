@@ -9,6 +9,7 @@ from .names import CONDITIONS, Backend, Condition, RopeOrder
 from .network.accelerate import Report, accelerate, restore
 from .network.forward_mode import forward_mode
 from .network.packing import Packing, pack, unpack
+from .network.quantise import to_fp8
 from .qk_norm_rope.op import qk_norm_rope, qkv_norm_rope
 from .qk_norm_rope.reference import grid_positions, rope_tables
 from .segments import Segments
@@ -50,6 +51,7 @@ __all__ = [
     "swiglu",
     "swiglu_fp8",
     "time_pair_embedding",
+    "to_fp8",
     "transition_inputs",
     "transition_loss",
     "transition_step",

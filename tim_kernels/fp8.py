@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .checks import accumulation_dtype
 from .dispatch.torch_private import constant_when_compiled
 
 LARGEST = 448.0  # that E4M3 has
@@ -17,6 +18,7 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     and saturate. A row of zeros, or of less than 2⁻¹⁰⁰, has the scale 2⁻¹⁰⁰ / 448. NaN and infinity
     in a row make its scale what they are, and everything of it NaN when it is multiplied out.
     """
+    x = x.to(accumulation_dtype(x))
     scales = (x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST) / LARGEST).float()
     values = (x * (1 / scales.to(x.dtype))).clamp(-LARGEST, LARGEST)
     return values.to(torch.float8_e4m3fn), scales

@@ -145,6 +145,15 @@ def test_infinity_beside_numbers_leaves_no_number():
     assert torch.equal((values.float() * scales).isnan().all(-1), torch.tensor([True, True, False]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_any_dtype_are_quantised_in_float32(dtype):
+    x = noise(3, C, dtype=dtype)
+    x[1] = 0
+    for a, b in zip(quantise_rows(x), quantise_rows(x.float()), strict=True):
+        assert torch.equal(a.float(), b.float())
+    assert not product(quantise_rows(x))[1].any()
+
+
 @pytest.mark.parametrize("form", SIZED)
 @pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8)])
 def test_nothing_to_do(form, shape):

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ada_layer_norm.fp8 import ada_layer_norm_fp8, gated_residual_ada_layer_norm_fp8
 from ..ada_layer_norm.op import ada_layer_norm, gated_residual, gated_residual_ada_layer_norm
 from ..attention.op import attention
 from ..qk_norm_rope.op import qk_norm_rope, qkv_norm_rope
 from ..segments import Segments, per_token
-from .layers import is_plain, is_quiet
+from .fp8_linear import Fp8Tokens
+from .layers import is_plain, is_quiet, takes_fp8
 
 
 class Rope(NamedTuple):
@@ -88,6 +90,8 @@ def condition_block(block: nn.Module, c: Tensor, delta: Tensor) -> BlockRows:
     q, k, v = attn.qkv_d(delta).chunk(3, dim=-1)
     if is_plain(attn.proj) and is_quiet(attn):
         return BlockRows(modulation, Shifts(q, k, bias=F.linear(v, attn.proj.weight)))
+    if takes_fp8(attn, "proj"):
+        return BlockRows(modulation, Shifts(q, k, bias=attn.proj.without_bias(v)))
     return BlockRows(modulation, Shifts(q, k, v))
 
 
@@ -104,9 +108,11 @@ def class_block(
     """Self-attention and MLP of tokens x (B, N, C); the MLP's output stays pending."""
     modulation, shifts = rows or condition_block(block, c, delta)
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-    x, h = add_and_norm(block.norm1, x, pending, shift1, scale1, rope.segments)
+    is_fp8 = takes_fp8(block.attn, "qkv")
+    x, h = add_and_norm(block.norm1, x, pending, shift1, scale1, rope.segments, is_fp8)
     pending = Pending(block.attn(h, shifts, rope), gate1, shifts.bias)
-    x, h = add_and_norm(block.norm2, x, pending, shift2, scale2, rope.segments)
+    is_fp8 = takes_fp8(block.mlp, "fc1_g", "fc1_x")
+    x, h = add_and_norm(block.norm2, x, pending, shift2, scale2, rope.segments, is_fp8)
     return leave(block, x, Pending(block.mlp(h), gate2), rope.segments)
 
 
@@ -123,12 +129,15 @@ def text_block(
     """Self-attention, cross-attention to text (B, L, C) and MLP; the MLP's output stays pending."""
     modulation, shifts = rows or condition_block(block, c, delta)
     m = modulation.chunk(9, dim=-1)
-    x, h = add_and_norm(block.norm1, x, pending, m[0], m[1], rope.segments)
+    is_fp8 = takes_fp8(block.attn, "qkv")
+    x, h = add_and_norm(block.norm1, x, pending, m[0], m[1], rope.segments, is_fp8)
     pending = Pending(block.attn(h, shifts, rope), m[2], shifts.bias)
-    x, h = add_and_norm(block.norm2_i, x, pending, m[3], m[4], rope.segments)
+    is_fp8 = takes_fp8(block.cross_attn, "q")
+    x, h = add_and_norm(block.norm2_i, x, pending, m[3], m[4], rope.segments, is_fp8)
     text = block.norm2_t(text) if isinstance(text, Tensor) else text
     pending = Pending(block.cross_attn(h, text, rope), m[5])
-    x, h = add_and_norm(block.norm3, x, pending, m[6], m[7], rope.segments)
+    is_fp8 = takes_fp8(block.mlp, "fc1_g", "fc1_x")
+    x, h = add_and_norm(block.norm3, x, pending, m[6], m[7], rope.segments, is_fp8)
     return leave(block, x, Pending(block.mlp(h), m[8]), rope.segments)
 
 
@@ -153,16 +162,26 @@ def add_and_norm(
     shift: Tensor,
     scale: Tensor,
     segments: Segments | None,
-) -> tuple[Tensor, Tensor]:
-    """x with what is pending added, and its modulated norm: one read, where the norm is plain."""
+    to_fp8: bool = False,
+) -> tuple[Tensor, Tensor | Fp8Tokens]:
+    """x with what is pending added, and its modulated norm: one read, where the norm is plain;
+    there the norm is made as FP8 if its reader takes that."""
     if not is_plain(norm, nn.LayerNorm) or norm.normalized_shape != x.shape[-1:]:
         x = take_up(x, pending, segments)
         shift, scale = (per_token(row, x, segments) for row in (shift, scale))
         return x, norm(x) * (1 + scale) + shift
     affine = {} if norm.weight is None else dict(weight=norm.weight, bias=norm.bias)
     if pending is None:
+        if to_fp8:
+            h = ada_layer_norm_fp8(x, shift, scale, norm.eps, segments, **affine)
+            return x, Fp8Tokens(*h, x.dtype)
         return x, ada_layer_norm(x, shift, scale, norm.eps, segments, **affine)
     branch, gate, bias = pending
+    if to_fp8:
+        x, *h = gated_residual_ada_layer_norm_fp8(
+            x, branch, gate, shift, scale, norm.eps, bias, segments, **affine
+        )
+        return x, Fp8Tokens(*h, x.dtype)
     return gated_residual_ada_layer_norm(
         x, branch, gate, shift, scale, norm.eps, bias, segments, **affine
     )
@@ -198,7 +217,7 @@ def final_rows(layer: nn.Module, c: Tensor) -> tuple[Tensor, Tensor]:
     return layer.adaLN_modulation(c.flatten(1)).chunk(2, dim=-1)
 
 
-def self_attention(attn: nn.Module, h: Tensor, shifts: Shifts, rope: Rope) -> Tensor:
+def self_attention(attn: nn.Module, h: Tensor | Fp8Tokens, shifts: Shifts, rope: Rope) -> Tensor:
     """Self-attention of tokens (B, N, C) or (T, C), without `shifts.bias`."""
     qkv = attn.qkv(h).unflatten(-1, (3, _heads(attn, h.shape[-1]), -1))
     is_fused = is_head_norm(attn.q_norm) and is_head_norm(attn.k_norm)
@@ -217,7 +236,7 @@ def self_attention(attn: nn.Module, h: Tensor, shifts: Shifts, rope: Rope) -> Te
 
 
 def cross_attention(
-    attn: nn.Module, h: Tensor, text: Tensor | NormedText | TextKeys, rope: Rope
+    attn: nn.Module, h: Tensor | Fp8Tokens, text: Tensor | NormedText | TextKeys, rope: Rope
 ) -> Tensor:
     """Tokens (B, N, C) or (T, C) attend to normed text (B, L, C), or to its keys and values."""
     text = text.tokens if isinstance(text, NormedText) else text

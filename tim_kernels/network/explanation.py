@@ -7,7 +7,8 @@ from torch import nn
 from ..dispatch.torch_private import has_global_hooks
 from .accelerate import Accelerated
 from .blocks import is_head_norm
-from .layers import HOOKS, PLAIN, is_plain, is_quiet, plain_time_mlp
+from .fp8_linear import Fp8Linear
+from .layers import HOOKS, PLAIN, is_plain, is_quiet, plain_time_mlp, takes_fp8
 
 
 def explain_model(model: nn.Module) -> Iterator[str]:
@@ -24,13 +25,14 @@ def explain_model(model: nn.Module) -> Iterator[str]:
             yield f"{name:<12} called: somebody looks on, or a layer is not plain"
     yield _line("x_embedder", _called(model.x_embedder, ("proj", nn.Conv2d)))
     for i, block in enumerate(model.blocks):
-        yield _line(f"blocks.{i}", _of_block(block))
+        is_fp8 = any(type(layer) is Fp8Linear for layer in block.modules())
+        yield _line(f"blocks.{i}", _of_block(block), "fused, FP8" if is_fp8 else "fused")
     final = model.final_layer
     yield _line("final_layer", _looked_at("", final) + _called(final, ("norm_final", nn.LayerNorm)))
 
 
-def _line(name: str, reasons: list[str]) -> str:
-    return f"{name:<12} {'; '.join(reasons) or 'fused'}"
+def _line(name: str, reasons: list[str], otherwise: str = "fused") -> str:
+    return f"{name:<12} {'; '.join(reasons) or otherwise}"
 
 
 def _of_block(block: nn.Module) -> list[str]:
@@ -42,11 +44,11 @@ def _of_block(block: nn.Module) -> list[str]:
             reasons += _looked_at(f"{name}: ", attn)
             norms = ((norm, getattr(attn, norm)) for norm in ("q_norm", "k_norm"))
             reasons += [
-                f"{name}.{norm} is called, since {_why_called(layer, nn.LayerNorm, nn.Identity)}"
+                f"{name}.{norm} is called, since {why_called(layer, nn.LayerNorm, nn.Identity)}"
                 for norm, layer in norms
                 if not is_head_norm(layer)
             ]
-            if getattr(attn, "qkv_d", None) is not None:
+            if getattr(attn, "qkv_d", None) is not None and not takes_fp8(attn, "proj"):
                 projection = _called(attn, ("proj", nn.Linear))
                 reasons += [f"{name}.{reason}, values are shifted" for reason in projection]
     return reasons
@@ -55,20 +57,20 @@ def _of_block(block: nn.Module) -> list[str]:
 def _looked_at(name: str, module: nn.Module) -> list[str]:
     if is_quiet(module):
         return []
-    return [f"{name}its output is made whole, since {_why_called(module, type(module))}"]
+    return [f"{name}its output is made whole, since {why_called(module, type(module))}"]
 
 
 def _called(owner: nn.Module, *layers: tuple) -> list[str]:
     """Those of the owner's layers, of these kinds, that are called instead of fused, and why."""
     children = [(name, getattr(owner, name), kind) for name, kind in layers]
     return [
-        f"{name} is called, since {_why_called(layer, kind)}"
+        f"{name} is called, since {why_called(layer, kind)}"
         for name, layer, kind in children
         if not is_plain(layer, kind)
     ]
 
 
-def _why_called(layer: nn.Module, *kinds: type) -> str:
+def why_called(layer: nn.Module, *kinds: type) -> str:
     own = vars(layer)
     if type(layer) not in kinds:
         return f"it is a {type(layer).__name__}"

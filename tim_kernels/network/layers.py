@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from ..checks import FLOATS
 from ..dispatch.torch_private import has_global_hooks
+from ..swiglu.fp8 import swiglu_fp8
 from ..swiglu.op import swiglu
 from ..time_pair_embedding.op import TimeMLP, time_embedding
+from .fp8_linear import Fp8Linear, Fp8Tokens
 
 PLAIN = {nn.Parameter, Tensor, type(None)}
 WEIGHTLESS = {nn.Identity, nn.SiLU, nn.Dropout}
@@ -48,6 +50,13 @@ def is_quiet(module: nn.Module) -> bool:
     return True
 
 
+def takes_fp8(owner: nn.Module, *names: str) -> bool:
+    """Whether these layers of `owner` are all FP8, and nobody sees what they are given."""
+    layers = [getattr(owner, name, None) for name in names]
+    are_fp8 = all(type(layer) is Fp8Linear and is_quiet(layer) for layer in layers)
+    return are_fp8 and is_quiet(owner)
+
+
 def _is_fsdp2(hook) -> bool:
     return type(getattr(hook, "__self__", None)).__name__ == "FSDPState"
 
@@ -68,8 +77,10 @@ def compute_dtype(layer: nn.Module, default: torch.dtype) -> torch.dtype:
     return default
 
 
-def swiglu_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+def swiglu_mlp(mlp: nn.Module, x: Tensor | Fp8Tokens) -> Tensor:
     """fc2(silu(fc1_g(x))·fc1_x(x))."""
+    if takes_fp8(mlp, "fc2"):
+        return mlp.fc2(Fp8Tokens(*swiglu_fp8(mlp.fc1_g(x), mlp.fc1_x(x)), x.dtype))
     return mlp.fc2(swiglu(mlp.fc1_g(x), mlp.fc1_x(x)))
 
 
