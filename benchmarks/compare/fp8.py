@@ -97,7 +97,7 @@ def digits(folder: Path, per_class: int) -> Iterator[Digits]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--digits", action="store_true", help="draw digits, too: half an hour")
+    parser.add_argument("--digits", action="store_true", help="draw digits, too: ten minutes")
     parser.add_argument("--per-class", type=int, default=100, help="samples of each digit")
     parser.add_argument("--folder", type=Path, default=ASSET, help="what `tim train` exported")
     args = parser.parse_args(argv)
