@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ..checks import check_floating, check_tokens, is_double
 from ..dispatch.backend import Op, choose
-from ..dispatch.operators import NO_TANGENT, Operator
+from ..dispatch.operators import NO_TANGENT, Operator, can_differentiate
 from ..dispatch.slices import each_slice
 from ..dispatch.torch_private import (
     constant_when_compiled,
@@ -24,7 +24,7 @@ from ..dispatch.torch_private import (
 from ..launch.plans import Plans, signature
 from ..launch.tuning import architecture
 from ..segments import Segments, packing, unpacked
-from . import packed, reference
+from . import backward, packed, reference
 
 
 def _triton():
@@ -39,15 +39,20 @@ ORDER: dict[int, tuple[str, ...]] = {}  # the fastest first, by architectures th
 HEAD_DIMS = range(8, 257, 8)  # of our kernel and of flash-attn
 
 
-def _jvp_fake(q, *_):
-    return q.new_empty(q.shape), q.new_empty(q.shape)
+def _jvp_fake(
+    q, k, v, tq, tk, tv, key_mask, cu, k_cu, max_length, k_max_length, scale=None,
+    is_causal=False, has_lse=False,
+):  # fmt: skip
+    lse = q.new_empty(backward.lse_shape(q), dtype=torch.float32) if has_lse else q.new_empty(0)
+    return q.new_empty(q.shape), q.new_empty(q.shape), lse
 
 
 jvp_op = Operator(
     OP,
     "attention_jvp(Tensor q, Tensor k, Tensor v, Tensor? tq, Tensor? tk, Tensor? tv, "
     "Tensor? key_mask, Tensor? cu_seqlens, Tensor? k_cu_seqlens, SymInt max_length, "
-    "SymInt k_max_length, float? scale=None, bool is_causal=False) -> (Tensor, Tensor)",
+    "SymInt k_max_length, float? scale=None, bool is_causal=False, bool has_lse=False) "
+    "-> (Tensor, Tensor, Tensor)",
     _jvp_fake,
 )
 
@@ -86,8 +91,10 @@ def attention(
     output and its tangent in one pass over the keys, in memory that grows with N, for float32,
     bfloat16 and float16 and one head_dim that is a multiple of 8 up to 256; any other goes to
     PyTorch's composite implementation, in memory that grows with N·M. That output has a gradient
-    as ever, by the plain attention made anew in backward; its tangent is a constant, and a request
-    to differentiate through it raises. `forward_mode` does the same for networks that call
+    as ever: from the log-sum-exp that the kernel keeps, by PyTorch's flash attention where plain
+    attention would be that or flash-attn 2, for float32 (B, N, …) by its efficient attention; else
+    by the plain attention made anew in backward. Its tangent is a constant, and a request to
+    differentiate through it raises. `forward_mode` does the same for networks that call
     PyTorch's scaled_dot_product_attention.
 
     Raises:
@@ -122,8 +129,7 @@ _checked = Plans()  # by signature
 
 def _plain_attention(q, k, v, segments, k_segments, key_mask, scale, is_causal) -> Tensor:
     is_flash = key_mask is None and _is_flash_ready(q, k, v)
-    if is_flash and is_causal:  # flash-attn counts from the last key
-        is_flash = q.shape[:-2] == k.shape[:-2] if segments is None else k_segments is None
+    is_flash = is_flash and _counts_alike(q, k, segments, k_segments, is_causal)
     name = _flash_name() if is_flash else None
     flash = sys.modules[name] if name else None
     if flash is None and segments is not None:
@@ -146,6 +152,13 @@ def _plain_attention(q, k, v, segments, k_segments, key_mask, scale, is_causal) 
     return out[0] if isinstance(out, tuple) else out  # flash-attn 4 adds the log-sum-exp
 
 
+def _counts_alike(q, k, segments, k_segments, is_causal) -> bool:
+    """Whether flash attention, which counts from the last key, masks as we do."""
+    if not is_causal:
+        return True
+    return q.shape[:-2] == k.shape[:-2] if segments is None else k_segments is None
+
+
 def _has_kernel(q: Tensor, v: Tensor) -> bool:
     """Whether our kernel makes the tangent."""
     if q.shape[-1] not in HEAD_DIMS or v.shape[-1] != q.shape[-1] or is_double(q):
@@ -162,39 +175,53 @@ def _dual_attention(duals, segments, k_segments, key_mask, scale, is_causal) -> 
     numbers = scale, is_causal
     cu, max_length = packing(segments, "q", primals[0])
     k_cu, k_max_length = packing(k_segments or segments, "k", primals[1])
-    out, tangent = jvp_op(
+    way = None
+    if key_mask is None and can_differentiate(primals) and torch.is_grad_enabled():
+        is_flash = _flash_name() in (None, "flash_attn") and _counts_alike(
+            *primals[:2], segments, k_segments, is_causal
+        )  # others have backwards of their own, which are faster
+        way = backward.way(*primals, segments is not None, is_causal, is_flash)
+    out, tangent, lse = jvp_op(
         *primals, *(dual.tangent for dual in duals), key_mask, cu, k_cu, max_length, k_max_length,
-        *numbers,
+        *numbers, way is not None,
     )  # fmt: skip
     k_cu, k_max_length = packing(k_segments, "k", primals[1])
     out = _Primal.apply(
-        out.detach(), *primals, key_mask, cu, k_cu, max_length, k_max_length, *numbers
-    )
+        out.detach(), lse.detach(), *primals, key_mask, cu, k_cu, max_length, k_max_length,
+        *numbers, way,
+    )  # fmt: skip
     return forward_ad.make_dual(out, tangent)
 
 
 class _Primal(torch.autograd.Function):
-    """`out` as it is, with the gradients of the plain attention that it is the value of."""
+    """`out` as it is, with the gradients of the plain attention that it is the value of: by `way`
+    of its log-sum-exp, or of the attention made anew."""
 
     @staticmethod
-    def forward(out, q, k, v, key_mask, cu, k_cu, *numbers):
+    def forward(out, lse, q, k, v, key_mask, cu, k_cu, *numbers):
         return out.view_as(out)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, q, k, v, key_mask, cu, k_cu, *ctx.numbers = inputs
-        ctx.save_for_backward(q, k, v, key_mask, cu, k_cu)
+        out, lse, q, k, v, key_mask, cu, k_cu, *ctx.numbers = inputs
+        kept = (None, None) if ctx.numbers[-1] is None else (out, lse)
+        ctx.save_for_backward(q, k, v, key_mask, cu, k_cu, *kept)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        *primals, key_mask, cu, k_cu = ctx.saved_tensors
-        *lengths, scale, is_causal = ctx.numbers
+        *primals, key_mask, cu, k_cu, out, lse = ctx.saved_tensors
+        *lengths, scale, is_causal, way = ctx.numbers
+        if way is not None:
+            gradients = backward.gradients(
+                way, dout, *primals, out, lse, cu, k_cu, *lengths, scale, is_causal
+            )
+            return None, None, *gradients, *(None,) * 8
         segments, k_segments = map(unpacked, (cu, k_cu), lengths, primals[:2])
         leaves = [x.detach().requires_grad_() for x in primals]
         with torch.enable_grad():
             out = _plain_attention(*leaves, segments, k_segments, key_mask, scale, is_causal)
-        return None, *torch.autograd.grad(out, leaves, dout), *(None,) * 7
+        return None, None, *torch.autograd.grad(out, leaves, dout), *(None,) * 8
 
     @staticmethod
     def vmap(info, in_dims, *args):
