@@ -130,6 +130,7 @@ def test_nobody_pays_for_a_gradient_that_nobody_asks_for():
         return launches[0].arguments["lse_ptr"] is not None
 
     assert has_lse([*leaves, *given[3:]])
+    assert not has_lse(given)
     mask = torch.ones(1, 9, dtype=torch.bool, device=DEVICE)
     assert not has_lse([*leaves, *given[3:]], key_mask=mask)  # nothing would take it
     with torch.no_grad():

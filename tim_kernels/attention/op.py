@@ -12,10 +12,11 @@ from torch.autograd.function import once_differentiable
 
 from ..checks import check_floating, check_tokens, is_double
 from ..dispatch.backend import Op, choose
-from ..dispatch.operators import NO_TANGENT, Operator, can_differentiate
+from ..dispatch.operators import NO_TANGENT, Operator
 from ..dispatch.slices import each_slice
 from ..dispatch.torch_private import (
     constant_when_compiled,
+    has_graph,
     has_tangent,
     is_forward_mode,
     is_mapped,
@@ -176,7 +177,7 @@ def _dual_attention(duals, segments, k_segments, key_mask, scale, is_causal) -> 
     cu, max_length = packing(segments, "q", primals[0])
     k_cu, k_max_length = packing(k_segments or segments, "k", primals[1])
     way = None
-    if key_mask is None and can_differentiate(primals) and torch.is_grad_enabled():
+    if key_mask is None and has_graph(primals):
         is_flash = _flash_name() in (None, "flash_attn") and _counts_alike(
             *primals[:2], segments, k_segments, is_causal
         )  # others have backwards of their own, which are faster
