@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.static.launches import record_launches
 from tim_kernels import Segments, attention
-from tim_kernels.attention import backward, op
+from tim_kernels.attention import backward, choice, op
 from tim_kernels.dispatch.backend import use_backend
+from tim_kernels.names import ATTENTIONS
 
 CU, K_CU = [0, 0, 70, 71, 80], [0, 3, 40, 41, 120]  # the first has keys and no query
 
@@ -261,10 +262,12 @@ def test_which_way():
     assert way(device="cpu", M=0) is None
 
 
-def test_a_package_with_a_faster_backward_runs_again(monkeypatch):
-    given, seen = inputs(9, head_dim=8), []
-    monkeypatch.setattr(backward, "way", lambda *args: seen.append(args[-1]))
-    for name in (None, "flash_attn", "flash_attn_interface"):
-        with patch.object(op, "_flash_name", lambda name=name: name):
-            dual(attention, [*(x.clone().requires_grad_() for x in given[:3]), *given[3:]])
-    assert seen == [True, True, False]
+def test_a_kernel_with_a_faster_backward_runs_again(monkeypatch):
+    q = torch.empty(1, dtype=torch.bfloat16)
+    gpu = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"))
+    found = {}
+    for name in ATTENTIONS[1:]:
+        monkeypatch.setattr(choice, "chosen", lambda name=name: name)
+        found[name] = op._is_pytorch_s_flash([gpu])
+        assert op._is_pytorch_s_flash([q])  # a CPU has no choice
+    assert {name for name in found if found[name]} == {"native", "flash", "flash_attn"}

@@ -1,10 +1,5 @@
 """Attention: a choice among the kernels others keep well; its tangent is our own."""
 
-import functools
-import importlib
-import importlib.util
-import sys
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -15,7 +10,6 @@ from ..dispatch.backend import Op, choose
 from ..dispatch.operators import NO_TANGENT, Operator
 from ..dispatch.slices import each_slice
 from ..dispatch.torch_private import (
-    constant_when_compiled,
     has_graph,
     has_tangent,
     is_forward_mode,
@@ -23,9 +17,8 @@ from ..dispatch.torch_private import (
     is_transformed,
 )
 from ..launch.plans import Plans, signature
-from ..launch.tuning import architecture
 from ..segments import Segments, packing, unpacked
-from . import backward, packed, reference
+from . import backward, choice, packed, reference
 
 
 def _triton():
@@ -35,8 +28,6 @@ def _triton():
 
 
 OP = Op("attention", _triton)
-NEWEST = "flash_attn.cute", "flash_attn_interface", "flash_attn"  # flash-attn 4, 3 and 2
-ORDER: dict[int, tuple[str, ...]] = {}  # the fastest first, by architectures that were timed
 HEAD_DIMS = range(8, 257, 8)  # of our kernel and of flash-attn
 
 
@@ -82,11 +73,11 @@ def attention(
         is_causal: query i attends to the keys 0 … i of its sample, also where N ≠ M.
 
     Runs flash-attn where it is installed and can (CUDA, bfloat16 or float16, no key_mask, one
-    head_dim; if causal, the queries' lengths are the keys'), else PyTorch's
-    scaled_dot_product_attention; of packed tokens PyTorch's varlen_attn where flash-attn could
-    run, else a sequence after the other, or padded to the longest where the lengths are not known
-    on the host (torch.compile, meta tensors, `Segments` with a `total` on a GPU). No mask grows
-    with T². Returns q's shape with v's head_dim, and q's dtype.
+    head_dim; if causal, the queries' lengths are the keys'), or what `set_attention` chose, else
+    PyTorch's scaled_dot_product_attention; of packed tokens flash-attn alike, PyTorch's varlen_attn
+    where flash-attn could run, else a sequence after the other, or padded to the longest where the
+    lengths are not known on the host (torch.compile, meta tensors, `Segments` with a `total` on a
+    GPU). No mask grows with T². Returns q's shape with v's head_dim, and q's dtype.
 
     Under forward mode (torch.func.jvp, torch.autograd.forward_ad) our Triton kernel makes the
     output and its tangent in one pass over the keys, in memory that grows with N, for float32,
@@ -131,13 +122,16 @@ _checked = Plans()  # by signature
 def _plain_attention(q, k, v, segments, k_segments, key_mask, scale, is_causal) -> Tensor:
     is_flash = key_mask is None and _is_flash_ready(q, k, v)
     is_flash = is_flash and _counts_alike(q, k, segments, k_segments, is_causal)
-    name = _flash_name() if is_flash else None
-    flash = sys.modules[name] if name else None
+    name = choice.chosen() if is_flash else "native"
+    flash = choice.package(name)
     if flash is None and segments is not None:
         return packed.attention(
             q, k, v, segments, k_segments, scale=scale, is_causal=is_causal, has_flash=is_flash
         )
     if flash is None:
+        out = choice.by_itself(name, q, k, v, scale, is_causal)
+        if out is not None:
+            return out
         return reference.attention(q, k, v, key_mask, scale=scale, is_causal=is_causal)
     options = {} if scale is None else dict(softmax_scale=scale)
     if is_causal:
@@ -160,6 +154,14 @@ def _counts_alike(q, k, segments, k_segments, is_causal) -> bool:
     return q.shape[:-2] == k.shape[:-2] if segments is None else k_segments is None
 
 
+def _is_pytorch_s_flash(tensors) -> bool:
+    """Whether the backward of plain attention is PyTorch's flash attention, or flash-attn 2, which
+    has the same kernels; the others have their own, which are faster."""
+    half = tensors[0].dtype in (torch.bfloat16, torch.float16)
+    is_gpu = tensors[0].device.type == "cuda"
+    return not (half and is_gpu) or choice.chosen() in ("native", "flash", "flash_attn")
+
+
 def _has_kernel(q: Tensor, v: Tensor) -> bool:
     """Whether our kernel makes the tangent."""
     if q.shape[-1] not in HEAD_DIMS or v.shape[-1] != q.shape[-1] or is_double(q):
@@ -178,9 +180,9 @@ def _dual_attention(duals, segments, k_segments, key_mask, scale, is_causal) -> 
     k_cu, k_max_length = packing(k_segments or segments, "k", primals[1])
     way = None
     if key_mask is None and has_graph(primals):
-        is_flash = _flash_name() in (None, "flash_attn") and _counts_alike(
+        is_flash = _is_pytorch_s_flash(primals) and _counts_alike(
             *primals[:2], segments, k_segments, is_causal
-        )  # others have backwards of their own, which are faster
+        )
         way = backward.way(*primals, segments is not None, is_causal, is_flash)
     out, tangent, lse = jvp_op(
         *primals, *(dual.tangent for dual in duals), key_mask, cu, k_cu, max_length, k_max_length,
@@ -227,35 +229,6 @@ class _Primal(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *args):
         return each_slice(_Primal.apply, info, in_dims, *args)
-
-
-def order() -> tuple[tuple[str, ...], str]:
-    """Modules of flash-attn, the one to take first, and why in that order."""
-    own = architecture(torch.device("cuda")) if torch.cuda.is_available() else None
-    if own in ORDER:
-        return ORDER[own], f"the fastest, as timed on sm_{own}"
-    return NEWEST, "the newest, as nobody has timed them on this GPU"
-
-
-@functools.cache
-def flash_attention():
-    """The first flash-attn of `order` that is importable; None without one."""
-    for name in order()[0]:
-        try:
-            if importlib.util.find_spec(name) is None:
-                continue
-            module = importlib.import_module(name)
-        except ImportError:
-            continue
-        if hasattr(module, "flash_attn_func") and hasattr(module, "flash_attn_varlen_func"):
-            return module
-    return None
-
-
-@constant_when_compiled
-def _flash_name() -> str | None:
-    flash = flash_attention()
-    return flash and flash.__name__
 
 
 def _is_flash_ready(*tensors: Tensor) -> bool:
