@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tim_kernels.attention import op
+from tim_kernels.attention import choice, op
 
 ROOT = Path(__file__).parents[2]
 PRELUDE = """
@@ -105,7 +105,8 @@ def test_half_precision_is_one_graph_on_a_gpu(monkeypatch, version):
     module = types.ModuleType("flash_of_the_test")
     module.flash_attn_func = flash_attn_func
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(op, "flash_attention", lambda: module if version else None)
+    monkeypatch.setattr(choice, "chosen", lambda: module.__name__ if version else "native")
+    monkeypatch.setattr(choice, "NEWEST", (module.__name__,))
     monkeypatch.setattr(op, "_is_flash_ready", lambda *_: True)
     torch._dynamo.reset()  # the answer is fixed when it traces
     q, k, v = torch.randn(3, 2, 5, 2, 16).bfloat16()
