@@ -21,7 +21,8 @@ TINY = dict(
     num_classes=5, z_dim=6, projector_dim=10, lora_hidden_size=8,
 )  # fmt: skip
 CLASS, TEXT = {}, dict(cap_feat_dim=7)
-OF_CLASS = {"attn.qkv", "attn.proj", "mlp.fc2"}
+OF_MLP = {"mlp.fc1_g", "mlp.fc1_x", "mlp.fc2"}
+OF_CLASS = {"attn.qkv", "attn.proj"} | OF_MLP
 OF_TEXT = OF_CLASS | {"cross_attn.q", "cross_attn.proj"}
 
 
@@ -134,13 +135,13 @@ class OwnAttention(type(network().blocks[0].attn)):
 
 
 def _frozen(block):
-    for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc2):
-        layer.bias.requires_grad_(False)
+    for name in OF_CLASS:
+        block.get_submodule(name).bias.requires_grad_(False)
 
 
 def _without(block):
-    for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc2):
-        layer.bias = None
+    for name in OF_CLASS:
+        block.get_submodule(name).bias = None
 
 
 def _adapted(block):
@@ -165,9 +166,9 @@ def _other_norm(block):
 
 
 OTHERS = {
-    _frozen: set(), _without: set(), _adapted: {"attn.proj"}, _hooked: set(),
-    _hooked_gate: {"attn.qkv", "attn.proj"}, _of_own_class: {"mlp.fc2"},
-    _other_norm: {"attn.proj", "mlp.fc2"},
+    _frozen: set(), _without: set(), _adapted: {"attn.proj", "mlp.fc1_g", "mlp.fc1_x"},
+    _hooked: set(), _hooked_gate: {"attn.qkv", "attn.proj"}, _of_own_class: OF_MLP,
+    _other_norm: {"attn.proj"} | OF_MLP,
 }  # fmt: skip
 
 

@@ -27,19 +27,38 @@ def eager_packed(x):
     return eager(*x.chunk(2, dim=-1))
 
 
-FORMS = {"two": eager, "packed": eager_packed}
+def eager_biased(gate, value, gate_bias, value_bias):
+    return eager(gate + gate_bias.to(gate.dtype), value + value_bias.to(value.dtype))
+
+
+def eager_packed_biased(x, gate_bias, value_bias):
+    return eager_biased(*x.chunk(2, dim=-1), gate_bias, value_bias)
+
+
+def packed_biased(x, gate_bias, value_bias):
+    return swiglu(x, None, gate_bias, value_bias)
+
+
+FORMS = {
+    "two": eager, "packed": eager_packed, "two, biased": eager_biased,
+    "packed, biased": eager_packed_biased,
+}  # fmt: skip
+PLAIN = ("two", "packed")
 
 
 def problem(form, shape=(2, 3), C=None, dtype=torch.float32, value_dtype=None):
     """Tensors of `shape`, or of `shape` and C columns."""
     if C is not None:
         shape = (*shape, C)
-    if form == "packed":
+    if form.startswith("packed"):
         inputs = [3 * noise(*shape[:-1], 2 * shape[-1], dtype=dtype, device=DEVICE)]
     else:
         value = noise(*shape, seed=1, dtype=value_dtype or dtype, device=DEVICE)
         inputs = [3 * noise(*shape, dtype=dtype, device=DEVICE), value]
-    return Problem(swiglu, FORMS[form], inputs)
+    if form in PLAIN:
+        return Problem(swiglu, FORMS[form], inputs)
+    inputs += [noise(shape[-1], seed=s, dtype=dtype, device=DEVICE) for s in (2, 3)]
+    return Problem(swiglu if form.startswith("two") else packed_biased, FORMS[form], inputs)
 
 
 class TestSwiGLU(Contract):
@@ -72,6 +91,12 @@ class TestSwiGLU(Contract):
         yield op.backward_op, (value[:, :12], gate, None)
         yield op.forward_op.jvp, (gate, value, value, None)
         yield op.forward_op.jvp, (gate, None, value, None)
+        bias = value[0]
+        yield op.biased_op, with_gradients(gate, value, bias, None)
+        yield op.biased_op, with_gradients(gate, None, None, bias[:12])
+        yield op.biased_backward_op, (value, gate, value, bias, None)
+        yield op.biased_backward_op, (value[:, :12], gate, None, bias[:12], bias[12:])
+        yield op.biased_op.jvp, (gate, value, bias, None, None, value, bias, None)
 
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (1, 1), (5, 384), (1, 1, 9), (2, 3, 4, 5), (33, 64)])
@@ -98,15 +123,31 @@ def test_halves_of_one_tensor_are_read_in_place(C):
 def test_strided_gradient():
     """A cotangent that is one row for all tokens, as that of a sum over them."""
     for form in FORMS:
-        (leaf, *rest) = problem(form, (4, 96)).inputs
+        fused, _, (leaf, *rest) = problem(form, (4, 96))
         leaf.requires_grad_()
         with use_backend(BACKEND):
-            broadcast = torch.autograd.grad(swiglu(leaf, *rest).sum(0).sum(), leaf)[0]
-            dense = torch.autograd.grad(swiglu(leaf, *rest), leaf, torch.ones(4, 96).to(leaf))[0]
+            broadcast = torch.autograd.grad(fused(leaf, *rest).sum(0).sum(), leaf)[0]
+            dense = torch.autograd.grad(fused(leaf, *rest), leaf, torch.ones(4, 96).to(leaf))[0]
         assert torch.equal(broadcast, dense)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("C, rows", [(96, 300), (600, 150), (1100, 140)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_of_many_tokens_over_several_programs(dtype, C, rows):
+    gate, value, *biases = problem("two, biased", (rows,), C, dtype).inputs
+    dout = noise(rows, C, seed=9, dtype=dtype, device=DEVICE)
+    leaves = [bias.requires_grad_() for bias in biases]
+    with use_backend(BACKEND):
+        ours = torch.autograd.grad(swiglu(gate, value, *biases), leaves, dout)
+    wide = [x.detach().double() for x in (gate, value, *biases)]
+    wide_leaves = [bias.requires_grad_() for bias in wide[2:]]
+    expected = torch.autograd.grad(swiglu(*wide), wide_leaves, dout.double())
+    for sums, truth in zip(ours, expected, strict=True):  # one rounding, of the sum in float32
+        rounding = torch.finfo(dtype).eps
+        torch.testing.assert_close(sums.double(), truth, rtol=rounding, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", PLAIN)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_infinity_and_overflow(form, dtype):
     special = torch.tensor([0.0, -0.0, 1e-4, 9.0, -9.0, 3e4, -3e4, 65504.0, -65504.0, torch.nan])
@@ -134,6 +175,8 @@ def test_float16_gate_neither_overflows_nor_underflows_early():
         ((torch.ones(4), torch.ones(4).bool()), "value must be floating-point"),
         ((torch.tensor(1.0),), "got a scalar"),
         ((torch.ones(4), torch.ones(4, device="meta")), "value must be on cpu"),
+        ((torch.ones(2, 4), None, torch.ones(4)), r"gate_bias must be \(2,\), got \(4,\)"),
+        ((torch.ones(4), torch.ones(4), None, torch.ones(1)), r"value_bias must be \(4,\)"),
     ],
 )
 def test_refusals(args, message):

@@ -104,22 +104,25 @@ def beside_path(linear: nn.Module, x: Tensor) -> Tensor:
 
 def swiglu_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
     """fc2(silu(fc1_g(x))·fc1_x(x))."""
-    return mlp.fc2(_hidden(mlp, x))
+    return mlp.fc2(swiglu(mlp.fc1_g(x), mlp.fc1_x(x)))
 
 
 def swiglu_branch(mlp: nn.Module, x: Tensor, paths: bool) -> tuple[Tensor, Tensor | None]:
     """mlp(x), and if there may be `paths` that of its last bias, for whoever adds it to the
     residual."""
-    is_ours = paths and computes(mlp, swiglu_mlp) and all(map(is_quiet, mlp.children()))
-    path = bias_path(mlp.fc2) if is_ours else None
-    if path is None:
+    if not (paths and computes(mlp, swiglu_mlp) and all(map(is_quiet, mlp.children()))):
         return mlp(x), None
-    branch = beside_path(mlp.fc2, _hidden(mlp, x))
-    return branch, path.to(branch.dtype)
+    (gate, of_gate), (value, of_value) = _with_path(mlp.fc1_g, x), _with_path(mlp.fc1_x, x)
+    return _with_path(mlp.fc2, swiglu(gate, value, of_gate, of_value))
 
 
-def _hidden(mlp: nn.Module, x: Tensor) -> Tensor:
-    return swiglu(mlp.fc1_g(x), mlp.fc1_x(x))
+def _with_path(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """linear(x), and what a kernel is to add to it."""
+    path = bias_path(linear)
+    if path is None:
+        return linear(x), None
+    out = beside_path(linear, x)
+    return out, path.to(out.dtype)
 
 
 def embed_time(embedder: nn.Module, t: Tensor) -> Tensor:

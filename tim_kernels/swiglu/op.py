@@ -1,9 +1,10 @@
 """SwiGLU's elementwise half: operators, derivatives and public function."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_floating, is_double
+from ..checks import check_channels, check_floating, is_double
 from ..dispatch.backend import Op
 from ..dispatch.operators import Operator
 from . import cuda, reference
@@ -18,7 +19,7 @@ def _triton():
 OP = Op("swiglu", _triton, cuda)
 
 
-def _output(gate, value):
+def _output(gate, value, *_):
     width = gate.shape[-1] if value is not None else gate.shape[-1] // 2
     return gate.new_empty((*gate.shape[:-1], width))
 
@@ -28,11 +29,27 @@ def _backward_fake(dout, gate, value):
     return gate.new_empty(gate.shape), dvalue
 
 
+def _biased_backward_fake(dout, gate, value, gate_bias, value_bias):
+    sums = gate.new_empty((2, dout.shape[-1]), dtype=torch.float32)
+    return *_backward_fake(dout, gate, value), sums
+
+
 forward_op = Operator(OP, "swiglu(Tensor gate, Tensor? value) -> Tensor", _output)
 backward_op = Operator(
     OP,
     "swiglu_backward(Tensor dout, Tensor gate, Tensor? value) -> (Tensor, Tensor)",
     _backward_fake,
+)
+biased_op = Operator(
+    OP,
+    "swiglu_biased(Tensor gate, Tensor? value, Tensor? gate_bias, Tensor? value_bias) -> Tensor",
+    _output,
+)
+biased_backward_op = Operator(
+    OP,
+    "swiglu_biased_backward(Tensor dout, Tensor gate, Tensor? value, Tensor? gate_bias, "
+    "Tensor? value_bias) -> (Tensor, Tensor, Tensor)",
+    _biased_backward_fake,
 )
 
 
@@ -43,7 +60,18 @@ def _vjp(args, needs, dout):
     return dgate, None if args[1] is None else dvalue
 
 
-def _check(gate: Tensor, value: Tensor | None) -> bool:
+def _biased_vjp(args, needs, dout):
+    if dout is None:
+        return None, None, None, None
+    dgate, dvalue, sums = biased_backward_op(dout, *args)
+    of_biases = (
+        None if bias is None else total.to(bias.dtype)
+        for total, bias in zip(sums.unbind(0), args[2:], strict=True)
+    )
+    return dgate, None if args[1] is None else dvalue, *of_biases
+
+
+def _check(gate: Tensor, value: Tensor | None, *biases: Tensor | None) -> bool:
     for name, x in (("gate", gate), ("value", value)):
         if x is not None:
             check_floating(name, x)
@@ -60,6 +88,9 @@ def _check(gate: Tensor, value: Tensor | None) -> bool:
         )
     elif value.device != gate.device:
         raise ValueError(f"value must be on {gate.device} like gate, got {value.device}")
+    for name, bias in zip(("gate_bias", "value_bias"), biases, strict=False):
+        if bias is not None:
+            check_channels(name, bias, _output(gate, value).shape[-1], gate)
     return is_double(gate, value)
 
 
@@ -73,16 +104,25 @@ def _on_cpu(gate, value):
 
 
 _call = forward_op.differentiable(2, _check, reference.swiglu, _vjp, _on_cpu)
+_biased_call = biased_op.differentiable(4, _check, reference.swiglu, _biased_vjp)
 
 
-def swiglu(gate: Tensor, value: Tensor | None = None) -> Tensor:
-    """silu(gate)·value, the elementwise half of SwiGLU (arXiv 2002.05202, equation 5).
+def swiglu(
+    gate: Tensor,
+    value: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
+) -> Tensor:
+    """silu(gate + gate_bias)·(value + value_bias), the elementwise half of SwiGLU (arXiv
+    2002.05202, equation 5).
 
     Args:
         gate, value: (…, C), any leading shape; float32, bfloat16 or float16 in any mix. Halves
             of one (…, 2C) tensor are read where they are.
         value: None says that gate is the packed (…, 2C) = [gate | value], the output of one GEMM
             for both projections; its gradient is then one packed tensor too.
+        gate_bias, value_bias: (C,), any floating dtype; None adds nothing. Their gradients, sums
+            over tokens, are taken in the pass that makes those of gate and value.
 
     Returns (…, C) in gate's dtype; computed in float32 and rounded once. float64 runs on the
     reference.
@@ -95,4 +135,6 @@ def swiglu(gate: Tensor, value: Tensor | None = None) -> Tensor:
         >>> swiglu(both).shape
         torch.Size([2, 16, 256])
     """
-    return _call(gate, value)
+    if gate_bias is None and value_bias is None:
+        return _call(gate, value)
+    return _biased_call(gate, value, gate_bias, value_bias)
