@@ -132,6 +132,8 @@ def calls(
     yield Call("swiglu", ops.swiglu, (make(*tokens, 2 * hidden),), eager.packed_swiglu)
     if grids:
         return
+    both, biases = [make(*tokens, hidden) for _ in range(2)], [make(hidden) for _ in range(2)]
+    yield Call("swiglu with biases", ops.swiglu, (*both, *biases))
 
     yield Call("attention", ops.attention, qkv.unbind(-3), eager.attention)
 
