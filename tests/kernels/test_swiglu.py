@@ -46,7 +46,7 @@ FORMS = {
 PLAIN = ("two", "packed")
 
 
-def problem(form, shape=(2, 3), C=None, dtype=torch.float32, value_dtype=None):
+def problem(form, shape=(2, 3), C=None, dtype=torch.float32, value_dtype=None, bias_dtype=None):
     """Tensors of `shape`, or of `shape` and C columns."""
     if C is not None:
         shape = (*shape, C)
@@ -57,7 +57,8 @@ def problem(form, shape=(2, 3), C=None, dtype=torch.float32, value_dtype=None):
         inputs = [3 * noise(*shape, dtype=dtype, device=DEVICE), value]
     if form in PLAIN:
         return Problem(swiglu, FORMS[form], inputs)
-    inputs += [noise(shape[-1], seed=s, dtype=dtype, device=DEVICE) for s in (2, 3)]
+    bias_dtype = bias_dtype or dtype
+    inputs += [noise(shape[-1], seed=s, dtype=bias_dtype, device=DEVICE) for s in (2, 3)]
     return Problem(swiglu if form.startswith("two") else packed_biased, FORMS[form], inputs)
 
 
@@ -67,6 +68,8 @@ class TestSwiGLU(Contract):
         *over(form=FORMS, dtype=[*DTYPES], C=[*WIDTHS, 576, 2048, 3072]),
         dict(form="two", shape=(3, 5), C=96, dtype=torch.bfloat16, value_dtype=torch.float32),
         dict(form="two", shape=(3, 5), C=96, dtype=torch.float32, value_dtype=torch.float16),
+        dict(form="two, biased", C=96, dtype=torch.bfloat16, bias_dtype=torch.float32),
+        dict(form="packed, biased", C=100, dtype=torch.float16, bias_dtype=torch.bfloat16),
     ]
     on_cpu = over(form=FORMS, dtype=[*DTYPES], C=1152)
     empty = over(form=FORMS, shape=[(0,), (0, 8), (2, 0, 8), (0, 3, 8)])
@@ -129,6 +132,18 @@ def test_strided_gradient():
             broadcast = torch.autograd.grad(fused(leaf, *rest).sum(0).sum(), leaf)[0]
             dense = torch.autograd.grad(fused(leaf, *rest), leaf, torch.ones(4, 96).to(leaf))[0]
         assert torch.equal(broadcast, dense)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_bias_alone(which):
+    gate, value, *biases = problem("two, biased", (5,), 96).inputs
+    dout, zero = noise(5, 96, seed=9, device=DEVICE), torch.zeros(96, device=DEVICE)
+    given = [bias.requires_grad_() if i == which else None for i, bias in enumerate(biases)]
+    both = [zero if bias is None else bias for bias in given]
+    with use_backend(BACKEND):
+        outs = [swiglu(gate, value, *each) for each in (given, both)]
+        sums = [torch.autograd.grad(out, biases[which], dout)[0] for out in outs]
+    assert torch.equal(*outs) and torch.equal(*sums)
 
 
 @pytest.mark.parametrize("C, rows", [(96, 300), (600, 150), (1100, 140)])
