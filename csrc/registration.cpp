@@ -18,12 +18,8 @@ TIM_DEFINE(library) {
       "swiglu_backward(Tensor dout, Tensor gate, Tensor value, Tensor(a!) dgate, "
       "Tensor(b!) dvalue) -> ()");
   library.def(
-      "swiglu_biased_forward(Tensor gate, Tensor value, Tensor? gate_bias, Tensor? value_bias, "
-      "Tensor(a!) out) -> ()");
-  library.def(
-      "swiglu_biased_backward(Tensor dout, Tensor gate, Tensor value, Tensor? gate_bias, "
-      "Tensor? value_bias, Tensor(a!) dgate, Tensor(b!) dvalue, Tensor(c!) partial, "
-      "int tokens_per_block) -> ()");
+      "swiglu_summed_backward(Tensor dout, Tensor gate, Tensor value, Tensor(a!) dgate, "
+      "Tensor(b!) dvalue, Tensor(c!) partial, int tokens_per_block) -> ()");
 
   library.def(
       "qk_norm_rope_forward(Tensor q, Tensor? k, Tensor? q_weight, Tensor? q_bias, "

@@ -16,9 +16,9 @@
 // e by one multiplication and one ex2, right to 4e-7 where |g| ≤ 10: they round a thousand times
 // coarser.
 //
-// Gate and value may have a bias (C,) each, of a dtype S. Their gradients are sums over tokens:
-// backward then gives a thread 8 channels of all its block's tokens, two at a time, and the sums
-// stay in its registers, without a barrier. Sums over blocks are torch.sum's.
+// What sums gradients over tokens besides, for the biases of gate and value, gives a thread 8
+// channels of all its block's tokens, two at a time: the sums stay in its registers, without a
+// barrier. Sums over blocks are torch.sum's.
 #include <algorithm>
 
 #include "tensors.h"
@@ -100,42 +100,6 @@ __global__ void __launch_bounds__(THREADS) swiglu_forward_kernel(
   }
 }
 
-// x = W channels of raw, and of a bias if there is one.
-template <int W, typename T, typename S>
-__device__ __forceinline__ void widen(const Raw<W, T>& raw, const S* bias, float (&x)[W]) {
-  raw.widen(x);
-  if (bias == nullptr) return;
-  float more[W];
-  load(bias, more);
-#pragma unroll
-  for (int i = 0; i < W; i++) x[i] += more[i];
-}
-
-template <typename S>
-__device__ __forceinline__ const S* at(const S* bias, int column) {
-  return bias == nullptr ? nullptr : bias + column;
-}
-
-template <int W, typename T, typename S>
-__global__ void __launch_bounds__(THREADS) swiglu_biased_forward_kernel(
-    Tokens<const T> gate, Tokens<const T> value, const S* gate_bias, const S* value_bias,
-    Tokens<T> out, unsigned units, unsigned units_per_token) {
-  const Units<W, FORWARD_UNITS> here(units, units_per_token);
-  Raw<W, T> g_raw[FORWARD_UNITS], v_raw[FORWARD_UNITS];
-  here.load(gate, g_raw);
-  here.load(value, v_raw);
-#pragma unroll
-  for (int j = 0; j < FORWARD_UNITS; j++) {
-    if (!here.is_there[j]) continue;
-    float g[W], v[W];
-    widen(g_raw[j], at(gate_bias, here.column[j]), g);
-    widen(v_raw[j], at(value_bias, here.column[j]), v);
-#pragma unroll
-    for (int i = 0; i < W; i++) v[i] *= g[i] * Sigmoid<T>(g[i]).of;
-    store(out.at(0, here.token[j]) + here.column[j], v);
-  }
-}
-
 // g and v become their gradients.
 template <typename T, int W>
 __device__ __forceinline__ void differentiate(const float (&d)[W], float (&g)[W], float (&v)[W]) {
@@ -171,11 +135,11 @@ __global__ void __launch_bounds__(THREADS) swiglu_backward_kernel(
 }
 
 // `partial` is (2, blocks that do not share tokens, C): sums of dgate and of dvalue.
-template <int W, typename T, typename S>
-__global__ void __launch_bounds__(THREADS) swiglu_biased_backward_kernel(
-    Tokens<const T> dout, Tokens<const T> gate, Tokens<const T> value, const S* gate_bias,
-    const S* value_bias, Tokens<T> dgate, Tokens<T> dvalue, float* partial, int64_t tokens,
-    int64_t tokens_per_block, unsigned columns, int C) {
+template <int W, typename T>
+__global__ void __launch_bounds__(THREADS) swiglu_summed_backward_kernel(
+    Tokens<const T> dout, Tokens<const T> gate, Tokens<const T> value, Tokens<T> dgate,
+    Tokens<T> dvalue, float* partial, int64_t tokens, int64_t tokens_per_block, unsigned columns,
+    int C) {
   constexpr int N = BACKWARD_UNITS;
   const int64_t share = blockIdx.x / columns, shares = gridDim.x / columns;
   const int64_t begin = share * tokens_per_block;
@@ -197,8 +161,8 @@ __global__ void __launch_bounds__(THREADS) swiglu_biased_backward_kernel(
       if (first + j >= end) continue;
       float d[W], g[W], v[W];
       d_raw[j].widen(d);
-      widen(g_raw[j], at(gate_bias, column), g);
-      widen(v_raw[j], at(value_bias, column), v);
+      g_raw[j].widen(g);
+      v_raw[j].widen(v);
       differentiate<T>(d, g, v);
 #pragma unroll
       for (int i = 0; i < W; i++) g_sum[i] += g[i], v_sum[i] += v[i];
@@ -265,55 +229,24 @@ void backward(Tensor dout, Tensor gate, Tensor value, Tensor dgate, Tensor dvalu
   });
 }
 
-ScalarType dtype_of(const Maybe& gate_bias, const Maybe& value_bias, ScalarType otherwise) {
-  if (gate_bias.has_value()) return gate_bias->scalar_type();
-  return value_bias.has_value() ? value_bias->scalar_type() : otherwise;
-}
-
-void biased_forward(Tensor gate, Tensor value, Maybe gate_bias, Maybe value_bias, Tensor out) {
-  const int64_t N = out.size(0), C = out.size(1);
-  const Stream stream(out);
-  const auto dtype = out.scalar_type();
-  with_dtypes(dtype, dtype_of(gate_bias, value_bias, dtype), [&](auto type, auto other) {
-    using T = typename decltype(type)::type;
-    using S = const typename decltype(other)::type;
-    const auto g = tokens<const T>(gate, true), v = tokens<const T>(value, true);
-    const auto o = tokens<T>(out, true);
-    S *gb = pointer<S>(gate_bias), *vb = pointer<S>(value_bias);
-    const auto run = [&](auto width) {
-      constexpr int W = width;
-      over_slices(N, C / W, FORWARD_UNITS, [&](int64_t first, unsigned units, int64_t blocks) {
-        launch(
-            stream, swiglu_biased_forward_kernel<W, T, std::remove_const_t<S>>, blocks, THREADS, 0,
-            skip(g, first), skip(v, first), gb, vb, skip(o, first), units, C / W);
-      });
-    };
-    with_width(C, run, g, v, o, gb, vb);
-  });
-}
-
-void biased_backward(
-    Tensor dout, Tensor gate, Tensor value, Maybe gate_bias, Maybe value_bias, Tensor dgate,
-    Tensor dvalue, Tensor partial, int64_t tokens_per_block) {
+void summed_backward(
+    Tensor dout, Tensor gate, Tensor value, Tensor dgate, Tensor dvalue, Tensor partial,
+    int64_t tokens_per_block) {
   const int64_t N = dgate.size(0), C = dgate.size(1);
   const Stream stream(dgate);
-  const auto dtype = dgate.scalar_type();
-  with_dtypes(dtype, dtype_of(gate_bias, value_bias, dtype), [&](auto type, auto other) {
+  with_dtype(dgate.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    using S = const typename decltype(other)::type;
     const auto d = tokens<const T>(dout, true), g = tokens<const T>(gate, true);
     const auto v = tokens<const T>(value, true);
     const auto dg = tokens<T>(dgate, true), dv = tokens<T>(dvalue, true);
-    S *gb = pointer<S>(gate_bias), *vb = pointer<S>(value_bias);
     const auto run = [&](auto width) {
       constexpr int W = width;
       const int64_t columns = (C / W + THREADS - 1) / THREADS;
       launch(
-          stream, swiglu_biased_backward_kernel<W, T, std::remove_const_t<S>>,
-          partial.size(1) * columns, THREADS, 0, d, g, v, gb, vb, dg, dv, pointer<float>(partial),
-          N, tokens_per_block, columns, C);
+          stream, swiglu_summed_backward_kernel<W, T>, partial.size(1) * columns, THREADS, 0, d, g,
+          v, dg, dv, pointer<float>(partial), N, tokens_per_block, columns, C);
     };
-    with_width(C, run, d, g, v, dg, dv, gb, vb);
+    with_width(C, run, d, g, v, dg, dv);
   });
 }
 
@@ -323,6 +256,5 @@ void biased_backward(
 TIM_IMPLEMENT(library) {
   library.impl("swiglu_forward", TORCH_BOX(&tim::forward));
   library.impl("swiglu_backward", TORCH_BOX(&tim::backward));
-  library.impl("swiglu_biased_forward", TORCH_BOX(&tim::biased_forward));
-  library.impl("swiglu_biased_backward", TORCH_BOX(&tim::biased_backward));
+  library.impl("swiglu_summed_backward", TORCH_BOX(&tim::summed_backward));
 }

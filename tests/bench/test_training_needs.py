@@ -36,9 +36,8 @@ def test_published_presets(preset):
     assert {"b-256": 136, "t2i": 873}.get(preset, 672) == pytest.approx(slow.parameters, abs=1)
 
 
-@pytest.mark.parametrize("name, most", [("c2i-xl", 13.4), ("t2i-xl", 14.8)])
+@pytest.mark.parametrize("name, most", [("c2i-xl", 1.5), ("t2i-xl", 2.9)])
 def test_kernels_sum_the_gradients_of_biases(name, most):
-    """Sums of their own would read those of qkv, proj and fc2, and of the q and proj that attend to
-    text, again."""
+    """Sums of their own would read 10.3·C of bfloat16 a token again, or 12.3·C with a text."""
     by_name = block_totals(BUDGETS[name], "fused", "training", GPUS["H100"], by="name")
     assert by_name["sum"].bytes / BUDGETS[name].tokens / 1e3 < most

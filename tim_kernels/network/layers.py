@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..checks import FLOATS
 from ..dispatch.backend import choose
 from ..dispatch.torch_private import has_global_hooks
-from ..swiglu.op import swiglu
+from ..swiglu.op import swiglu, swiglu_with_paths
 from ..time_pair_embedding.op import TimeMLP, time_embedding
 
 PLAIN = {nn.Parameter, Tensor, type(None)}
@@ -113,7 +113,7 @@ def swiglu_branch(mlp: nn.Module, x: Tensor, paths: bool) -> tuple[Tensor, Tenso
     if not (paths and computes(mlp, swiglu_mlp) and all(map(is_quiet, mlp.children()))):
         return mlp(x), None
     (gate, of_gate), (value, of_value) = _with_path(mlp.fc1_g, x), _with_path(mlp.fc1_x, x)
-    return _with_path(mlp.fc2, swiglu(gate, value, of_gate, of_value))
+    return _with_path(mlp.fc2, swiglu_with_paths(gate, value, of_gate, of_value))
 
 
 def _with_path(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:

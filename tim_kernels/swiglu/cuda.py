@@ -9,10 +9,10 @@ from ..dispatch import extension
 from ..launch.calls import Made, Out
 from ..launch.dense import call, made_as, one_dtype, read_as
 from ..launch.shares import MOST, multiprocessors, share_of
-from ..launch.views import view_matrix, view_vectors
+from ..launch.views import view_matrix
 
 THREADS, TOKENS, CHUNK = 128, 2, 8  # as in csrc/swiglu.cu and common.cuh
-BACKWARD_BLOCKS = 5  # that a multiprocessor holds, with biases
+SUMMED_BLOCKS = 6  # that a multiprocessor holds
 
 
 def _matrix(copy=None, half: int | None = None):
@@ -26,47 +26,32 @@ def _matrix(copy=None, half: int | None = None):
     return change
 
 
-def _read(args: tuple, gate: int, dtype: torch.dtype) -> list:
+def _read(args: tuple, gate: int) -> list:
     """gate, argument `gate`, and value as (rows, C), after whatever comes before them."""
-    *before, gate_, value = read_as(dtype, args, view_matrix(args, *range(gate + 2)))
-    if args[gate + 1] is None:
-        halves = [gate_._replace(change=_matrix(gate_.change, half)) for half in (0, 1)]
+    dtype, is_packed = one_dtype(*args), args[gate + 1] is None
+    *before, gate, value = read_as(dtype, args, view_matrix(args, *range(len(args))))
+    if is_packed:
+        halves = [gate._replace(change=_matrix(gate.change, half)) for half in (0, 1)]
     else:
-        halves = [view._replace(change=_matrix(view.change)) for view in (gate_, value)]
+        halves = [view._replace(change=_matrix(view.change)) for view in (gate, value)]
     return [*(view._replace(change=_matrix(view.change)) for view in before), *halves]
-
-
-def _read_biases(args: tuple, dtype: torch.dtype) -> list:
-    """The last two arguments, in that dtype if both are, else in float32."""
-    biases = len(args) - 2, len(args) - 1
-    is_same = one_dtype(*(args[i] for i in biases)) == dtype
-    return read_as(dtype if is_same else torch.float32, args, view_vectors(args, *biases))
-
-
-def _shape(gate: Tensor, value: Tensor | None) -> tuple[int, ...]:
-    C = gate.shape[-1] if value is not None else gate.shape[-1] // 2
-    return *gate.shape[:-1], C
 
 
 def forward(*args):
     """silu(gate)·value; value None says that gate is packed."""
-    dtype = one_dtype(*args)
-    made = Made(_shape(*args), dtype, returned=args[0].dtype)
-    return call(
-        extension.ops().swiglu_forward, (*_read(args, 0, dtype), Out(0, (), _matrix())), (made,),
-        args, is_empty=0 in made.shape,
-    )  # fmt: skip
+    gate, value = args[:2]
+    made = Made(_shape(gate, value), one_dtype(gate, value), returned=gate.dtype)
+    arguments = *_read(args[:2], 0), Out(0, (), _matrix())
+    is_empty = 0 in made.shape
+    return call(extension.ops().swiglu_forward, arguments, (made,), args, is_empty=is_empty)
 
 
-def biased(*args):
-    """silu(gate + gate_bias)·(value + value_bias)."""
-    dtype = one_dtype(*args[:2])
-    made = Made(_shape(*args[:2]), dtype, returned=args[0].dtype)
-    return call(
-        extension.ops().swiglu_biased_forward,
-        (*_read(args, 0, dtype), *_read_biases(args, dtype), Out(0, (), _matrix())), (made,), args,
-        is_empty=0 in made.shape,
-    )  # fmt: skip
+summed = forward  # the paths are not read
+
+
+def _shape(gate: Tensor, value: Tensor | None) -> tuple[int, ...]:
+    """The output's."""
+    return *gate.shape[:-1], gate.shape[-1] if value is not None else gate.shape[-1] // 2
 
 
 def _outputs(value: Tensor | None) -> tuple[Out, Out]:
@@ -81,23 +66,23 @@ def backward(*args):
     _, gate, value = args
     dtype = one_dtype(*args)
     return call(
-        extension.ops().swiglu_backward, (*_read(args, 1, dtype), *_outputs(value)),
+        extension.ops().swiglu_backward, (*_read(args, 1), *_outputs(value)),
         (made_as(dtype, gate), made_as(dtype, value)), args, is_empty=gate.numel() == 0,
     )  # fmt: skip
 
 
-def biased_backward(*args):
+def summed_backward(*args):
     """As `backward`, and the sums of dgate and dvalue over tokens, float32 (2, C)."""
-    _, gate, value, *_ = args
-    dtype = one_dtype(*args[:3])
+    _, gate, value = args
+    dtype = one_dtype(*args)
     *_, C = shape = _shape(gate, value)
     rows, columns = math.prod(shape[:-1]), max(1, -(-C // (THREADS * CHUNK)))
-    resident = max(1, BACKWARD_BLOCKS * multiprocessors(gate.device) // columns)
+    resident = max(1, SUMMED_BLOCKS * multiprocessors(gate.device) // columns)
     share = share_of(1, rows, resident, MOST, TOKENS)
+    sums = Made((2, -(-rows // share), C), torch.float32)
     return call(
-        extension.ops().swiglu_biased_backward,
-        (*_read(args, 1, dtype), *_read_biases(args, dtype), *_outputs(value), Out(2), share),
-        (made_as(dtype, gate), made_as(dtype, value),
-         Made((2, -(-rows // share), C), torch.float32)), args,
+        extension.ops().swiglu_summed_backward,
+        (*_read(args, 1), *_outputs(value), Out(2), share),
+        (made_as(dtype, gate), made_as(dtype, value), sums), args,
         finish=lambda *made: (*made[:2], made[2].sum(1)), is_empty=gate.numel() == 0,
     )  # fmt: skip

@@ -29,7 +29,7 @@ def _backward_fake(dout, gate, value):
     return gate.new_empty(gate.shape), dvalue
 
 
-def _biased_backward_fake(dout, gate, value, gate_bias, value_bias):
+def _summed_backward_fake(dout, gate, value):
     sums = gate.new_empty((2, dout.shape[-1]), dtype=torch.float32)
     return *_backward_fake(dout, gate, value), sums
 
@@ -40,16 +40,15 @@ backward_op = Operator(
     "swiglu_backward(Tensor dout, Tensor gate, Tensor? value) -> (Tensor, Tensor)",
     _backward_fake,
 )
-biased_op = Operator(
+summed_op = Operator(
     OP,
-    "swiglu_biased(Tensor gate, Tensor? value, Tensor? gate_bias, Tensor? value_bias) -> Tensor",
+    "swiglu_summed(Tensor gate, Tensor? value, Tensor? gate_path, Tensor? value_path) -> Tensor",
     _output,
 )
-biased_backward_op = Operator(
+summed_backward_op = Operator(
     OP,
-    "swiglu_biased_backward(Tensor dout, Tensor gate, Tensor? value, Tensor? gate_bias, "
-    "Tensor? value_bias) -> (Tensor, Tensor, Tensor)",
-    _biased_backward_fake,
+    "swiglu_summed_backward(Tensor dout, Tensor gate, Tensor? value) -> (Tensor, Tensor, Tensor)",
+    _summed_backward_fake,
 )
 
 
@@ -60,18 +59,19 @@ def _vjp(args, needs, dout):
     return dgate, None if args[1] is None else dvalue
 
 
-def _biased_vjp(args, needs, dout):
+def _summed_vjp(args, needs, dout):
+    gate, value, *paths = args
     if dout is None:
         return None, None, None, None
-    dgate, dvalue, sums = biased_backward_op(dout, *args)
-    of_biases = (
-        None if bias is None else total.to(bias.dtype)
-        for total, bias in zip(sums.unbind(0), args[2:], strict=True)
+    dgate, dvalue, sums = summed_backward_op(dout, gate, value)
+    of_paths = (
+        None if path is None else total.to(path.dtype)
+        for total, path in zip(sums.unbind(0), paths, strict=True)
     )
-    return dgate, None if args[1] is None else dvalue, *of_biases
+    return dgate, None if value is None else dvalue, *of_paths
 
 
-def _check(gate: Tensor, value: Tensor | None, *biases: Tensor | None) -> bool:
+def _check(gate: Tensor, value: Tensor | None, *paths: Tensor | None) -> bool:
     for name, x in (("gate", gate), ("value", value)):
         if x is not None:
             check_floating(name, x)
@@ -88,9 +88,9 @@ def _check(gate: Tensor, value: Tensor | None, *biases: Tensor | None) -> bool:
         )
     elif value.device != gate.device:
         raise ValueError(f"value must be on {gate.device} like gate, got {value.device}")
-    for name, bias in zip(("gate_bias", "value_bias"), biases, strict=False):
-        if bias is not None:
-            check_channels(name, bias, _output(gate, value).shape[-1], gate)
+    for name, path in zip(("gate_path", "value_path"), paths, strict=False):
+        if path is not None:
+            check_channels(name, path, _output(gate, value).shape[-1], gate)
     return is_double(gate, value)
 
 
@@ -104,25 +104,17 @@ def _on_cpu(gate, value):
 
 
 _call = forward_op.differentiable(2, _check, reference.swiglu, _vjp, _on_cpu)
-_biased_call = biased_op.differentiable(4, _check, reference.swiglu, _biased_vjp)
+_summed = summed_op.differentiable(4, _check, reference.swiglu_with_paths, _summed_vjp)
 
 
-def swiglu(
-    gate: Tensor,
-    value: Tensor | None = None,
-    gate_bias: Tensor | None = None,
-    value_bias: Tensor | None = None,
-) -> Tensor:
-    """silu(gate + gate_bias)·(value + value_bias), the elementwise half of SwiGLU (arXiv
-    2002.05202, equation 5).
+def swiglu(gate: Tensor, value: Tensor | None = None) -> Tensor:
+    """silu(gate)·value, the elementwise half of SwiGLU (arXiv 2002.05202, equation 5).
 
     Args:
         gate, value: (…, C), any leading shape; float32, bfloat16 or float16 in any mix. Halves
             of one (…, 2C) tensor are read where they are.
         value: None says that gate is the packed (…, 2C) = [gate | value], the output of one GEMM
             for both projections; its gradient is then one packed tensor too.
-        gate_bias, value_bias: (C,), any floating dtype; None adds nothing. Their gradients, sums
-            over tokens, are taken in the pass that makes those of gate and value.
 
     Returns (…, C) in gate's dtype; computed in float32 and rounded once. float64 runs on the
     reference.
@@ -135,6 +127,15 @@ def swiglu(
         >>> swiglu(both).shape
         torch.Size([2, 16, 256])
     """
-    if gate_bias is None and value_bias is None:
+    return _call(gate, value)
+
+
+def swiglu_with_paths(
+    gate: Tensor, value: Tensor | None, gate_path: Tensor | None, value_path: Tensor | None
+) -> Tensor:
+    """`swiglu(gate, value)`; gate_path and value_path are zeros (C,), which are not read. Their
+    gradients are what those of biases of gate and value would be, sums over tokens, taken in the
+    pass that makes those of gate and value."""
+    if gate_path is None and value_path is None:
         return _call(gate, value)
-    return _biased_call(gate, value, gate_bias, value_bias)
+    return _summed(gate, value, gate_path, value_path)

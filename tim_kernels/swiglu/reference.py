@@ -4,21 +4,23 @@ from torch import Tensor
 from ..checks import accumulation_dtype
 
 
-def swiglu(
-    gate: Tensor,
-    value: Tensor | None = None,
-    gate_bias: Tensor | None = None,
-    value_bias: Tensor | None = None,
-) -> Tensor:
-    """silu(gate + gate_bias)·(value + value_bias) (arXiv 2002.05202, equation 5).
+def swiglu(gate: Tensor, value: Tensor | None = None) -> Tensor:
+    """silu(gate)·value (arXiv 2002.05202, equation 5).
 
-    gate and value are (..., C); with value left out, gate is the packed (..., 2C) of both. The
-    biases are (C,). Returns (..., C) in gate's dtype.
+    gate and value are (..., C); with value left out, gate is the packed (..., 2C) of both.
+    Returns (..., C) in gate's dtype.
     """
     if value is None:
         gate, value = gate.chunk(2, dim=-1)
     dtype = accumulation_dtype(gate, value)
-    g, v = gate.to(dtype), value.to(dtype)
-    g = g if gate_bias is None else g + gate_bias.to(dtype)
-    v = v if value_bias is None else v + value_bias.to(dtype)
-    return (F.silu(g) * v).to(gate.dtype)
+    return (F.silu(gate.to(dtype)) * value.to(dtype)).to(gate.dtype)
+
+
+def swiglu_with_paths(
+    gate: Tensor, value: Tensor | None, gate_path: Tensor | None, value_path: Tensor | None
+) -> Tensor:
+    """swiglu of gate and value with zeros (C,) added."""
+    if value is None:
+        gate, value = gate.chunk(2, dim=-1)
+    gate = gate if gate_path is None else gate + gate_path.to(gate.dtype)
+    return swiglu(gate, value if value_path is None else value + value_path.to(value.dtype))

@@ -6,8 +6,9 @@ very end. The width is a constant, so finding row and column costs a multiplicat
 compiler sees that 16 bytes never straddle a row whose width allows it. Inputs and gradients are
 reached by a row stride, which is all that tells a packed half from a tensor of its own.
 
-The backward of a call with biases sums over tokens besides: a program has COLUMNS of some tokens,
-ROWS at a time, and each thread keeps its sums in registers; sums over programs are torch.sum's.
+What sums gradients over tokens besides is a kernel of its own: a program has COLUMNS of some
+tokens, ROWS at a time, and each thread keeps its sums in registers; sums over programs are
+torch.sum's.
 
 In the kernels g is gate, v value, d gradients, t tangents.
 """
@@ -52,15 +53,6 @@ def _load(ptr, stride, row, column, is_row, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _load_bias(ptr, column, is_there):
-    """Of a vector (C,), zero if ptr is None."""
-    if ptr is None:
-        return 0.0
-    else:
-        return tl.load(ptr + column, mask=is_there, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _silu(g):
     """silu(g) = g·σ(g) and its derivative σ(g)·(1 + g·(1 − σ(g)))."""
     s = tl.sigmoid(g)
@@ -69,13 +61,13 @@ def _silu(g):
 
 @kernel
 def _swiglu_forward_kernel(
-    rows, g_ptr, g_stride, v_ptr, v_stride, g_bias_ptr, v_bias_ptr, out_ptr, out_stride,
+    rows, g_ptr, g_stride, v_ptr, v_stride, out_ptr, out_stride,
     C: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     row, column = _locate(C, BLOCK)
     is_row = row < rows
-    g = _load(g_ptr, g_stride, row, column, is_row, ALIGN) + _load_bias(g_bias_ptr, column, is_row)
-    v = _load(v_ptr, v_stride, row, column, is_row, ALIGN) + _load_bias(v_bias_ptr, column, is_row)
+    g = _load(g_ptr, g_stride, row, column, is_row, ALIGN)
+    v = _load(v_ptr, v_stride, row, column, is_row, ALIGN)
     y, _ = _silu(g)
     tl.store(out_ptr + row * out_stride * ALIGN + column, y * v, mask=is_row)
 
@@ -97,14 +89,12 @@ def _swiglu_backward_kernel(
 
 
 @kernel
-def _swiglu_biased_backward_kernel(
+def _swiglu_summed_backward_kernel(
     rows, rows_per_program, d_ptr, d_stride, g_ptr, g_stride, v_ptr, v_stride,
-    g_bias_ptr, v_bias_ptr, dg_ptr, dg_stride, dv_ptr, dv_stride, partial_ptr,
+    dg_ptr, dg_stride, dv_ptr, dv_stride, partial_ptr,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    g_bias = _load_bias(g_bias_ptr, column, column < C)
-    v_bias = _load_bias(v_bias_ptr, column, column < C)
     start = tl.program_id(0).to(tl.int64) * rows_per_program
     stop = min(start + rows_per_program, rows)
     g_sum, v_sum = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -114,8 +104,8 @@ def _swiglu_biased_backward_kernel(
         d = _load(d_ptr, d_stride, row, column, is_there, ALIGN)
         g = _load(g_ptr, g_stride, row, column, is_there, ALIGN)
         v = _load(v_ptr, v_stride, row, column, is_there, ALIGN)
-        y, slope = _silu(g + g_bias)
-        dg, dv = d * (v + v_bias) * slope, d * y
+        y, slope = _silu(g)
+        dg, dv = d * v * slope, d * y
         g_sum, v_sum = g_sum + dg, v_sum + dv
         tl.store(dg_ptr + row * dg_stride * ALIGN + column, dg, mask=is_there)
         tl.store(dv_ptr + row * dv_stride * ALIGN + column, dv, mask=is_there)
@@ -128,19 +118,20 @@ def _swiglu_biased_backward_kernel(
 
 @kernel
 def _swiglu_jvp_kernel(
-    rows, g_ptr, g_stride, v_ptr, v_stride, g_bias_ptr, v_bias_ptr,
-    tg_ptr, tg_stride, tv_ptr, tv_stride, tg_bias_ptr, tv_bias_ptr, out_ptr, out_stride,
+    rows, g_ptr, g_stride, v_ptr, v_stride, tg_ptr, tg_stride, tv_ptr, tv_stride,
+    tg_path_ptr, tv_path_ptr, out_ptr, out_stride,
     C: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     row, column = _locate(C, BLOCK)
     is_row = row < rows
-    g = _load(g_ptr, g_stride, row, column, is_row, ALIGN) + _load_bias(g_bias_ptr, column, is_row)
-    v = _load(v_ptr, v_stride, row, column, is_row, ALIGN) + _load_bias(v_bias_ptr, column, is_row)
+    g = _load(g_ptr, g_stride, row, column, is_row, ALIGN)
+    v = _load(v_ptr, v_stride, row, column, is_row, ALIGN)
     tg = _load(tg_ptr, tg_stride, row, column, is_row, ALIGN)
     tv = _load(tv_ptr, tv_stride, row, column, is_row, ALIGN)
-    tg, tv = (
-        tg + _load_bias(tg_bias_ptr, column, is_row), tv + _load_bias(tv_bias_ptr, column, is_row)
-    )  # fmt: skip
+    if tg_path_ptr is not None:
+        tg += tl.load(tg_path_ptr + column, mask=is_row, other=0.0).to(tl.float32)
+    if tv_path_ptr is not None:
+        tv += tl.load(tv_path_ptr + column, mask=is_row, other=0.0).to(tl.float32)
     y, slope = _silu(g)
     tl.store(out_ptr + row * out_stride * ALIGN + column, tg * slope * v + y * tv, mask=is_row)
 
@@ -165,24 +156,18 @@ def _grid(gate: Tensor, value: Tensor | None) -> tuple[int, int, int, dict[str, 
     return C, rows, triton.cdiv(rows * C, block), dict(C=C, BLOCK=block, num_warps=num_warps)
 
 
-def _forward(args: tuple, biases):
+def forward(*args):
+    """silu(gate)·value; value None says that gate is packed."""
     gate, value = args[:2]
     C, rows, programs, constants = _grid(gate, value)
     return launch(
         _swiglu_forward_kernel, (programs,),
-        (rows, *_halves(args, 0, 1, C, value is None), *biases, Out(0, (C,))),
+        (rows, *_halves(args, 0, 1, C, value is None), Out(0, (C,))),
         (Made((*gate.shape[:-1], C), gate.dtype),), args, units=UNITS, **constants,
     )  # fmt: skip
 
 
-def forward(*args):
-    """silu(gate)·value; value None says that gate is packed."""
-    return _forward(args, (None, None))
-
-
-def biased(*args):
-    """silu(gate + gate_bias)·(value + value_bias)."""
-    return _forward(args, view_vectors(args, 2, 3))
+summed = forward  # the paths are not read
 
 
 def _outputs(gate: Tensor, value: Tensor | None, C: int) -> tuple[Out, Out]:
@@ -203,9 +188,9 @@ def backward(*args):
     )  # fmt: skip
 
 
-def biased_backward(*args):
+def summed_backward(*args):
     """As `backward`, and the sums of dgate and dvalue over tokens, float32 (2, C)."""
-    _, gate, value, *_ = args
+    _, gate, value = args
     C, rows, _, _ = _grid(gate, value)
     elements, num_warps = tuned("swiglu", gate.device)
     width = min(COLUMNS, triton.next_power_of_2(max(1, C)))
@@ -214,32 +199,31 @@ def biased_backward(*args):
     share = share_of(1, rows, max(1, resident), MOST, step)
     programs = triton.cdiv(rows, share)
     return launch(
-        _swiglu_biased_backward_kernel, (programs, columns),
+        _swiglu_summed_backward_kernel, (programs, columns),
         (rows, share, *view_matrix(args, 0), *_halves(args, 1, 2, C, value is None),
-         *view_vectors(args, 3, 4), *_outputs(gate, value, C), Out(2)),
+         *_outputs(gate, value, C), Out(2)),
         (like(gate), like(value), Made((2, programs, C), torch.float32)), args,
         finish=lambda *made: (*made[:2], made[2].sum(1)), units=UNITS,
         C=C, ROWS=step, COLUMNS=width, num_warps=num_warps,
     )  # fmt: skip
 
 
-def _jvp(args: tuple, tangent: int, biases, tangents_of_biases):
-    """Of gate's tangent, argument `tangent`, value's after it, and the biases'."""
+def _jvp(args: tuple, tangent: int, of_paths):
+    """Of gate's tangent, argument `tangent`, value's after it, and the paths'."""
     gate, value = args[:2]
     C, rows, programs, constants = _grid(gate, value)
-    of_primal = *_halves(args, 0, 1, C, value is None), *biases
-    of_tangent = *_halves(args, tangent, tangent + 1, C, value is None), *tangents_of_biases
+    primal, tangents = (_halves(args, i, i + 1, C, value is None) for i in (0, tangent))
     return launch(
-        _swiglu_jvp_kernel, (programs,), (rows, *of_primal, *of_tangent, Out(0, (C,))),
+        _swiglu_jvp_kernel, (programs,), (rows, *primal, *tangents, *of_paths, Out(0, (C,))),
         (Made((*gate.shape[:-1], C), gate.dtype),), args, units=UNITS, **constants,
     )  # fmt: skip
 
 
 def jvp(*args):
     """The tangent of silu(gate)·value; a tangent that is None is zero."""
-    return _jvp(args, 2, (None, None), (None, None))
+    return _jvp(args, 2, (None, None))
 
 
-def biased_jvp(*args):
-    """The tangent of silu(gate + gate_bias)·(value + value_bias)."""
-    return _jvp(args, 4, view_vectors(args, 2, 3), view_vectors(args, 6, 7))
+def summed_jvp(*args):
+    """The same with tangents of the paths."""
+    return _jvp(args, 4, view_vectors(args, 6, 7))
