@@ -5,6 +5,7 @@
 traffic     launches, bytes, FLOPs and roofline times; needs no GPU
 training    memory and roofline of training a preset, by GPU; needs no GPU
 resources   registers, spills and 16-byte accesses of the compiled kernels; needs no GPU
+spills      which tiles of float32 attention spill, by architecture; needs no GPU
 cpu         every op and whole networks against PyTorch's own on this CPU, by turns
 host        what a call of an op costs the host; needs no GPU
 packed      pictures of many sizes: packed, padded and one by one; needs no GPU
@@ -27,6 +28,8 @@ def main() -> None:
             from .static.training import main as run
         case "resources":
             from .static.resources import main as run
+        case "spills":
+            from .static.spills import main as run
         case "cpu":
             from .compare.cpu import main as run
         case "host":

@@ -20,7 +20,9 @@ from triton.knobs import nvidia
 
 from .launches import Launch
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 90, 100)  # of data centres
+CONSUMER = (86, 89, 120)
+ALL = tuple(sorted(ARCHITECTURES + CONSUMER))
 TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",

@@ -58,7 +58,7 @@ def test_what_the_resource_report_leaves_out():
 bf16, options = torch.bfloat16, dict(is_causal=True, group=2)
 cases = [(architecture, *of) for architecture in ARCHITECTURES
          for of in ((128, bf16, {}), (72, torch.float32, {}), (72, bf16, options))]
-cases += [(90, 128, bf16, options), (90, 256, bf16, {})]
+cases += [(90, 128, bf16, options), (90, 256, bf16, {}), (120, 72, torch.float32, {})]
 for architecture, head_dim, dtype, options in cases:
     with tuning.as_architecture(architecture):
         resources = compile_launch(launch(head_dim, dtype=dtype, **options), architecture)
@@ -66,7 +66,7 @@ for architecture, head_dim, dtype, options in cases:
     assert not resources.is_trap and resources.wide_loads, (architecture, head_dim, dtype)
 print(len(cases))
 """)
-    assert found == 11
+    assert found == 12
 
 
 def test_the_tiles_of_data_centres_fit_consumer_gpus():
