@@ -10,7 +10,7 @@ from eager import EagerTiM, randomise
 from parity import BACKEND, DERIVATIVE, DEVICE, DTYPES, assert_as_accurate
 from torch import nn
 
-from tim_kernels import accelerate, use_backend
+from tim_kernels import accelerate, pack, unpack, use_backend
 from tim_kernels.network import blocks, forward, layers
 
 pytest.importorskip("diffusers", reason="tim.models needs diffusers")
@@ -239,3 +239,36 @@ def test_an_accelerated_model_has_them_too(paths):
     assert names(model, paths) == OF_CLASS
     for name, gradient in expected.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("kind", [CLASS, TEXT], ids=["class", "text"])
+def test_packed_pictures_have_the_gradients_of_padded_ones(kind, paths):
+    model = network(**kind)
+    x, *others = args = arguments(model)
+    _, expected = gradients(model, args)
+    tokens, packing = pack(x, 2)
+    paths.clear()
+    model.zero_grad()
+    with use_backend(BACKEND):
+        out = torch.stack(unpack(model(tokens, *others, packing=packing), packing))
+        g = torch.Generator().manual_seed(7)
+        out.backward(torch.randn(out.shape, generator=g).to(out))
+    assert names(model, paths) == (OF_TEXT if kind else OF_CLASS)
+    for name, gradient in expected.items():
+        ours = model.get_parameter(name).grad
+        torch.testing.assert_close(ours, gradient, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_under_autocast(paths, monkeypatch):
+    model = network()
+    args = arguments(model)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out, ours = gradients(model, args)
+        assert names(model, paths) == OF_CLASS
+        monkeypatch.setattr(forward, "are_paths_shorter", lambda device: False)
+        without, expected = gradients(model, args)
+    assert torch.equal(out, without)
+    for name, gradient in expected.items():
+        assert ours[name].dtype == torch.float32
+        error = (ours[name] - gradient).norm() / gradient.norm()
+        assert error < (2e-2 if name.endswith("bias") else 1e-6), name

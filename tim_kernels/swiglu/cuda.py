@@ -12,7 +12,7 @@ from ..launch.shares import MOST, multiprocessors, share_of
 from ..launch.views import view_matrix
 
 THREADS, TOKENS, CHUNK = 128, 2, 8  # as in csrc/swiglu.cu and common.cuh
-SUMMED_BLOCKS = 6  # that a multiprocessor holds
+SUMMED_BLOCKS = 7  # that a multiprocessor holds
 
 
 def _matrix(copy=None, half: int | None = None):
