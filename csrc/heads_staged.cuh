@@ -8,7 +8,6 @@
 
 namespace tim {
 
-constexpr int STAGED_WARPS = 8;    // of a block, at most
 constexpr int STAGED_TOKENS = 32;  // whose angles a block has at a time
 
 // N neighbouring channels in shared memory, which one lane reads and writes in accesses of WIDTH
@@ -83,7 +82,9 @@ struct Row {
       for (int i = 0; i < COPIES; i++)
         if (i * WARP < left) f(i, i * WARP * WIDE);
     } else {
+      lane = opaque(lane);  // nothing of this is kept for later
       const int first = lane / A_HEAD * D + lane % A_HEAD * WIDE;
+#pragma unroll 1
       for (int i = 0; i * WARP < left; i++) {
         const int copy = lane + i * WARP;
         f(i, copy / A_HEAD * head_stride + copy % A_HEAD * WIDE - first);
@@ -107,9 +108,10 @@ struct Row {
 };
 
 // The shape of a block's work: `columns` blocks share their tokens, each with `heads` heads a side
-// of one side or, where there is one column, of `sides`. `warps` warps have one token of a side.
+// of one side or, where there is one column, of all: `sides`. `warps` warps have one token of a
+// side.
 struct Staged {
-  int H, sides, columns, heads, warps, slots;
+  int H, all_sides, sides, columns, heads, warps, slots;
   float eps;
 
   __host__ __device__ __forceinline__ int groups() const { return sides * warps; }
@@ -124,8 +126,8 @@ struct Own {
   int heads, left;  // copies from the lane's first on
   bool is_k;
 
-  __device__ __forceinline__ explicit Own(const Staged& layout) {
-    const int warp = threadIdx.x / WARP, column = blockIdx.x % layout.columns;
+  __device__ __forceinline__ explicit Own(const Staged& layout, int warp = threadIdx.x / WARP) {
+    const int column = opaque(blockIdx.x) % layout.columns;
     lane = threadIdx.x % WARP;
     group = warp % layout.groups(), slot = warp / layout.groups();
     side = group / layout.warps;

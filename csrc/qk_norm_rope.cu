@@ -110,13 +110,14 @@ bool with_staged(int D, F f) {
 }
 
 // The work of a block, of a warp that has `heads` heads; no slots if it does not fit.
-Staged staged_of(const Layout& layout, int heads) {
+Staged staged_of(const Layout& layout, int heads, int warps) {
   Staged of;
   const bool is_alone = layout.columns == 1;
-  of.H = layout.H, of.sides = is_alone ? layout.sides : 1;
+  of.H = layout.H, of.all_sides = layout.sides;
+  of.sides = is_alone ? layout.sides : 1;
   of.columns = static_cast<int>(layout.columns), of.heads = is_alone ? layout.H : layout.heads;
   of.warps = (of.heads + heads - 1) / heads, of.eps = layout.eps;
-  of.slots = layout.H % of.heads == 0 ? STAGED_WARPS / of.groups() : 0;
+  of.slots = layout.H % of.heads == 0 ? warps / of.groups() : 0;
   while (STAGED_TOKENS % std::max(of.slots, 1)) of.slots--;  // so that warps meet
   return of;
 }
@@ -148,7 +149,7 @@ void forward(
         vectors_of(q_weight, k_weight), vectors_of(q_bias, k_bias), vectors_of(q_shift, k_shift)};
     const auto is_run = [&](auto dim, auto lanes) {
       using Tables = tim::Tables<Row<dim, lanes, T>, 2, FORWARD_TOKENS<T>>;
-      const Staged staged = staged_of(layout, WARP / lanes);
+      const Staged staged = staged_of(layout, WARP / lanes, FORWARD_WARPS);
       if (staged.slots == 0 || where.freq == nullptr) return false;
       if (!is_aligned(in.x) || !is_aligned(in.y)) return false;
       launch(
@@ -200,6 +201,19 @@ void backward(
         vectors_of(q_shift, k_shift, has_q),
         halves(shifts, shift_size),
         halves(affine, affine_size)};
+    const auto is_run = [&](auto dim, auto lanes) {
+      constexpr int LANES = sizeof(T) == 2 ? lanes : 2 * lanes;
+      using Row = tim::Row<dim, LANES, T>;
+      using Tables = tim::Tables<Row, BACKWARD_STAGES<Row>, 2>;
+      const Staged staged = staged_of(layout, WARP / LANES, BACKWARD_WARPS<T>);
+      if (staged.slots == 0 || where.freq == nullptr) return false;
+      if (!is_aligned(in.dy) || !is_aligned(in.x) || !is_aligned(in.dx)) return false;
+      launch(
+          stream, qk_norm_rope_backward_staged_kernel<dim, LANES, T>, blocks * layout.columns,
+          Tables::warps(staged) * WARP, Tables::size(staged), in, where, staged, grid);
+      return true;
+    };
+    if (with_staged(layout.D, is_run)) return;
     const bool is_fast = layout.D % CHUNK == 0 && is_aligned(in.dy) && is_aligned(in.x) &&
                          is_aligned(in.dx) && is_aligned(in.weight) && is_aligned(in.shift);
     run(stream,
