@@ -18,7 +18,7 @@ from ..ada_layer_norm.op import ada_layer_norm, gated_residual, gated_residual_a
 from ..attention.op import attention
 from ..qk_norm_rope.op import qk_norm_rope, qkv_norm_rope
 from ..segments import Segments, per_token
-from .layers import beside_path, bias_path, computes, is_plain, is_quiet, swiglu_branch
+from .layers import beside_path, bias_path, computes, is_plain, is_quiet, swiglu_branch, with_path
 
 
 class Rope(NamedTuple):
@@ -261,18 +261,11 @@ def cross_attention(
 
 def _cross_branch(attn: nn.Module, h: Tensor, text, rope: Rope, gate: Tensor) -> Pending:
     """What the cross-attention puts out, with the paths of the biases of q and proj."""
-    of_q = of_proj = None
-    if rope.paths and computes(attn, cross_attention):
-        of_q = bias_path(attn.q) if is_head_norm(attn.q_norm) else None
-        of_proj = bias_path(attn.proj)
-    if of_q is None and of_proj is None:
+    if not (rope.paths and computes(attn, cross_attention)):
         return Pending(attn(h, text, rope), gate)
-    q = attn.q(h) if of_q is None else beside_path(attn.q, h)
-    out = _attend_to_text(attn, q, of_q, text, rope)
-    if of_proj is None:
-        return Pending(attn.proj(out), gate)
-    out = beside_path(attn.proj, out)
-    return Pending(out, gate, of_proj.to(out.dtype))
+    q, shift = with_path(attn.q, h) if is_head_norm(attn.q_norm) else (attn.q(h), None)
+    out, path = with_path(attn.proj, _attend_to_text(attn, q, shift, text, rope))
+    return Pending(out, gate, path)
 
 
 def _attend_to_text(

@@ -112,11 +112,11 @@ def swiglu_branch(mlp: nn.Module, x: Tensor, paths: bool) -> tuple[Tensor, Tenso
     residual."""
     if not (paths and computes(mlp, swiglu_mlp) and all(map(is_quiet, mlp.children()))):
         return mlp(x), None
-    (gate, of_gate), (value, of_value) = _with_path(mlp.fc1_g, x), _with_path(mlp.fc1_x, x)
-    return _with_path(mlp.fc2, swiglu_with_paths(gate, value, of_gate, of_value))
+    (gate, of_gate), (value, of_value) = with_path(mlp.fc1_g, x), with_path(mlp.fc1_x, x)
+    return with_path(mlp.fc2, swiglu_with_paths(gate, value, of_gate, of_value))
 
 
-def _with_path(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def with_path(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """linear(x), and what a kernel is to add to it."""
     path = bias_path(linear)
     if path is None:
