@@ -25,9 +25,9 @@ constexpr int BACKWARD_BLOCKS = sizeof(T) == 2 ? 2 : 1;
 template <typename T>
 constexpr int FORWARD_TOKENS = sizeof(T) == 2 ? 2 : 1;
 
-// Tokens on their way to a warp, and the one it has.
+// Tokens on their way to a warp, and the one it has: two blocks fit into the 164 KB of sm_80.
 template <typename Row>
-constexpr int BACKWARD_STAGES = Row::BYTES <= 2560 ? 3 : 2;
+constexpr int BACKWARD_STAGES = Row::BYTES <= 2304 ? 3 : 2;
 
 template <int D, int LANES, typename T>
 __global__ void __launch_bounds__(FORWARD_WARPS* WARP, FORWARD_BLOCKS)
