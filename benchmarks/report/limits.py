@@ -26,7 +26,7 @@ from ..cases.calls import calls
 from ..record.table import Column, text
 from ..static import extension
 from ..static.cubin import ARCHITECTURES, Compiled, in_processes
-from ..static.launches import Launch, record_cuda, record_launches, through_launchers
+from ..static.launches import record_cuda, record_launches, through_launchers
 from ..static.sass import executed
 from ..tune import attention
 from ..tune.estimate import CHIPS, Reading, limits, read, reading, together
@@ -76,6 +76,11 @@ class Line(NamedTuple):
         return _relative(parts, "products")
 
     @property
+    def limit(self) -> str:
+        """What binds, or why nobody knows."""
+        return self.refusal or max(self.parts, key=self.parts.get)
+
+    @property
     def estimate(self) -> float:
         """In the unit of the aim."""
         slowdown = together(self.parts.values())
@@ -95,7 +100,7 @@ def lines(arch: int, goals: Sequence[Goal] = GOALS, processes: int = 1) -> Itera
     sources = {goal.kernel.partition(".")[0] for goal in goals if goal.backend == "cuda"}
     compiled = [] if missing or not sources else extension.read([arch], sources, processes)
     jobs = [(goal, arch) for goal in goals if goal.backend == "triton"]
-    of_triton = dict(zip((goal for goal, _ in jobs), in_processes(_read, jobs, processes)))
+    of_triton = {line.goal: line for line in in_processes(_read, jobs, processes)}
     for goal in goals:
         if goal.backend == "triton":
             yield of_triton[goal]
@@ -179,7 +184,7 @@ COLUMNS = (
     Column("estimate", lambda line: line.estimate if line.reading else None, "{:.0f}"),
     Column("aim", lambda line: line.goal.aim, "≥ {}"),
     Column("unit", lambda line: "TFLOP/s" if line.goal.call == "attention" else "% of copy"),
-    Column("limit", lambda line: line.refusal or max(line.parts, key=line.parts.get)),
+    Column("limit"),
 )  # fmt: skip
 
 
@@ -196,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         f"Estimates from compiled code for sm_{args.arch} as on {chip.name}, Triton "
         f"{triton.__version__}; nothing was timed. Limits are multiples\nof the time that memory "
-        f"takes ({chip.bandwidth / 1e12:.2f} TB/s), of attention the products; aims are an H100's.\n"
+        f"takes ({chip.bandwidth / 1e12:.2f} TB/s), of attention the products; aims are for an "
+        "H100.\n"
     )
     print(text(lines(args.arch, goals, args.processes), COLUMNS))

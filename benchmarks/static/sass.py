@@ -120,8 +120,7 @@ def _longest_way(code: Code, span: Span, trips: dict[Span, int]) -> Executed:
     for i in range(start, stop):
         if i not in length:  # nothing leads here
             continue
-        steps = [i + 1]
-        cost = length[i] + 1
+        steps, cost = [i + 1], length[i] + 1
         if i in ends:
             inner[i] = _longest_way(code, (i, ends[i]), trips)
             steps, cost = [ends[i]], length[i] + inner[i].instructions * trips[i, ends[i]]
@@ -149,7 +148,7 @@ def _longest_way(code: Code, span: Span, trips: dict[Span, int]) -> Executed:
 def _straight(code: list[tuple[str, str]]) -> Executed:
     barriers = rounds = wide = narrow = loaded = stored = lsu = mufu = fma = alu = double = 0
     coming: set[int] = set()  # registers that a load under way will write
-    is_copying = False  # to shared memory, by cp.async
+    is_copying = any(operation.startswith("LDGSTS") for operation, _ in code)  # by cp.async
     for operation, operands in code:
         name, *modifiers = operation.split(".")
         registers = [int(number) for number in REGISTER.findall(operands)]
@@ -165,7 +164,6 @@ def _straight(code: list[tuple[str, str]]) -> Executed:
             wide, narrow = wide + (size >= 16), narrow + (size < 16)
             is_load = name in ("LDG", "LDGSTS")
             loaded, stored = loaded + size * is_load, stored + size * (not is_load)
-            is_copying |= name == "LDGSTS"
             if name == "LDG":
                 coming.update(range(registers[0], registers[0] + -(-size // 4)))
         barriers += name == "BAR"
