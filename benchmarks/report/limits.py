@@ -171,6 +171,12 @@ def shape_of(goal: Goal, args: tuple) -> tuple[int | None, int, int]:
     return x.shape[0] * -(-x.shape[1] // share) * columns, -(-share // step), resident
 
 
+def _bytes_of_an_access(found: Reading | attention.Reading | None) -> float | None:
+    """To or from global memory, of each lane, on average."""
+    is_known = isinstance(found, Reading) and found.accesses
+    return (found.loaded + found.stored) / found.accesses if is_known else None
+
+
 def _part(name: str) -> Column:
     return Column(name, lambda line: line.parts.get(name) if line.reading else None, "{:.2f}")
 
@@ -178,6 +184,7 @@ def _part(name: str) -> Column:
 COLUMNS = (
     Column("kernel", "goal.kernel"), Column("backend", "goal.backend"),
     Column("regs", lambda line: line.reading and line.reading.registers, "{}"),
+    Column("B a lane", lambda line: _bytes_of_an_access(line.reading), "{:.0f}"),
     Column("KB in flight", lambda line: getattr(line.reading, "in_flight", 0) / 1e3 or None,
            "{:.0f}"),
     *map(_part, ("products", "loads", "issue", "latency", "lsu", "mufu", "fma", "alu", "double")),

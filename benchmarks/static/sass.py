@@ -14,13 +14,15 @@ INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)
 TARGET = re.compile(r"`\((\.\w+)\)")
 REGISTER = re.compile(r"\bR(\d+)\b")
 BYTES = {"128": 16, "256": 32, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}  # 4 without one
+LANE = 4  # bytes a clock: 32 load and store units, H100 white paper; 128 bytes of L1 a clock
 GLOBAL = {"LDG", "STG", "LDGSTS", "RED", "ATOMG"}
 SHARED = {"LDS", "STS", "LDSM", "STSM", "SHFL"}
 FMA = {"FFMA", "FADD", "FMUL", "FFMA2", "FADD2", "FMUL2"}  # the last three are two a lane
 ALU = {
     "IADD", "IADD3", "VIADD", "LOP3", "SHF", "LEA", "SEL", "FSEL", "ISETP", "FSETP", "FMNMX",
-    "IMNMX", "VIMNMX", "PRMT", "F2FP", "IABS", "MOV",
+    "FMNMX3", "IMNMX", "VIMNMX", "PRMT", "F2FP", "IABS", "MOV",
 }  # fmt: skip
+SPECIAL = {"MUFU", "F2F", "F2I", "I2F", "FRND"}  # the XU pipeline of Nsight Compute's guide
 DOUBLE = {"DFMA", "DADD", "DMUL", "DSETP"}
 
 
@@ -35,7 +37,7 @@ class Executed(NamedTuple):
     loaded: int = 0  # bytes a lane from global memory, and to it
     stored: int = 0
     lsu: float = 0  # clocks of the load and store units, which move 128 bytes or 32 lanes each
-    mufu: int = 0  # instructions of the special function units, and so on
+    mufu: int = 0  # instructions of the special function units, conversions too, and so on
     fma: int = 0
     alu: int = 0
     double: int = 0
@@ -159,7 +161,7 @@ def _straight(code: list[tuple[str, str]]) -> Executed:
             rounds += 1 / (1 + int(left[1] if left else "0", 16))
         if name in GLOBAL | SHARED:
             size = _size(name, modifiers)
-            lsu += max(1, size / 4)
+            lsu += max(1, size / LANE)
         if name in GLOBAL:
             wide, narrow = wide + (size >= 16), narrow + (size < 16)
             is_load = name in ("LDG", "LDGSTS")
@@ -167,7 +169,7 @@ def _straight(code: list[tuple[str, str]]) -> Executed:
             if name == "LDG":
                 coming.update(range(registers[0], registers[0] + -(-size // 4)))
         barriers += name == "BAR"
-        mufu += name == "MUFU"
+        mufu += name in SPECIAL
         fma += (name in FMA) * (2 if name.endswith("2") else 1)
         alu += name in ALU
         double += name in DOUBLE

@@ -43,7 +43,9 @@ CHIPS = {
     90: Chip("H100 SXM", 132, 3.35e12, 1.7e9),
     100: Chip("B200", 148, 8.0e12, 1.8e9),
 }
-MUFU, ALU = 16, 64  # lanes likewise, of all three: rsqrt, exp2, …; integers, logic, comparisons
+MUFU = 16  # lanes likewise, of all three: rsqrt, exp2, …
+ALU = 64  # integers, logic, comparisons
+ISSUE = 4  # instructions: a multiprocessor has four schedulers, H100 white paper
 # What the model assumes of all of them, in round numbers:
 LATENCY = 700e-9  # seconds of a load from memory under load
 CACHED = 40  # clocks of one from the nearest cache
@@ -68,6 +70,7 @@ class Reading(NamedTuple):
     refusal: str | None = None  # why the GPU cannot run it
     loaded: int = 0  # bytes a lane from global memory, and to it
     stored: int = 0
+    accesses: int = 0  # of global memory
     lsu: float = 0  # clocks of the load and store units for each warp, then instructions
     mufu: int = 0
     fma: int = 0
@@ -114,7 +117,7 @@ def limits(reading: Reading, chip: Chip) -> Seconds:
         reading.alu * 32 / ALU, reading.double * 32 / chip.double,
     )  # fmt: skip
     units = (share * reading.warps * each / chip.clock for each in clocks)
-    issue = share * reading.warps * reading.instructions / 4 / chip.clock
+    issue = share * reading.warps * reading.instructions / ISSUE / chip.clock
     latency = max(1, share / reading.resident) * alone
     return Seconds(reading.bytes / chip.bandwidth, issue, latency, *units)
 
@@ -159,5 +162,5 @@ def reading(
         touched, programs, warps, resident,
         resources.registers, resources.spills, run.instructions, run.barriers, run.rounds,
         resources.wide_loads, refusal(resources, arch), run.loaded, run.stored,
-        run.lsu, run.mufu, run.fma, run.alu, run.double,
+        run.wide + run.narrow, run.lsu, run.mufu, run.fma, run.alu, run.double,
     )  # fmt: skip

@@ -40,6 +40,7 @@ COUNTED = sass(
     "IADD3 R0, R0, 0x1, RZ",
     "LOP3.LUT R0, R0, 0x1, RZ, 0xc0, !PT",
     "MUFU.RSQ R4, R4",
+    "F2F.BF16.F32 R4, R4",
     "DFMA R4, R4, R4, R4",
     "STG.E.U8 desc[UR4][R2.64], R4",
     "STG.E desc[UR4][R2.64], R4",
@@ -49,11 +50,11 @@ COUNTED = sass(
 
 def test_counted_by_hand():
     run = executed(COUNTED, trips=1)
-    assert run.instructions == 15 and run.rounds == 1  # of three loads, all under way
+    assert run.instructions == 16 and run.rounds == 1  # of three loads, all under way
     assert (run.wide, run.narrow) == (1, 4)
     assert (run.loaded, run.stored) == (16 + 8 + 2, 1 + 4)
     assert run.lsu == (4 + 2 + 1) + (4 + 1) + (1 + 1)  # 128 bytes or 32 lanes a clock
-    assert (run.fma, run.alu, run.mufu, run.double) == (2, 2, 1, 1)
+    assert (run.fma, run.alu, run.mufu, run.double) == (2, 2, 2, 1)
 
 
 WAYS = sass(
@@ -122,6 +123,7 @@ def test_narrow_accesses_are_estimated_slower():
         found = [kernel(size, is_ahead=is_ahead) for size in (16, 8, 4, 2)]
         seconds = [estimated(each) for each in found]
         assert seconds == sorted(set(seconds))
+        assert [(each.loaded + each.stored) / each.accesses for each in found] == [16, 8, 4, 2]
         assert found[-1].rounds == (1 if is_ahead else 16)
     assert seconds[-1] > 2 * seconds[0]  # and too few bytes in flight
     assert limits(kernel(2), H100).lsu == pytest.approx(2 * limits(kernel(4), H100).lsu)
