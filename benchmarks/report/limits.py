@@ -36,8 +36,7 @@ ADA, QK = "gated_residual_ada_layer_norm", "qk_norm_rope of packed qkv"
 
 
 class Goal(NamedTuple):
-    """A kernel as a call launches it in a direction; the aim is a share of a copy's speed, in
-    percent, of attention TFLOP/s on an H100."""
+    """A kernel as a call launches it; the aim is percent of a copy's speed, or TFLOP/s."""
 
     call: str
     direction: str
@@ -70,10 +69,11 @@ class Line(NamedTuple):
     def parts(self) -> dict[str, float]:
         """What could limit it: multiples of the time that memory, or attention's products, take."""
         if isinstance(self.reading, Reading):
-            return _relative(limits(self.reading, CHIPS[self.arch])._asdict(), "memory")
-        names = "products", "issue", "loads", "lsu", "mufu", "latency"
-        parts = {name: getattr(self.reading, name) for name in names}
-        return _relative(parts, "products")
+            parts = limits(self.reading, CHIPS[self.arch])._asdict()
+        else:
+            parts = {name: getattr(self.reading, name) for name in attention.LIMITS}
+        unit = next(iter(parts.values()))
+        return {name: part / unit for name, part in parts.items()}
 
     @property
     def limit(self) -> str:
@@ -88,10 +88,6 @@ class Line(NamedTuple):
             return 100 / slowdown
         flops = 12 * HEAD_DIM * attention.PAIRS / (self.reading.products * slowdown)
         return flops * CHIPS[self.arch].multiprocessors * CHIPS[self.arch].clock / 1e12
-
-
-def _relative(parts: dict[str, float], to: str) -> dict[str, float]:
-    return {name: part / parts[to] for name, part in parts.items()}
 
 
 def lines(arch: int, goals: Sequence[Goal] = GOALS, processes: int = 1) -> Iterator[Line]:
@@ -111,11 +107,11 @@ def lines(arch: int, goals: Sequence[Goal] = GOALS, processes: int = 1) -> Itera
 
 
 def _read(goal: Goal, arch: int) -> Line:
-    launch = next(
-        each for each in _recorded(goal, arch, record_launches) if each.name == goal.kernel
-    )
-    found = (attention.read if goal.call == "attention" else read)(launch, arch)
-    return Line(goal, arch, found, found.refusal)
+    launches = {launch.name: launch for launch in _recorded(goal, arch, record_launches)}
+    if goal.kernel not in launches:
+        return Line(goal, arch, refusal="the call does not launch it")
+    found = (attention.read if goal.call == "attention" else read)(launches[goal.kernel], arch)
+    return Line(goal, arch, None if found.refusal else found, found.refusal)
 
 
 def _recorded(goal: Goal, arch: int, record: Callable) -> list:
@@ -135,14 +131,16 @@ def _read_cuda(goal: Goal, arch: int, compiled: Sequence[tuple[Compiled, str]]) 
     if best is None or not fitness(best[0].call):
         return Line(goal, arch, refusal=f"csrc/ has no {goal.kernel} for 16-byte accesses")
     kernel, sass = best
-    name = goal.kernel.replace(".", "_")
-    args = next(args for of, args in _recorded(goal, arch, record_cuda) if of == name)
+    args = dict(_recorded(goal, arch, record_cuda)).get(goal.kernel.replace(".", "_"))
+    if args is None:
+        return Line(goal, arch, refusal="the call does not launch it")
     moved = sum(x.nbytes for x in args if isinstance(x, torch.Tensor))
     blocks, trips, resident = shape_of(goal, args)
     run = executed(sass, trips, others=1)
     blocks = blocks or round(moved / (32 * kernel.num_warps * (run.loaded + run.stored)))
     found = reading(moved, blocks, kernel.num_warps, kernel.resources, run, arch)
-    return Line(goal, arch, found._replace(resident=min(found.resident, resident)), found.refusal)
+    found = found._replace(resident=min(found.resident, resident))
+    return Line(goal, arch, None if found.refusal else found, found.refusal)
 
 
 def fitness(call: str) -> int:
@@ -153,8 +151,8 @@ def fitness(call: str) -> int:
 
 
 def shape_of(goal: Goal, args: tuple) -> tuple[int | None, int, int]:
-    """Blocks of a launch, None if each thread has its bytes once; trips of the longest loop; blocks
-    that a multiprocessor holds at most, for their shared memory."""
+    """Blocks of a launch, None if each thread has its bytes once; trips of the longest loop; the
+    most blocks of a multiprocessor."""
     op, _, direction = goal.kernel.partition(".")
     launcher = backend.OPS[op].cuda
     x = next(arg for arg in args if isinstance(arg, torch.Tensor))
@@ -162,33 +160,22 @@ def shape_of(goal: Goal, args: tuple) -> tuple[int | None, int, int]:
         return None, 1, 32
     resident = getattr(launcher, f"{direction.upper()}_BLOCKS")
     if op == "ada_layer_norm":
-        share, columns = args[-1], 1
-        steps = launcher.FORWARD_STEP, launcher.BACKWARD_STEP[WIDTH]
-        step = steps[direction == "backward"]
+        share, columns, is_forward = args[-1], 1, direction == "forward"
+        step = launcher.FORWARD_STEP if is_forward else launcher.BACKWARD_STEP[WIDTH]
     else:
         share, heads, slots = args[-3:]
         columns, step = -(-2 * x.shape[-2] // heads), launcher.TOKENS * slots
     return x.shape[0] * -(-x.shape[1] // share) * columns, -(-share // step), resident
 
 
-def _bytes_of_an_access(found: Reading | attention.Reading | None) -> float | None:
-    """To or from global memory, of each lane, on average."""
-    is_known = isinstance(found, Reading) and found.accesses
-    return (found.loaded + found.stored) / found.accesses if is_known else None
-
-
-def _part(name: str) -> Column:
-    return Column(name, lambda line: line.parts.get(name) if line.reading else None, "{:.2f}")
-
-
 COLUMNS = (
     Column("kernel", "goal.kernel"), Column("backend", "goal.backend"),
     Column("regs", lambda line: line.reading and line.reading.registers, "{}"),
-    Column("B a lane", lambda line: _bytes_of_an_access(line.reading), "{:.0f}"),
-    Column("KB in flight", lambda line: getattr(line.reading, "in_flight", 0) / 1e3 or None,
-           "{:.0f}"),
-    *map(_part, ("products", "loads", "issue", "latency", "lsu", "mufu", "fma", "alu", "double")),
-    Column("estimate", lambda line: line.estimate if line.reading else None, "{:.0f}"),
+    Column("B a lane", lambda line: getattr(line.reading, "width", None), "{:.0f}"),
+    Column("B in flight", lambda line: getattr(line.reading, "in_flight", None), "{:.0f}"),
+    *(Column(name, lambda line, name=name: line.reading and line.parts.get(name), "{:.2f}")
+      for name in (*attention.LIMITS, "fma", "alu", "double")),
+    Column("estimate", lambda line: line.reading and line.estimate, "{:.0f}"),
     Column("aim", lambda line: line.goal.aim, "≥ {}"),
     Column("unit", lambda line: "TFLOP/s" if line.goal.call == "attention" else "% of copy"),
     Column("limit"),

@@ -36,6 +36,7 @@ MULTIPLIED = {80: 1024, 90: 2048, 100: 4096}  # bfloat16 a clock and multiproces
 LOADED = 24  # bytes a clock and multiprocessor from the second-level cache, about
 READ = 128  # bytes a clock from shared memory
 PAIRS = 4096  # of a query and a key, that clocks are told for
+LIMITS = "products", "issue", "loads", "lsu", "mufu", "latency"  # fields of Reading
 SHAPE = dict(batch=32, grid=(16, 16), heads=16)
 
 

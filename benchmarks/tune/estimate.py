@@ -84,6 +84,11 @@ class Reading(NamedTuple):
         return min(1, self.bytes / moved) if moved else 1
 
     @property
+    def width(self) -> float:
+        """Bytes a lane of an access to global memory, on average."""
+        return (self.loaded + self.stored) / max(1, self.accesses)
+
+    @property
     def in_flight(self) -> float:
         """Bytes that a multiprocessor waits for at a time, if all its programs do."""
         return self.resident * self.warps * 32 * self.loaded / max(1, self.rounds)
