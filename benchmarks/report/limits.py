@@ -151,8 +151,7 @@ def fitness(call: str) -> int:
 
 
 def shape_of(goal: Goal, args: tuple) -> tuple[int | None, int, int]:
-    """Blocks of a launch, None if each thread has its bytes once; trips of the longest loop; the
-    most blocks of a multiprocessor."""
+    """Blocks, None if each thread has its bytes once; trips of the longest loop; most resident."""
     op, _, direction = goal.kernel.partition(".")
     launcher = backend.OPS[op].cuda
     x = next(arg for arg in args if isinstance(arg, torch.Tensor))
