@@ -11,6 +11,7 @@ host        what a call of an op costs the host; needs no GPU
 packed      pictures of many sizes: packed, padded and one by one; needs no GPU
 derivative  error and price of dF/dt: difference quotient and forward mode
 tune        tile sizes and warps: timed on a GPU, else guessed from compiled code
+limits      what limits each kernel by its compiled code, beside its aim: estimates
 fastest     which backend "auto" takes, from the committed results
 report      the committed results as Markdown, into README.md
 """
@@ -40,6 +41,8 @@ def main() -> None:
             from .compare.derivative import main as run
         case "tune":
             from .tune.tuner import main as run
+        case "limits":
+            from .report.limits import main as run
         case "fastest":
             from .report.fastest import main as run
         case "report":
