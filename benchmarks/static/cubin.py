@@ -117,7 +117,8 @@ def resources(usage: str, sass: str, shared: int) -> Resources:
 
     def count(prefix: str, wide: bool) -> int:
         return sum(
-            op.split(".")[0] == prefix and any(w in op for w in (".128", ".256")) == wide
+            op.split(".")[0] in (prefix, f"{prefix}STS")  # LDGSTS: to shared memory
+            and any(w in op for w in (".128", ".256")) == wide
             for op in code
         )
 
