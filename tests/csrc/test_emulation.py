@@ -28,9 +28,15 @@ def test_the_op_passes_its_tests(op, tmp_path):
 
 MISTAKES = {  # the file, what stands there, what is put in its place, what the run then says
     "a barrier is missing": (
-        "ada_layer_norm.cu",
-        "scratch[i][part] = x[i];\n  }\n  __syncthreads();",
-        "scratch[i][part] = x[i];\n  }",
+        "ada_layer_norm_backward.cuh",
+        "= one;\n  __syncthreads();",
+        "= one;",
+        "test_parity",
+    ),
+    "a copy of adaLN's is not waited for": (
+        "ada_layer_norm_backward.cuh",
+        "__pipeline_wait_prior(0);",
+        "__pipeline_wait_prior(1);",
         "test_parity",
     ),
     "a token too many": (
@@ -59,6 +65,7 @@ MISTAKES = {  # the file, what stands there, what is put in its place, what the 
     [
         "a token too many",
         pytest.param("a barrier is missing", marks=pytest.mark.nightly),
+        pytest.param("a copy of adaLN's is not waited for", marks=pytest.mark.nightly),
         pytest.param("a barrier that some threads never reach", marks=pytest.mark.nightly),
         pytest.param("a copy is not waited for", marks=pytest.mark.nightly),
     ],
