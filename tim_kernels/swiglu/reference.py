@@ -14,3 +14,13 @@ def swiglu(gate: Tensor, value: Tensor | None = None) -> Tensor:
         gate, value = gate.chunk(2, dim=-1)
     dtype = accumulation_dtype(gate, value)
     return (F.silu(gate.to(dtype)) * value.to(dtype)).to(gate.dtype)
+
+
+def swiglu_with_paths(
+    gate: Tensor, value: Tensor | None, gate_path: Tensor | None, value_path: Tensor | None
+) -> Tensor:
+    """swiglu of gate and value with zeros (C,) added."""
+    if value is None:
+        gate, value = gate.chunk(2, dim=-1)
+    gate = gate if gate_path is None else gate + gate_path.to(gate.dtype)
+    return swiglu(gate, value if value_path is None else value + value_path.to(value.dtype))
