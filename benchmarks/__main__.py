@@ -5,12 +5,14 @@
 traffic     launches, bytes, FLOPs and roofline times; needs no GPU
 training    memory and roofline of training a preset, by GPU; needs no GPU
 resources   registers, spills and 16-byte accesses of the compiled kernels; needs no GPU
+spills      which tiles of float32 attention spill, by architecture; needs no GPU
 cpu         every op and whole networks against PyTorch's own on this CPU, by turns
 host        what a call of an op costs the host; needs no GPU
 packed      pictures of many sizes: packed, padded and one by one; needs no GPU
 derivative  error and price of dF/dt: difference quotient and forward mode
 fp8         error of whole networks with FP8 blocks, and the digits they draw; needs no GPU
 tune        tile sizes and warps: timed on a GPU, else guessed from compiled code
+limits      what limits each kernel by its compiled code, beside its aim: estimates
 fastest     which backend "auto" takes, from the committed results
 report      the committed results as Markdown, into README.md
 """
@@ -28,6 +30,8 @@ def main() -> None:
             from .static.training import main as run
         case "resources":
             from .static.resources import main as run
+        case "spills":
+            from .static.spills import main as run
         case "cpu":
             from .compare.cpu import main as run
         case "host":
@@ -40,6 +44,8 @@ def main() -> None:
             from .compare.fp8 import main as run
         case "tune":
             from .tune.tuner import main as run
+        case "limits":
+            from .report.limits import main as run
         case "fastest":
             from .report.fastest import main as run
         case "report":

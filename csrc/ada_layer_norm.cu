@@ -5,16 +5,15 @@
 //
 // Widths 768 and 1152 have kernels whose tokens stay in registers, with 16-byte accesses and every
 // lane busy. Forward: a token belongs to 16 lanes, 6 or 9 chunks of 8 channels each, so that sums
-// need no barrier and a warp has two tokens in flight. Backward: a thread keeps the sums over
-// tokens of its 8 channels, so a token belongs to C/8 threads and a block of 288 has 3 or 2 tokens
-// at a time. They have LayerNorm without weight and bias, gate, scale and shift in rows. Anything
-// else, and a view that is not aligned, takes the kernels of ada_layer_norm.cuh.
+// need no barrier and a warp has two tokens in flight. Backward: ada_layer_norm_backward.cuh. They
+// have LayerNorm without weight and bias, gate, scale and shift in rows. Anything else, and a view
+// that is not aligned, takes the kernels of ada_layer_norm.cuh.
 //
 // Statistics are recomputed in backward: the token is read anyway. They are taken of the token less
 // its first mean, so that a mean far from zero loses nothing.
 #include <algorithm>
 
-#include "ada_layer_norm.cuh"
+#include "ada_layer_norm_backward.cuh"
 #include "tensors.h"
 
 namespace tim {
@@ -98,138 +97,6 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 4)
       if (has_token) store(in.y + out + column, x[j]);
     }
   }
-}
-
-constexpr int BACKWARD_THREADS = 288, HALF_WARPS = BACKWARD_THREADS / TEAM;
-
-struct alignas(16) Scratch {  // of a token's sums; the barriers of the next sums free each again
-  float mean[1][HALF_WARPS], rest[2][HALF_WARPS], gradient[2][HALF_WARPS];
-};
-
-// Sums over the C/8 threads of each token that a block has. A half-warp never spans two tokens.
-template <int C, int N>
-__device__ __forceinline__ void token_sum(float (&x)[N], float (&scratch)[N][HALF_WARPS]) {
-  constexpr int PARTS = C / CHUNK / TEAM;
-  team_sum<TEAM>(x);
-  const int part = threadIdx.x / TEAM;
-  if (threadIdx.x % TEAM == 0) {
-#pragma unroll
-    for (int i = 0; i < N; i++) scratch[i][part] = x[i];
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < N; i++) {
-    x[i] = 0.f;
-#pragma unroll
-    for (int j = 0; j < PARTS; j++) x[i] += scratch[i][part / PARTS * PARTS + j];
-  }
-}
-
-template <int C, typename T, typename S>
-__global__ void __launch_bounds__(BACKWARD_THREADS, sizeof(T) + sizeof(S) == 4 ? 2 : 1)
-    ada_layer_norm_backward_kernel(Backward<T, S> in, Grid grid) {
-  constexpr int LANES = C / CHUNK, TOKENS = BACKWARD_THREADS / LANES;
-  constexpr float PER_CHANNEL = 1.f / C;
-  static_assert(TOKENS * LANES == BACKWARD_THREADS && LANES % TEAM == 0);
-  const Range at = grid.locate();
-  const int slot = threadIdx.x / LANES, column = threadIdx.x % LANES * CHUNK;
-  Scratch& scratch = *shared<Scratch>();
-
-  const S *gate = in.gate.at(at.sample), *bias = in.bias.at(at.sample);
-  const S* scale = in.scale.at(at.sample);
-  float dshift[CHUNK] = {}, dscale[CHUNK] = {}, dgate[CHUNK] = {}, dbias[CHUNK] = {};
-
-  for (int64_t begin = at.begin; begin < at.end; begin += TOKENS) {
-    const bool has_token = begin + slot < at.end;
-    const int64_t n = has_token ? begin + slot : at.end - 1, token = at.first + n;
-    Raw<CHUNK, T> d_raw = {}, r_raw = {}, y_raw;  // as they are, for half the registers
-    float d[CHUNK], x[CHUNK], rstd = 0.f, along[2] = {0.f, 0.f};
-    if (in.dy.data != nullptr)
-      y_raw.load(in.dy.at(at.sample, token) + column);  // first, or it sinks
-    if (in.dout.data != nullptr) d_raw.load(in.dout.at(at.sample, token) + column);
-    if (in.branch.data != nullptr) r_raw.load(in.branch.at(at.sample, token) + column);
-    if (in.dy.data != nullptr) {
-      float sum[1] = {0.f}, rest[2] = {0.f, 0.f};
-      load(in.x.at(at.sample, token) + column, x);
-      if (in.branch.data != nullptr) {
-        float g[CHUNK], r[CHUNK];
-        gated(r_raw, gate, bias, column, g, r);
-#pragma unroll
-        for (int i = 0; i < CHUNK; i++) x[i] += g[i] * r[i];
-      }
-#pragma unroll
-      for (int i = 0; i < CHUNK; i++) sum[0] += x[i];
-      token_sum<C>(sum, scratch.mean);
-      const float mean = sum[0] * PER_CHANNEL;
-#pragma unroll
-      for (int i = 0; i < CHUNK; i++) {
-        x[i] -= mean;
-        rest[0] += x[i];
-        rest[1] += x[i] * x[i];
-      }
-      token_sum<C>(rest, scratch.rest);
-      const float small = rest[0] * PER_CHANNEL;
-      rstd = rsqrtf(rest[1] * PER_CHANNEL - small * small + in.eps);
-      float a[CHUNK], y[CHUNK];
-      load(scale + column, a);
-      y_raw.widen(y);
-#pragma unroll
-      for (int i = 0; i < CHUNK; i++) {
-        x[i] = (x[i] - small) * rstd;
-        if (has_token) {
-          dshift[i] += y[i];
-          dscale[i] += y[i] * x[i];
-        }
-        y[i] *= 1.f + a[i];
-        along[0] += y[i];
-        along[1] += y[i] * x[i];
-      }
-      token_sum<C>(along, scratch.gradient);
-    }
-    if (!has_token) continue;
-    d_raw.widen(d);
-    if (in.dy.data != nullptr) {
-      float a[CHUNK], y[CHUNK];
-      load(scale + column, a);
-      y_raw.widen(y);
-#pragma unroll
-      for (int i = 0; i < CHUNK; i++)
-        d[i] += rstd * (y[i] * (1.f + a[i]) - (along[0] + x[i] * along[1]) * PER_CHANNEL);
-    }
-    const int64_t out = (at.first_out + n) * C + column;
-    store(in.dx + out, d);
-    if (in.branch.data != nullptr) {
-      float g[CHUNK], r[CHUNK];
-      gated(r_raw, gate, bias, column, g, r);
-#pragma unroll
-      for (int i = 0; i < CHUNK; i++) {
-        dgate[i] += d[i] * r[i];
-        d[i] *= g[i];
-        dbias[i] += d[i];
-      }
-      store(in.dbranch + out, d);
-    }
-  }
-
-  // The slots' sums meet in shared memory; slot 0 writes the block's.
-  float* sums = reinterpret_cast<float*>(&scratch + 1);  // (TOKENS, C)
-  const auto write = [&](int which, const float (&x)[CHUNK]) {
-    __syncthreads();
-    store(sums + slot * C + column, x);
-    __syncthreads();
-    if (slot != 0) return;
-    float total[CHUNK];
-    load(sums + column, total);
-    for (int other = 1; other < TOKENS; other++) {
-      float part[CHUNK];
-      load(sums + other * C + column, part);
-#pragma unroll
-      for (int i = 0; i < CHUNK; i++) total[i] += part[i];
-    }
-    store(in.partial + (int64_t(which) * gridDim.x + blockIdx.x) * C + column, total);
-  };
-  if (in.dy.data != nullptr) write(0, dshift), write(1, dscale);
-  if (in.branch.data != nullptr) write(2, dgate), write(3, dbias);
 }
 
 template <typename T, typename S>
@@ -333,15 +200,14 @@ void backward(
         pointer<float>(partial)};
     const bool is_fast = is_plain && all_aligned<T, S>(in) && is_aligned(in.dout) &&
                          is_aligned(in.dy) && is_aligned(in.dx) && is_aligned(in.dbranch);
-    const size_t fast_bytes = sizeof(Scratch) + BACKWARD_THREADS * CHUNK * sizeof(float);
     if (is_fast && C == 1152)
       return launch(
-          stream, ada_layer_norm_backward_kernel<1152, T, S>, blocks, BACKWARD_THREADS, fast_bytes,
-          in, grid);
+          stream, ada_layer_norm_backward_kernel<1152, T, S>, blocks, BACKWARD_THREADS,
+          sizeof(Storage<1152, T>), in, grid);
     if (is_fast && C == 768)
       return launch(
-          stream, ada_layer_norm_backward_kernel<768, T, S>, blocks, BACKWARD_THREADS, fast_bytes,
-          in, grid);
+          stream, ada_layer_norm_backward_kernel<768, T, S>, blocks, BACKWARD_THREADS,
+          sizeof(Storage<768, T>), in, grid);
     const size_t bytes = (2 * WARP + 2 * C) * sizeof(float);
     launch(
         stream, ada_layer_norm_backward_any_kernel<T, S>, blocks, general_threads(C), bytes, in,

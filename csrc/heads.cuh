@@ -30,6 +30,12 @@ struct AnyVector {
   const void* data;
   ScalarType dtype;
   int64_t s;
+
+  __device__ __forceinline__ float at(int64_t i) const {
+    if (dtype == ScalarType::Float) return static_cast<const float*>(data)[i];
+    if (dtype == ScalarType::Half) return to_float(static_cast<const __half*>(data)[i]);
+    return to_float(static_cast<const __nv_bfloat16*>(data)[i]);
+  }
 };
 
 // The shape of a block's work, and where things lie in its shared memory, in floats from the start.
@@ -65,6 +71,11 @@ struct alignas(16) HeadMoments {
 // used, instead of being kept in registers over the loop.
 __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
+  return x;
+}
+template <typename T>
+__device__ __forceinline__ T* opaque(T* x) {
+  asm volatile("" : "+l"(x));
   return x;
 }
 

@@ -23,6 +23,25 @@ struct alignas(16) Tile {
   int64_t position;   // and in those given
   int begin;          // and in its sample
   int period;
+
+  // One thread of the block writes all but the offsets.
+  __device__ __forceinline__ void locate(const Positions& positions, const Range& at) {
+    if (threadIdx.x != 0) return;
+    position = at.sample * positions.b + 2 * (at.first + at.begin);
+    begin = at.begin;
+    const int32_t* periods = positions.periods;
+    period = max(periods ? periods[at.sample * positions.periods_s] : positions.period, 1);
+  }
+
+  // The first or the second position of the block's token n.
+  __device__ __forceinline__ float position_of(
+      const Positions& positions, int n, bool is_second) const {
+    const int64_t at = position + 2 * n + is_second;
+    if (positions.as_int32 != nullptr) return positions.as_int32[at];
+    if (positions.as_int64 != nullptr) return positions.as_int64[at];
+    const unsigned length = period, index = begin + n, turns = index / length;
+    return is_second ? turns : index - turns * length;
+  }
 };
 
 // The block's shared memory.
@@ -57,12 +76,7 @@ struct Storage {
   // The block's tokens; writes its tile, but for the offsets.
   __device__ __forceinline__ Range locate(const Positions& positions, const Grid& grid) const {
     const Range at = grid.locate(blockIdx.x / layout.columns);
-    if (threadIdx.x == 0) {
-      tile().position = at.sample * positions.b + 2 * (at.first + at.begin);
-      tile().begin = at.begin;
-      const int32_t* periods = positions.periods;
-      tile().period = max(periods ? periods[at.sample * positions.periods_s] : positions.period, 1);
-    }
+    tile().locate(positions, at);
     return at;
   }
 
@@ -114,16 +128,7 @@ struct Storage {
       const Positions& positions, int n, int token, int pair) const {
     const int quarter = layout.D / 4;
     const bool is_second = pair >= quarter;
-    const int64_t at = tile().position + 2 * n + is_second;
-    float position;
-    if (positions.as_int32 != nullptr) {
-      position = positions.as_int32[at];
-    } else if (positions.as_int64 != nullptr) {
-      position = positions.as_int64[at];
-    } else {
-      const unsigned period = tile().period, index = tile().begin + n, turns = index / period;
-      position = is_second ? turns : index - turns * period;
-    }
+    const float position = tile().position_of(positions, n, is_second);
     const int j = is_second ? pair - quarter : pair;
     const float freq = j < quarter ? positions.freq[j] : 0.f;  // beyond the last of a shorter chunk
     float c, s;

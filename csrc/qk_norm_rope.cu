@@ -4,7 +4,7 @@
 //
 // RoPE turns the pairs of a head's first half by the token's first position, of the second half by
 // its second.
-#include "qk_norm_rope.cuh"
+#include "qk_norm_rope_staged.cuh"
 
 #include <algorithm>
 
@@ -98,6 +98,30 @@ Layout layout_of(const Tensor& x, int64_t sides, double eps, int64_t heads, int6
   return of;
 }
 
+// How many lanes a head has where kernels for its size are, else 0.
+template <typename F>
+bool with_staged(int D, F f) {
+  switch (D) {
+    case 64: return f(std::integral_constant<int, 64>{}, std::integral_constant<int, 2>{});
+    case 72: return f(std::integral_constant<int, 72>{}, std::integral_constant<int, 2>{});
+    case 128: return f(std::integral_constant<int, 128>{}, std::integral_constant<int, 4>{});
+    default: return false;
+  }
+}
+
+// The work of a block, of a warp that has `heads` heads; no slots if it does not fit.
+Staged staged_of(const Layout& layout, int heads, int warps) {
+  Staged of;
+  const bool is_alone = layout.columns == 1;
+  of.H = layout.H, of.all_sides = layout.sides;
+  of.sides = is_alone ? layout.sides : 1;
+  of.columns = static_cast<int>(layout.columns), of.heads = is_alone ? layout.H : layout.heads;
+  of.warps = (of.heads + heads - 1) / heads, of.eps = layout.eps;
+  of.slots = layout.H % of.heads == 0 ? warps / of.groups() : 0;
+  while (STAGED_TOKENS % std::max(of.slots, 1)) of.slots--;  // so that warps meet
+  return of;
+}
+
 template <typename Kernel, typename In>
 void run(
     const Stream& stream, Kernel kernel, int64_t blocks, const In& in, const Positions& positions,
@@ -123,6 +147,17 @@ void forward(
     const Forward<T> in{
         heads_of<const T>(q, k, cu.has_value()), heads_of<T>(q_out, k_out, cu.has_value()),
         vectors_of(q_weight, k_weight), vectors_of(q_bias, k_bias), vectors_of(q_shift, k_shift)};
+    const auto is_run = [&](auto dim, auto lanes) {
+      using Tables = tim::Tables<Row<dim, lanes, T>, 2, FORWARD_TOKENS<T>>;
+      const Staged staged = staged_of(layout, WARP / lanes, FORWARD_WARPS);
+      if (staged.slots == 0 || where.freq == nullptr) return false;
+      if (!is_aligned(in.x) || !is_aligned(in.y)) return false;
+      launch(
+          stream, qk_norm_rope_forward_staged_kernel<dim, lanes, T>, blocks * layout.columns,
+          Tables::warps(staged) * WARP, Tables::size(staged), in, where, staged, grid);
+      return true;
+    };
+    if (with_staged(layout.D, is_run)) return;
     const bool is_fast = layout.D % CHUNK == 0 && is_aligned(in.x) && is_aligned(in.y) &&
                          is_aligned(in.weight) && is_aligned(in.bias) && is_aligned(in.shift);
     run(stream,
@@ -166,6 +201,19 @@ void backward(
         vectors_of(q_shift, k_shift, has_q),
         halves(shifts, shift_size),
         halves(affine, affine_size)};
+    const auto is_run = [&](auto dim, auto lanes) {
+      constexpr int LANES = sizeof(T) == 2 ? lanes : 2 * lanes;
+      using Row = tim::Row<dim, LANES, T>;
+      using Tables = tim::Tables<Row, BACKWARD_STAGES<Row>, 2>;
+      const Staged staged = staged_of(layout, WARP / LANES, BACKWARD_WARPS<T>);
+      if (staged.slots == 0 || where.freq == nullptr) return false;
+      if (!is_aligned(in.dy) || !is_aligned(in.x) || !is_aligned(in.dx)) return false;
+      launch(
+          stream, qk_norm_rope_backward_staged_kernel<dim, LANES, T>, blocks * layout.columns,
+          Tables::warps(staged) * WARP, Tables::size(staged), in, where, staged, grid);
+      return true;
+    };
+    if (with_staged(layout.D, is_run)) return;
     const bool is_fast = layout.D % CHUNK == 0 && is_aligned(in.dy) && is_aligned(in.x) &&
                          is_aligned(in.dx) && is_aligned(in.weight) && is_aligned(in.shift);
     run(stream,

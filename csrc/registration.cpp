@@ -17,6 +17,9 @@ TIM_DEFINE(library) {
   library.def(
       "swiglu_backward(Tensor dout, Tensor gate, Tensor value, Tensor(a!) dgate, "
       "Tensor(b!) dvalue) -> ()");
+  library.def(
+      "swiglu_summed_backward(Tensor dout, Tensor gate, Tensor value, Tensor(a!) dgate, "
+      "Tensor(b!) dvalue, Tensor(c!) partial, int tokens_per_block) -> ()");
 
   library.def(
       "qk_norm_rope_forward(Tensor q, Tensor? k, Tensor? q_weight, Tensor? q_bias, "

@@ -15,6 +15,10 @@
 // instructions of an element are what could hold up the widest memories, so that 2-byte dtypes take
 // e by one multiplication and one ex2, right to 4e-7 where |g| ≤ 10: they round a thousand times
 // coarser.
+//
+// What sums gradients over tokens besides, for the biases of gate and value, gives a thread 8
+// channels of all its block's tokens, two at a time: the sums stay in its registers, without a
+// barrier. Sums over blocks are torch.sum's.
 #include <algorithm>
 
 #include "tensors.h"
@@ -96,6 +100,18 @@ __global__ void __launch_bounds__(THREADS) swiglu_forward_kernel(
   }
 }
 
+// g and v become their gradients.
+template <typename T, int W>
+__device__ __forceinline__ void differentiate(const float (&d)[W], float (&g)[W], float (&v)[W]) {
+#pragma unroll
+  for (int i = 0; i < W; i++) {
+    const Sigmoid<T> sigma(g[i]);
+    const float silu = g[i] * sigma.of;
+    g[i] = d[i] * v[i] * (sigma.of + silu * sigma.of_minus);
+    v[i] = d[i] * silu;
+  }
+}
+
 template <int W, typename T>
 __global__ void __launch_bounds__(THREADS) swiglu_backward_kernel(
     Tokens<const T> dout, Tokens<const T> gate, Tokens<const T> value, Tokens<T> dgate,
@@ -112,16 +128,50 @@ __global__ void __launch_bounds__(THREADS) swiglu_backward_kernel(
     d_raw[j].widen(d);
     g_raw[j].widen(g);
     v_raw[j].widen(v);
-#pragma unroll
-    for (int i = 0; i < W; i++) {
-      const Sigmoid<T> sigma(g[i]);
-      const float silu = g[i] * sigma.of;
-      g[i] = d[i] * v[i] * (sigma.of + silu * sigma.of_minus);
-      v[i] = d[i] * silu;
-    }
+    differentiate<T>(d, g, v);
     store(dgate.at(0, at.token[j]) + at.column[j], g);
     store(dvalue.at(0, at.token[j]) + at.column[j], v);
   }
+}
+
+// `partial` is (2, blocks that do not share tokens, C): sums of dgate and of dvalue.
+template <int W, typename T>
+__global__ void __launch_bounds__(THREADS) swiglu_summed_backward_kernel(
+    Tokens<const T> dout, Tokens<const T> gate, Tokens<const T> value, Tokens<T> dgate,
+    Tokens<T> dvalue, float* partial, int64_t tokens, int64_t tokens_per_block, unsigned columns,
+    int C) {
+  constexpr int N = BACKWARD_UNITS;
+  const int64_t share = blockIdx.x / columns, shares = gridDim.x / columns;
+  const int64_t begin = share * tokens_per_block;
+  const int64_t end = begin + tokens_per_block < tokens ? begin + tokens_per_block : tokens;
+  const int column = ((blockIdx.x % columns) * THREADS + threadIdx.x) * W;
+  if (column >= C) return;
+  float g_sum[W] = {}, v_sum[W] = {};
+  for (int64_t first = begin; first < end; first += N) {
+    Raw<W, T> d_raw[N], g_raw[N], v_raw[N];
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      if (first + j >= end) continue;
+      d_raw[j].load(dout.at(0, first + j) + column);
+      g_raw[j].load(gate.at(0, first + j) + column);
+      v_raw[j].load(value.at(0, first + j) + column);
+    }
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      if (first + j >= end) continue;
+      float d[W], g[W], v[W];
+      d_raw[j].widen(d);
+      g_raw[j].widen(g);
+      v_raw[j].widen(v);
+      differentiate<T>(d, g, v);
+#pragma unroll
+      for (int i = 0; i < W; i++) g_sum[i] += g[i], v_sum[i] += v[i];
+      store(dgate.at(0, first + j) + column, g);
+      store(dvalue.at(0, first + j) + column, v);
+    }
+  }
+  store(partial + share * C + column, g_sum);
+  store(partial + (shares + share) * C + column, v_sum);
 }
 
 template <typename T>
@@ -179,10 +229,32 @@ void backward(Tensor dout, Tensor gate, Tensor value, Tensor dgate, Tensor dvalu
   });
 }
 
+void summed_backward(
+    Tensor dout, Tensor gate, Tensor value, Tensor dgate, Tensor dvalue, Tensor partial,
+    int64_t tokens_per_block) {
+  const int64_t N = dgate.size(0), C = dgate.size(1);
+  const Stream stream(dgate);
+  with_dtype(dgate.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    const auto d = tokens<const T>(dout, true), g = tokens<const T>(gate, true);
+    const auto v = tokens<const T>(value, true);
+    const auto dg = tokens<T>(dgate, true), dv = tokens<T>(dvalue, true);
+    const auto run = [&](auto width) {
+      constexpr int W = width;
+      const int64_t columns = (C / W + THREADS - 1) / THREADS;
+      launch(
+          stream, swiglu_summed_backward_kernel<W, T>, partial.size(1) * columns, THREADS, 0, d, g,
+          v, dg, dv, pointer<float>(partial), N, tokens_per_block, columns, C);
+    };
+    with_width(C, run, d, g, v, dg, dv);
+  });
+}
+
 }  // namespace
 }  // namespace tim
 
 TIM_IMPLEMENT(library) {
   library.impl("swiglu_forward", TORCH_BOX(&tim::forward));
   library.impl("swiglu_backward", TORCH_BOX(&tim::backward));
+  library.impl("swiglu_summed_backward", TORCH_BOX(&tim::summed_backward));
 }

@@ -150,6 +150,8 @@ def test_the_measurements_are_those_of_the_committed_file():
 def test_the_table_of_other_settings_is_that_of_the_committed_file():
     results = json.loads((ROOT / "docs/mnist/variants.json").read_text())
     assert mnist_variants.table(results) in PAGES["docs/mnist.md"]
+    short = json.loads((ROOT / "docs/mnist/from-scratch.json").read_text())
+    assert mnist_variants.table(short) in PAGES["docs/mnist.md"]
     shipped = results["networks"]["as shipped"]
     assert shipped["trained_images"] == 640_000 and not shipped["settings"]
     for steps, measured in RESULTS["networks"]["TiM"]["by_guidance"]["1.0"].items():

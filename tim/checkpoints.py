@@ -64,8 +64,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: the file is missing, truncated or holds anything else.
     """
-    if path.suffix not in _READERS or not path.is_file():
+    if path.suffix not in _READERS or path.is_dir():
         raise ValueError(f"a {' or '.join(_READERS)} file is needed, got {path}")
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
     try:
         state = _READERS[path.suffix](path)
     except Exception as error:  # a broken pickle may raise anything

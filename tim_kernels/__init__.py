@@ -2,10 +2,11 @@
 
 from .ada_layer_norm.fp8 import ada_layer_norm_fp8, gated_residual_ada_layer_norm_fp8
 from .ada_layer_norm.op import ada_layer_norm, gated_residual, gated_residual_ada_layer_norm
+from .attention.choice import set_attention
 from .attention.op import attention
 from .dispatch.backend import BackendUnavailable, set_backend, use_backend
 from .explain import explain
-from .names import CONDITIONS, Backend, Condition, RopeOrder
+from .names import CONDITIONS, Attention, Backend, Condition, RopeOrder
 from .network.accelerate import Report, accelerate, restore
 from .network.forward_mode import forward_mode
 from .network.packing import Packing, pack, unpack
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CONDITIONS",
+    "Attention",
     "Backend",
     "BackendUnavailable",
     "Condition",
@@ -47,6 +49,7 @@ __all__ = [
     "qkv_norm_rope",
     "restore",
     "rope_tables",
+    "set_attention",
     "set_backend",
     "swiglu",
     "swiglu_fp8",

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .attention.op import flash_attention, order
+from .attention import choice
 from .attention.packed import has_varlen
 from .dispatch.backend import OPS, BackendUnavailable, choose, obstacle, requested
 from .network.explanation import explain_model
@@ -43,22 +43,35 @@ def _machine() -> Iterator[str]:
     yield f"{'attention of packed tokens':<32}{_packed_attention(device)}"
 
 
+NAMES = {"cudnn": "PyTorch's cuDNN attention", "flash": "PyTorch's flash attention"}
+
+
 def _attention(device: str) -> str:
     if device != "cuda":
         return "PyTorch   not flash-attn: it needs a CUDA device"
-    flash = flash_attention()
-    if flash is None:
-        return "PyTorch   not flash-attn: it is not installed"
-    return f"{flash.__name__} for bfloat16 and float16, {order()[1]}; else PyTorch"
+    try:
+        name = choice.chosen()
+    except BackendUnavailable as error:
+        return f"none ({error})"
+    names, why = choice.order()
+    skipped = names[: names.index(name)] if name in names else names
+    others = "; ".join(f"not {other}: {choice.obstacle(other)}" for other in skipped)
+    if name == "native":
+        return f"PyTorch   {others or why}"
+    taken = f"{NAMES.get(name, name)} for bfloat16 and float16, {why}; else PyTorch"
+    return f"{taken}   {others}" if others else taken
 
 
 def _packed_attention(device: str) -> str:
     other = "PyTorch, one sequence after the other (padded where their lengths are on the GPU)"
     if device != "cuda":
         return other
-    flash = flash_attention()
-    if flash is not None:
-        return f"{flash.__name__} for bfloat16 and float16, else {other}"
+    try:
+        name = choice.chosen()
+    except BackendUnavailable as error:
+        return f"none ({error})"
+    if name in choice.NEWEST:
+        return f"{name} for bfloat16 and float16, else {other}"
     if has_varlen():
         return f"PyTorch's varlen_attn for bfloat16 and float16, else {other}"
     return f"{other}   not varlen_attn: this PyTorch or GPU has none"

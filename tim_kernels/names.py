@@ -5,6 +5,11 @@ from typing import Literal, get_args
 Backend = Literal["auto", "reference", "triton", "cuda"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
+Attention = Literal[
+    "auto", "native", "flash_attn.cute", "flash_attn_interface", "flash_attn", "cudnn", "flash"
+]  # fmt: skip
+ATTENTIONS: tuple[Attention, ...] = get_args(Attention)
+
 RopeOrder = Literal["upstream", "grid"]
 ORDERS: tuple[RopeOrder, ...] = get_args(RopeOrder)
 

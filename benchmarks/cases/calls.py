@@ -13,6 +13,7 @@ from torch import Tensor
 
 import tim_kernels as ops
 from tim_kernels import TimeMLP
+from tim_kernels.swiglu.op import swiglu_with_paths
 
 from ..record.rows import folder
 from . import eager
@@ -132,6 +133,8 @@ def calls(
     yield Call("swiglu", ops.swiglu, (make(*tokens, 2 * hidden),), eager.packed_swiglu)
     if grids:
         return
+    halves, paths = [make(*tokens, hidden) for _ in range(2)], [make(hidden) for _ in range(2)]
+    yield Call("swiglu with paths of biases", swiglu_with_paths, (*halves, *paths))
 
     yield Call("attention", ops.attention, qkv.unbind(-3), eager.attention)
 

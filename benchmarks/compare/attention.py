@@ -1,6 +1,6 @@
 """Attention without a tangent: each kernel that it could be, timed where it is and can.
 
-`attention` takes them in the order of tim_kernels/attention/op.py, which these rows, by GPU and
+`attention` takes them in the order of tim_kernels/attention/choice.py, which these rows, by GPU and
 shape, can change. Whether cuDNN takes head_dim 72, and how fast, nobody has seen.
 """
 

@@ -20,7 +20,9 @@ from triton.knobs import nvidia
 
 from .launches import Launch
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 90, 100)  # of data centres
+CONSUMER = (86, 89, 120)
+ALL = tuple(sorted(ARCHITECTURES + CONSUMER))
 TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -118,7 +120,8 @@ def resources(usage: str, sass: str, shared: int) -> Resources:
 
     def count(prefix: str, wide: bool) -> int:
         return sum(
-            op.split(".")[0] == prefix and any(w in op for w in (".128", ".256")) == wide
+            op.split(".")[0] in (prefix, f"{prefix}STS")  # LDGSTS: to shared memory
+            and any(w in op for w in (".128", ".256")) == wide
             for op in code
         )
 

@@ -32,13 +32,18 @@ def sources() -> list[Path]:
 
 def kernels(architectures, names=(), processes: int | None = None) -> list[Compiled]:
     """Every kernel of the sources called one of `names` (all by default)."""
+    return [kernel for kernel, _ in read(architectures, names, processes)]
+
+
+def read(architectures, names=(), processes: int | None = None) -> list[tuple[Compiled, str]]:
+    """The same, and the machine code of each as text."""
     chosen = [path for path in sources() if not names or path.stem in names]
     jobs = [(path, arch) for path in chosen for arch in architectures]
     with ThreadPoolExecutor(processes or os.cpu_count()) as pool:
         return [kernel for found in pool.map(lambda job: _compile(*job), jobs) for kernel in found]
 
 
-def _compile(source: Path, arch: int) -> list[Compiled]:
+def _compile(source: Path, arch: int) -> list[tuple[Compiled, str]]:
     flags = build_script.compile_flags(build_script.torch_folder())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernels.cubin"
@@ -57,13 +62,12 @@ def _compile(source: Path, arch: int) -> list[Compiled]:
     found = []
     for mangled, line in of_usage.items():
         name, angle, arguments = short_name(mangled).partition("<")
-        found.append(
-            Compiled(
-                backend="cuda", kernel=f"{source.stem}.{without_folder(name, source.stem)}",
-                call=angle + arguments, arch=arch, num_warps=threads[mangled] // 32,
-                resources=resources(line, code[mangled], shared[mangled]),
-            )
+        kernel = Compiled(
+            backend="cuda", kernel=f"{source.stem}.{without_folder(name, source.stem)}",
+            call=angle + arguments, arch=arch, num_warps=threads[mangled] // 32,
+            resources=resources(line, code[mangled], shared[mangled]),
         )  # fmt: skip
+        found.append((kernel, code[mangled]))
     return found
 
 

@@ -7,6 +7,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, KernelInterface
 
-from tim_kernels.dispatch import backend
+from tim_kernels.dispatch import backend, extension
 from tim_kernels.dispatch.operators import OPERATORS
 
 
@@ -60,20 +61,38 @@ def record_launches(note: Callable[[Launch], None] | None = None) -> Iterator[li
         yield launches
 
 
-def launch_operator(op: torch._ops.OpOverload, *args):
-    """Run the Triton launcher of an operator `tim_kernels::…` on whatever tensors it is given.
+@contextlib.contextmanager
+def record_cuda() -> Iterator[list[tuple[str, tuple]]]:
+    """Collect calls of the operators of csrc/, (name, arguments) each, instead of making them."""
+    calls: list[tuple[str, tuple]] = []
+
+    class Operators:
+        def __getattr__(self, name: str) -> SimpleNamespace:
+            return SimpleNamespace(default=lambda *args: calls.append((name, args)))
+
+    with patch.object(extension, "ops", Operators):
+        yield calls
+
+
+def launch_operator(op: torch._ops.OpOverload, *args, of: str = "triton"):
+    """Run the launcher of an operator `tim_kernels::…` on whatever tensors it is given.
 
     A fake kernel only makes the outputs; this makes scratch memory and launches as on a GPU.
     """
 
     operator = OPERATORS[op.name().partition("::")[2].partition(".")[0]]
-    return backend.plan(operator.op, operator.launcher, args, "triton")(*args)
+    return backend.plan(operator.op, operator.launcher, args, of)(*args)
 
 
 class through_launchers(TorchDispatchMode):
-    """Inside it the operators take their Triton launchers, on meta tensors too."""
+    """Inside it the operators take their launchers, on meta tensors too: Triton's, or those "cuda"
+    has, of csrc/."""
+
+    def __init__(self, of: str = "triton"):
+        super().__init__()
+        self.of = of
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op.namespace == "tim_kernels":
-            return launch_operator(op, *args)
+            return launch_operator(op, *args, of=self.of)
         return op(*args, **(kwargs or {}))

@@ -29,12 +29,13 @@ from ..cases.calls import DIRECTIONS, Call, calls
 from ..cases.shapes import Shape
 from ..record.table import Column, text
 from . import extension
-from .cubin import ARCHITECTURES, Compiled, Resources, compile_launch, in_processes, specialise
+from .cubin import ALL, Compiled, Resources, compile_launch, in_processes, specialise
 from .launches import Launch, record_launches, through_launchers
 
 HEAD_DIMS = {768: 64, 1152: 72}  # of the published models; 64 at any other width
 SHARED = {80: 164, 90: 228, 100: 228}  # KiB of shared memory a multiprocessor
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of a multiprocessor
+FEWER = {86: (48, 16), 89: (48, 24), 120: (48, 24)}  # warps and blocks of others
 
 
 COLUMNS = (
@@ -42,7 +43,7 @@ COLUMNS = (
     Column("dtype"), Column("warps", "num_warps", "{}"),
     Column("regs", "resources.registers", "{}"), Column("spills", "resources.spills", "{}"),
     Column("shared", "resources.shared", "{}"),
-    Column("of 64", lambda of: occupancy(of.resources, of.num_warps, of.arch), "{}"),
+    Column("held", lambda of: occupancy(of.resources, of.num_warps, of.arch), "{}"),
     Column("instr", "resources.instructions", "{}"),
     Column("ld 16 B", lambda of: _wide(of.resources.wide_loads, of.resources.narrow_loads), "{}"),
     Column("st 16 B", lambda of: _wide(of.resources.wide_stores, of.resources.narrow_stores), "{}"),
@@ -55,11 +56,12 @@ def _wide(wide: int, narrow: int) -> str:
 
 
 def occupancy(resources: Resources, num_warps: int, arch: int) -> int:
-    """Estimate of the warps that a multiprocessor holds, 64 at most, in programs of num_warps."""
+    """Estimate of the warps that a multiprocessor holds, in programs of num_warps."""
+    most_warps, most_blocks = FEWER.get(arch, (WARPS, BLOCKS))
     per_warp = -(-resources.registers // 8) * 8 * 32
     by_registers = REGISTERS // 4 // per_warp * 4  # each quarter has its own registers
     by_shared = SHARED.get(arch, 100) * 1024 // (resources.shared + 1024)  # 1 KiB is CUDA's
-    blocks = min(WARPS // num_warps, by_registers // num_warps, by_shared, BLOCKS)
+    blocks = min(most_warps // num_warps, by_registers // num_warps, by_shared, most_blocks)
     return blocks * num_warps
 
 
@@ -130,7 +132,7 @@ def cuda_kernels(
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=[90], choices=ARCHITECTURES)
+    parser.add_argument("--arch", type=int, nargs="+", default=[90], choices=ALL)
     parser.add_argument("--width", type=int, nargs="+", default=[768, 1152])
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
     parser.add_argument("--op", nargs="+", default=[], help="ada_layer_norm, …; all by default")
@@ -142,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
     kernels = []
-    print("per kernel: warps a program, warps of 64 a multiprocessor")
+    print("per kernel: warps a program, and those a multiprocessor holds, of 64 (86, 89, 120: 48)")
     if "triton" in args.backend:
         jobs = triton_jobs(args.arch, args.width, args.dtype, args.op, args.only_tim)
         kernels += in_processes(compile_job, jobs, args.processes)

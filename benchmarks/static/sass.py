@@ -1,91 +1,185 @@
-"""What a warp executes, counted in the machine code: loops by their trips, slow paths as if taken.
+"""What a warp executes, counted in the machine code: loops by their trips, of ways past each other
+the longest, so that slow paths count as if taken.
 
-The code that Triton makes is a straight line with forward branches and simple loops. What stands
-behind the last EXIT, the slow paths of square roots, is never reached by ordinary numbers.
+The code that Triton makes is a straight line with forward branches and simple loops, nvcc's has
+loops within loops as well. What stands behind the last EXIT, the slow paths of square roots, is
+never reached by ordinary numbers.
 """
 
 import re
 from typing import NamedTuple
 
 LABEL = re.compile(r"^(\.\w+):")
-INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*(.*?);")
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*(.*?);")
 TARGET = re.compile(r"`\((\.\w+)\)")
 REGISTER = re.compile(r"\bR(\d+)\b")
 BYTES = {"128": 16, "256": 32, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}  # 4 without one
+LANE = 4  # bytes a clock: 32 load and store units, H100 white paper; 128 bytes of L1 a clock
+GLOBAL = {"LDG", "STG", "LDGSTS", "RED", "ATOMG"}
+SHARED = {"LDS", "STS", "LDSM", "STSM", "SHFL"}
+FMA = {"FFMA", "FADD", "FMUL", "FFMA2", "FADD2", "FMUL2"}  # the last three are two a lane
+ALU = {
+    "IADD", "IADD3", "VIADD", "LOP3", "SHF", "LEA", "SEL", "FSEL", "ISETP", "FSETP", "FMNMX",
+    "FMNMX3", "IMNMX", "VIMNMX", "PRMT", "F2FP", "IABS", "MOV",
+}  # fmt: skip
+SPECIAL = {"MUFU", "F2F", "F2I", "I2F", "FRND"}  # the XU pipeline of Nsight Compute's guide
+DOUBLE = {"DFMA", "DADD", "DMUL", "DSETP"}
 
 
 class Executed(NamedTuple):
     """By each warp of a program."""
 
-    instructions: int
-    barriers: int
-    rounds: int  # how often it waits for loads from global memory that are then all under way
-    wide: int  # accesses to global memory of at least 16 bytes a thread
-    narrow: int
+    instructions: int = 0
+    barriers: int = 0
+    rounds: float = 0  # how often it waits for loads from global memory that are then all under way
+    wide: int = 0  # accesses to global memory of at least 16 bytes a thread
+    narrow: int = 0
+    loaded: int = 0  # bytes a lane from global memory, and to it
+    stored: int = 0
+    lsu: float = 0  # clocks of the load and store units, which move 128 bytes or 32 lanes each
+    mufu: int = 0  # instructions of the special function units, conversions too, and so on
+    fma: int = 0
+    alu: int = 0
+    double: int = 0
 
     def plus(self, other: "Executed", times: int) -> "Executed":
         return Executed(*(a + times * b for a, b in zip(self, other, strict=True)))
 
 
-def executed(sass: str, trips: int) -> Executed:
-    """Of a kernel whose loops, one after the other, each make `trips` trips."""
-    code, loops, _ = _parse(sass)
-    total, end = Executed(0, 0, 0, 0, 0), 0
-    for start, stop in loops:
-        if start < end:
-            raise ValueError("loops within loops are not counted")
-        total = total.plus(_straight(code[end:start]), 1).plus(_straight(code[start:stop]), trips)
-        end = stop
-    return total.plus(_straight(code[end:]), 1)
+def executed(sass: str, trips: int, others: int | None = None) -> Executed:
+    """Of a kernel whose loops, one after the other, each make `trips` trips; or the longest of them
+    does, and all the others, within loops too, make `others`."""
+    code = _parse(sass)
+    outer = [loop for loop in code.loops if not any(_is_in(loop, each) for each in code.loops)]
+    if others is None and len(outer) < len(code.loops):
+        raise ValueError("loops within loops are not counted")
+    longest = max(outer, key=lambda loop: loop[1] - loop[0], default=None)
+    of_loop = {loop: trips if loop == longest or others is None else others for loop in code.loops}
+    return _longest_way(code, (0, len(code.code)), of_loop)
 
 
-def of_a_trip(sass: str) -> int:
-    """Instructions of a trip through the longest loop, past the first: without its branches that
-    hold a division, as attention has for the mean over its first tile."""
-    code, loops, branches = _parse(sass)
+def of_a_trip(sass: str) -> Executed:
+    """A trip through the longest loop, past the first: without its branches that hold a division,
+    as attention has for the mean over its first tile."""
+    code, loops, jumps = _parse(sass)
     start, stop = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, 0))
-    inner = [(at, to) for at, to in branches if start <= at < to <= stop]
+    inner = [(at + 1, jump.to) for at, jump in jumps.items() if start <= at < jump.to <= stop]
     divides = ("MUFU.RCP" in {operation for operation, _ in code[at:to]} for at, to in inner)
     once = {i for (at, to), skip in zip(inner, divides, strict=True) if skip for i in range(at, to)}
-    return stop - start - len(once)
+    return _straight([code[i] for i in range(start, stop) if i not in once])
 
 
 Span = tuple[int, int]
-Code = list[tuple[str, str]]  # an operation with its modifiers, and its operands
 
 
-def _parse(sass: str) -> tuple[Code, list[Span], list[Span]]:
-    """The instructions up to the last EXIT, where loops begin and end, and branches forward."""
-    code, labels, loops, forward, last = [], {}, [], [], 0
+class Jump(NamedTuple):
+    to: int
+    is_certain: bool
+
+
+class Code(NamedTuple):
+    """The instructions up to the last EXIT, an operation with its modifiers and its operands each;
+    where loops begin and end; jumps forward, by the place of the branch."""
+
+    code: list[tuple[str, str]]
+    loops: list[Span]
+    jumps: dict[int, Jump]
+
+
+def _is_in(loop: Span, other: Span) -> bool:
+    return loop != other and other[0] <= loop[0] and loop[1] <= other[1]
+
+
+def _parse(sass: str) -> Code:
+    code, labels, loops, forward, exits, last = [], {}, [], {}, [], 0
     for line in sass.splitlines():
         if label := LABEL.match(line):
             labels[label[1]] = len(code)
         elif instruction := INSTRUCTION.match(line):
-            code.append((instruction[1], instruction[2]))
-            target = TARGET.search(instruction[2])
-            if instruction[1].startswith("BRA") and target:
+            predicate, operation, operands = instruction.groups()
+            target = TARGET.search(operands)
+            if operation.startswith("BRA") and target:
                 if target[1] in labels:
-                    loops.append((labels[target[1]], len(code)))
+                    loops.append((labels[target[1]], len(code) + 1))
                 else:
-                    forward.append((len(code), target[1]))
-            elif instruction[1] == "EXIT":
+                    is_certain = not predicate and operands.startswith("`")
+                    forward[len(code)] = target[1], is_certain
+            code.append((operation, operands))
+            if operation == "EXIT":
                 last = len(code)
-    branches = [(at, labels[label]) for at, label in forward if label in labels]
-    return code[:last], sorted(loop for loop in loops if loop[1] <= last), branches
+                exits += [] if predicate else [last - 1]
+    jumps = {at: Jump(labels[to], sure) for at, (to, sure) in forward.items() if to in labels}
+    jumps |= {at: Jump(last, True) for at in exits}
+    return Code(code[:last], sorted(loop for loop in loops if loop[1] <= last), jumps)
 
 
-def _straight(code: Code) -> Executed:
-    barriers = rounds = wide = narrow = 0
+def _longest_way(code: Code, span: Span, trips: dict[Span, int]) -> Executed:
+    """From the start of a span to its end, by instructions."""
+    start, stop = span
+    within = [loop for loop in code.loops if _is_in(loop, span)]
+    ends = {at: to for at, to in within if not any(_is_in((at, to), each) for each in within)}
+    before, length, inner = {start: None}, {start: 0}, {}
+    for i in range(start, stop):
+        if i not in length:  # nothing leads here
+            continue
+        steps, cost = [i + 1], length[i] + 1
+        if i in ends:
+            inner[i] = _longest_way(code, (i, ends[i]), trips)
+            steps, cost = [ends[i]], length[i] + inner[i].instructions * trips[i, ends[i]]
+        elif i in code.jumps:
+            to, is_certain = code.jumps[i]
+            to = next((at for at, end in ends.items() if at < to < end), min(to, stop))
+            steps = [to] if is_certain else [i + 1, to]
+        for step in steps:
+            if cost > length.get(step, -1):
+                before[step], length[step] = i, cost
+    way, at = [], before.get(stop)
+    while at is not None:
+        way.append(at)
+        at = before[at]
+    total, run = Executed(), []
+    for i in reversed(way):
+        if i in ends:
+            total = total.plus(_straight(run), 1).plus(inner[i], trips[i, ends[i]])
+            run = []
+        else:
+            run.append(code.code[i])
+    return total.plus(_straight(run), 1)
+
+
+def _straight(code: list[tuple[str, str]]) -> Executed:
+    barriers = rounds = wide = narrow = loaded = stored = lsu = mufu = fma = alu = double = 0
     coming: set[int] = set()  # registers that a load under way will write
+    is_copying = any(operation.startswith("LDGSTS") for operation, _ in code)  # by cp.async
     for operation, operands in code:
         name, *modifiers = operation.split(".")
         registers = [int(number) for number in REGISTER.findall(operands)]
         if coming.intersection(registers):
             coming, rounds = set(), rounds + 1
-        if name in ("LDG", "STG"):
-            size = next((BYTES[m] for m in modifiers if m in BYTES), 4)
+        if name == "DEPBAR" and is_copying:  # for all copies but the last so many groups
+            left = re.search(r", 0x(\w+)", operands)
+            rounds += 1 / (1 + int(left[1] if left else "0", 16))
+        if name in GLOBAL | SHARED:
+            size = _size(name, modifiers)
+            lsu += max(1, size / LANE)
+        if name in GLOBAL:
             wide, narrow = wide + (size >= 16), narrow + (size < 16)
+            is_load = name in ("LDG", "LDGSTS")
+            loaded, stored = loaded + size * is_load, stored + size * (not is_load)
             if name == "LDG":
                 coming.update(range(registers[0], registers[0] + -(-size // 4)))
         barriers += name == "BAR"
-    return Executed(len(code), barriers, rounds, wide, narrow)
+        mufu += name in SPECIAL
+        fma += (name in FMA) * (2 if name.endswith("2") else 1)
+        alu += name in ALU
+        double += name in DOUBLE
+    return Executed(
+        len(code), barriers, rounds, wide, narrow, loaded, stored, lsu, mufu, fma, alu, double
+    )
+
+
+def _size(name: str, modifiers: list[str]) -> int:
+    """Bytes a lane."""
+    if name in ("LDSM", "STSM"):  # matrices of 8 × 8, four bytes a lane each
+        return 4 * int(modifiers[-1]) if modifiers[-1] in ("2", "4") else 4
+    return next((BYTES[m] for m in modifiers if m in BYTES), 4)

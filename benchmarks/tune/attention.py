@@ -1,14 +1,18 @@
 """Tiles of attention's tangent, judged by their compiled code: no GPU needed.
 
 A program holds a tile of queries and walks over tiles of keys. What a tile of keys takes is about
-the longest of three things, joined by a smooth maximum as in estimate.py, in clocks:
+the longest of these things, joined by a smooth maximum as in estimate.py, in clocks:
 
 - products: six of rows × columns × lanes over what the tensor cores multiply. On sm_90 the operands
   of q·kᵀ come from shared memory, at 128 bytes a clock: fewer than 64 columns wait for q;
 - issue: the instructions of a trip through the loop, four a clock;
+- lsu, mufu: those of the load and store units and of the special functions, as in estimate.py;
 - loads: the tiles of k, v and their tangents at what the second-level cache gives, an assumption.
 
-The model knows no latency: not how well programs, or warps of one, hide each other's waits.
+The choice knows no latency: not how well warps of a program hide each other's waits. `latency` is
+the other bound, as if they did not: a program's products, its other instructions and its barriers
+in turn, hidden by the other programs on the multiprocessor alone. What sm_100's tensor cores take
+for a commit is not in it.
 """
 
 from collections.abc import Iterable
@@ -25,13 +29,14 @@ from ..static.cubin import compile_and_read, in_processes
 from ..static.launches import Launch
 from ..static.resources import occupancy, refusal
 from ..static.sass import of_a_trip
-from .estimate import CHIPS, SMOOTHNESS
+from .estimate import BARRIER, CHIPS, INTERVAL, MUFU, together
 
 HEAD_DIMS = {"attention.jvp.64": 64, "attention.jvp.80": 72, "attention.jvp.128": 128}
 MULTIPLIED = {80: 1024, 90: 2048, 100: 4096}  # bfloat16 a clock and multiprocessor, by datasheets
 LOADED = 24  # bytes a clock and multiprocessor from the second-level cache, about
 READ = 128  # bytes a clock from shared memory
 PAIRS = 4096  # of a query and a key, that clocks are told for
+LIMITS = "products", "issue", "loads", "lsu", "mufu", "latency"  # fields of Reading
 SHAPE = dict(batch=32, grid=(16, 16), heads=16)
 
 
@@ -58,12 +63,15 @@ class Reading(NamedTuple):
     products: float = 0.0
     issue: float = 0.0
     loads: float = 0.0
+    lsu: float = 0.0
+    mufu: float = 0.0
+    latency: float = 0.0
     refusal: str | None = None
 
     @property
     def clocks(self) -> float:
-        parts = self.products, self.issue, self.loads
-        return sum(part**SMOOTHNESS for part in parts) ** (1 / SMOOTHNESS)
+        """By all but latency."""
+        return together((self.products, self.issue, self.loads, self.lsu, self.mufu))
 
 
 def configured(kernel: str, arch: int | None) -> Tile:
@@ -88,14 +96,19 @@ def read(launch: Launch, arch: int) -> Reading:
         return Reading(resources.registers, resources.spills, resources.shared, refusal=reason)
     a, warps = launch.arguments, launch.options["num_warps"]
     rows, columns, lanes = a["ROWS"], a["COLUMNS"], a["A"] + a["B"]
-    share, instructions = PAIRS / (rows * columns), of_a_trip(sass)
+    share, trip = PAIRS / (rows * columns), of_a_trip(sass)
     product = rows * columns * lanes / MULTIPLIED[arch]
     wait = (rows + columns * rows / 64) * lanes * 2 / READ if arch == 90 else 0  # 64 rows of wgmma
+    products = 3 * (product + max(product, wait))
+    resident = occupancy(resources, warps, arch)
     return Reading(
         resources.registers, resources.spills, resources.shared,
-        occupancy(resources, warps, arch), instructions,
-        share * 3 * (product + max(product, wait)), share * instructions * warps / 4,
+        resident, trip.instructions,
+        share * products, share * trip.instructions * warps / 4,
         share * 4 * columns * a["D"] * 2 / LOADED,
+        share * trip.lsu * warps, share * trip.mufu * warps * 32 / MUFU,
+        share * (products + trip.instructions * INTERVAL + trip.barriers * BARRIER)
+        / max(1, resident // warps),
     )  # fmt: skip
 
 

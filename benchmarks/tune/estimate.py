@@ -1,15 +1,18 @@
 """How long a launch takes, guessed from its compiled code: no GPU needed.
 
-After Hong and Kim (ISCA 2009), a launch takes about as long as the longest of three things, joined
+After Hong and Kim (ISCA 2009), a launch takes about as long as the longest of these things, joined
 by a smooth maximum:
 
 - memory: the bytes that it touches, each once, over the bandwidth;
 - issue: the instructions that its warps execute, four a clock and multiprocessor;
-- latency: what one program takes alone (its rounds of loads, each a latency of memory; its
-  instructions in turn; its barriers), as often as a multiprocessor has to take new programs.
-  That is Little's law: too few bytes in flight, and latency is the longest.
+- latency: what one program takes alone (its rounds of loads, each a latency; its instructions in
+  turn; its barriers), as often as a multiprocessor has to take new programs. The latency is that of
+  memory for the first read of a byte, that of the cache for what programs read again.
+  That is Little's law: too few bytes in flight, and latency is the longest;
+- the units behind issue: load and store (128 bytes or 32 lanes a clock, so that an access of fewer
+  than 4 bytes a lane wastes the rest), special functions, float32, integers and float64.
 
-The model knows neither caches nor bank conflicts nor what a slow instruction costs.
+The model knows neither bank conflicts nor what a cache holds for long enough.
 """
 
 import math
@@ -18,10 +21,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..static.cubin import compile_and_read
+from ..static.cubin import Resources, compile_and_read
 from ..static.launches import Launch
 from ..static.resources import occupancy, refusal
-from ..static.sass import executed
+from ..static.sass import Executed, executed
 
 
 class Chip(NamedTuple):
@@ -31,15 +34,21 @@ class Chip(NamedTuple):
     multiprocessors: int
     bandwidth: float
     clock: float
+    fma: int = 128  # lanes a clock and multiprocessor: CUDA programming guide, "Throughput of
+    double: int = 64  # Native Arithmetic Instructions", by compute capability
 
 
 CHIPS = {
-    80: Chip("A100 SXM 80 GB", 108, 2.039e12, 1.4e9),
+    80: Chip("A100 SXM 80 GB", 108, 2.039e12, 1.4e9, fma=64, double=32),
     90: Chip("H100 SXM", 132, 3.35e12, 1.7e9),
     100: Chip("B200", 148, 8.0e12, 1.8e9),
 }
+MUFU = 16  # lanes likewise, of all three: rsqrt, exp2, …
+ALU = 64  # integers, logic, comparisons
+ISSUE = 4  # instructions: a multiprocessor has four schedulers, H100 white paper
 # What the model assumes of all of them, in round numbers:
 LATENCY = 700e-9  # seconds of a load from memory under load
+CACHED = 40  # clocks of one from the nearest cache
 INTERVAL = 2  # clocks between a warp's instructions, some of which wait for the one before
 BARRIER = 40  # clocks
 SMOOTHNESS = 4  # of the maximum: two equal limits make 1.19 of either
@@ -59,15 +68,63 @@ class Reading(NamedTuple):
     rounds: int
     wide: int
     refusal: str | None = None  # why the GPU cannot run it
+    loaded: int = 0  # bytes a lane from global memory, and to it
+    stored: int = 0
+    accesses: int = 0  # of global memory
+    lsu: float = 0  # clocks of the load and store units for each warp, then instructions
+    mufu: int = 0
+    fma: int = 0
+    alu: int = 0
+    double: int = 0
+
+    @property
+    def first(self) -> float:
+        """The share of its accesses that is not of bytes which were accessed before."""
+        moved = self.programs * self.warps * 32 * (self.loaded + self.stored)
+        return min(1, self.bytes / moved) if moved else 1
+
+    @property
+    def width(self) -> float:
+        """Bytes a lane of an access to global memory, on average."""
+        return (self.loaded + self.stored) / max(1, self.accesses)
+
+    @property
+    def in_flight(self) -> float:
+        """Bytes that a multiprocessor waits for at a time, if all its programs do."""
+        return self.resident * self.warps * 32 * self.loaded / max(1, self.rounds)
 
 
-def limits(reading: Reading, chip: Chip) -> tuple[float, float, float]:
-    """Seconds of the launch by memory, issue and latency."""
+class Seconds(NamedTuple):
+    """Of a launch, by what could limit it."""
+
+    memory: float
+    issue: float
+    latency: float
+    lsu: float
+    mufu: float
+    fma: float
+    alu: float
+    double: float
+
+
+def together(parts: Iterable[float]) -> float:
+    """Their smooth maximum."""
+    return sum(part**SMOOTHNESS for part in parts) ** (1 / SMOOTHNESS)
+
+
+def limits(reading: Reading, chip: Chip) -> Seconds:
     share = reading.programs / chip.multiprocessors
-    issue = share * reading.warps * reading.instructions / 4 / chip.clock
     serial = reading.instructions * INTERVAL + reading.barriers * BARRIER
-    alone = reading.rounds * LATENCY + serial / chip.clock
-    return reading.bytes / chip.bandwidth, issue, max(1, share / reading.resident) * alone
+    wait = reading.first * LATENCY + (1 - reading.first) * CACHED / chip.clock
+    alone = reading.rounds * wait + serial / chip.clock
+    clocks = (
+        reading.lsu, reading.mufu * 32 / MUFU, reading.fma * 32 / chip.fma,
+        reading.alu * 32 / ALU, reading.double * 32 / chip.double,
+    )  # fmt: skip
+    units = (share * reading.warps * each / chip.clock for each in clocks)
+    issue = share * reading.warps * reading.instructions / ISSUE / chip.clock
+    latency = max(1, share / reading.resident) * alone
+    return Seconds(reading.bytes / chip.bandwidth, issue, latency, *units)
 
 
 def slowdown(readings: Iterable[Reading], chip: Chip) -> float:
@@ -75,7 +132,7 @@ def slowdown(readings: Iterable[Reading], chip: Chip) -> float:
     ratios = []
     for reading in readings:
         seconds = limits(reading, chip)
-        ratios.append(sum(s**SMOOTHNESS for s in seconds) ** (1 / SMOOTHNESS) / seconds[0])
+        ratios.append(together(seconds) / seconds.memory)
     return sum(ratios) / len(ratios)
 
 
@@ -96,10 +153,19 @@ def trips(launch: Launch) -> int:
 def read(launch: Launch, arch: int) -> Reading:
     """Compile a launch for sm_<arch> and read it."""
     resources, sass = compile_and_read(launch, arch)
-    run, warps = executed(sass, trips(launch)), launch.options["num_warps"]
+    run = executed(sass, trips(launch))
+    warps, programs = launch.options["num_warps"], math.prod(launch.grid)
+    return reading(touched(launch), programs, warps, resources, run, arch)
+
+
+def reading(
+    touched: int, programs: int, warps: int, resources: Resources, run: Executed, arch: int
+) -> Reading:
+    """One launch, from what its machine code says."""
     resident = max(1, occupancy(resources, warps, arch) // warps)
     return Reading(
-        touched(launch), math.prod(launch.grid), warps, resident,
+        touched, programs, warps, resident,
         resources.registers, resources.spills, run.instructions, run.barriers, run.rounds,
-        resources.wide_loads, refusal(resources, arch),
+        resources.wide_loads, refusal(resources, arch), run.loaded, run.stored,
+        run.wide + run.narrow, run.lsu, run.mufu, run.fma, run.alu, run.double,
     )  # fmt: skip

@@ -27,7 +27,9 @@ from benchmarks.static import resources
 folder, *what = sys.argv[1:]
 def compiled(name, *options):
     resources.main([*options, "--json", f"{folder}/{name}.json"])
-if what == ["the rest"]:
+if what[:1] == ["consumer"]:
+    compiled("consumer", "--backend", "triton", *what[1:])
+elif what == ["the rest"]:
     compiled("the rest", "--backend", "triton", "--arch", "80", "100", "--width", "768", "1152")
     compiled("B, sm_90", "--backend", "triton", "--width", "768")
 elif what:
@@ -71,6 +73,29 @@ def test_nor_at_the_other_width_and_for_the_other_architectures(tmp_path):
     run(tmp_path, "the rest")
     for name in ("the rest", "B, sm_90"):
         assert_no_spills_and_wide_loads(tmp_path / f"{name}.json")
+
+
+CONSUMER_SHARED = 99 * 1024  # bytes a program, of sm_86, sm_89 and sm_120
+
+
+def assert_small_enough(path: Path) -> None:
+    sizes = [row["resources"]["shared"] for row in kernels(path)]
+    assert sizes and max(sizes) <= CONSUMER_SHARED
+
+
+def test_attention_of_a_consumer_gpu_neither_spills_nor_asks_for_too_much(tmp_path):
+    run(tmp_path, "consumer", "--arch", "89", "--width", "1152", "--op", "attention")
+    path = tmp_path / "consumer.json"
+    assert_small_enough(path)
+    assert not [row for row in kernels(path) if row["resources"]["spills"]]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("architecture", ["86", "89", "120"])
+def test_nor_any_kernel_of_consumer_gpus(tmp_path, architecture):
+    run(tmp_path, "consumer", "--arch", architecture)
+    assert_no_spills_and_wide_loads(tmp_path / "consumer.json")
+    assert_small_enough(tmp_path / "consumer.json")
 
 
 def assert_no_spills_and_wide_loads(path: Path) -> None:
@@ -152,6 +177,19 @@ def test_every_op_has_a_call():
 def test_occupancy(registers, warps, shared, expected):
     resources = Resources(registers, 0, shared, 0, 0, 0, 0, 0)
     assert occupancy(resources, warps, 90) == expected
+
+
+@pytest.mark.parametrize(
+    "arch, expected", [(86, (48, 16, 6)), (89, (48, 24, 6)), (90, (64, 32, 12))]
+)
+def test_occupancy_of_consumer_gpus(arch, expected):
+    """48 warps and fewer programs; three programs of 32 KiB in 100, six in 228."""
+    cases = (32, 4, 0), (16, 1, 0), (32, 2, 32 * 1024)
+    found = [
+        occupancy(Resources(registers, 0, shared, 0, 0, 0, 0, 0), warps, arch)
+        for registers, warps, shared in cases
+    ]
+    assert tuple(found) == expected
 
 
 def test_a_kernel_is_listed_once(triton_reports):

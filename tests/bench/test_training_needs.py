@@ -5,6 +5,7 @@ import torch
 
 from benchmarks.cases.shapes import Model
 from benchmarks.static import training
+from benchmarks.static.traffic import BUDGETS, GPUS, block_totals
 from tim_kernels import use_backend
 
 SMALL = Model("b-256", (8, 8), (4, 32, 32), 0, (), depth=2)
@@ -33,3 +34,10 @@ def test_published_presets(preset):
     assert slow.parameters == fast.parameters and slow.step > 2 * fast.step
     assert slow.memory == pytest.approx(slow.state + 8 * slow.kept / 1e3)
     assert {"b-256": 136, "t2i": 873}.get(preset, 672) == pytest.approx(slow.parameters, abs=1)
+
+
+@pytest.mark.parametrize("name, most", [("c2i-xl", 1.5), ("t2i-xl", 2.9)])
+def test_kernels_sum_the_gradients_of_biases(name, most):
+    """Sums of their own would read 10.3·C of bfloat16 a token again, or 12.3·C with a text."""
+    by_name = block_totals(BUDGETS[name], "fused", "training", GPUS["H100"], by="name")
+    assert by_name["sum"].bytes / BUDGETS[name].tokens / 1e3 < most

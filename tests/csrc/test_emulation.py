@@ -28,9 +28,15 @@ def test_the_op_passes_its_tests(op, tmp_path):
 
 MISTAKES = {  # the file, what stands there, what is put in its place, what the run then says
     "a barrier is missing": (
-        "ada_layer_norm.cu",
-        "scratch[i][part] = x[i];\n  }\n  __syncthreads();",
-        "scratch[i][part] = x[i];\n  }",
+        "ada_layer_norm_backward.cuh",
+        "= one;\n  __syncthreads();",
+        "= one;",
+        "test_parity",
+    ),
+    "a copy of adaLN's is not waited for": (
+        "ada_layer_norm_backward.cuh",
+        "__pipeline_wait_prior(0);",
+        "__pipeline_wait_prior(1);",
         "test_parity",
     ),
     "a token too many": (
@@ -45,6 +51,12 @@ MISTAKES = {  # the file, what stands there, what is put in its place, what the 
         "  if (threadIdx.x < 32) __syncthreads();",
         "emulation: a barrier is not reached by all threads",
     ),
+    "a copy is not waited for": (
+        "qk_norm_rope_staged.cuh",
+        "      __pipeline_wait_prior(0);\n",
+        "      __pipeline_wait_prior(1);\n",
+        "test_heads",
+    ),
 }
 
 
@@ -53,7 +65,9 @@ MISTAKES = {  # the file, what stands there, what is put in its place, what the 
     [
         "a token too many",
         pytest.param("a barrier is missing", marks=pytest.mark.nightly),
+        pytest.param("a copy of adaLN's is not waited for", marks=pytest.mark.nightly),
         pytest.param("a barrier that some threads never reach", marks=pytest.mark.nightly),
+        pytest.param("a copy is not waited for", marks=pytest.mark.nightly),
     ],
 )
 def test_a_mistake_is_caught(mistake, tmp_path):
@@ -62,8 +76,8 @@ def test_a_mistake_is_caught(mistake, tmp_path):
     text = (source / name).read_text()
     assert text.count(right) == 1, f"{name} has changed: adapt the mistake"
     (source / name).write_text(text.replace(right, wrong))
-    test = str(TESTS / "test_ada_layer_norm.py")
-    run = run_tests(
-        compile_op("ada_layer_norm", tmp_path, source), test, "-k", "test_parity and both_bias"
-    )
+    op = "qk_norm_rope" if name.startswith("qk_norm_rope") else "ada_layer_norm"
+    cases = dict(qk_norm_rope="test_heads and 72", ada_layer_norm="test_parity and both_bias")[op]
+    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / TESTS).glob(f"test_{op}*.py"))
+    run = run_tests(compile_op(op, tmp_path, source), *files, "-k", cases)
     assert run.returncode != 0 and symptom in run.stdout + run.stderr

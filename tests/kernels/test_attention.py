@@ -1,7 +1,6 @@
 """Attention is a choice among other people's kernels; ours is the choice, and the packing."""
 
 import functools
-import importlib.machinery
 import sys
 import types
 from unittest.mock import patch
@@ -10,9 +9,8 @@ import pytest
 import torch
 from parity import assert_compiles_once
 
-import tim_kernels
 from tim_kernels import Segments, attention
-from tim_kernels.attention import op
+from tim_kernels.attention import choice, op
 
 
 def qkv(*shape, k_tokens=None, k_heads=None, seed=0):
@@ -172,40 +170,14 @@ class Flash(types.ModuleType):
         return definition(q, k, v, scale, causal).to(q.dtype)
 
 
-def test_which_flash_attn(monkeypatch):
-    """The newest, until somebody has timed them on such a GPU."""
-    for name in ("flash_attn_interface", "flash_attn"):
-        module = Flash(name)
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        monkeypatch.setitem(sys.modules, name, module)
-
-    def line() -> str:
-        return next(s for s in tim_kernels.explain().splitlines() if "without tangents" in s)
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(op, "architecture", lambda device: 90)
-    try:
-        for order, first, why in (
-            ({}, "flash_attn_interface", "the newest, as nobody has timed them"),
-            ({90: ("flash_attn", "flash_attn_interface")}, "flash_attn", "as timed on sm_90"),
-            ({80: ("flash_attn",)}, "flash_attn_interface", "nobody has timed them"),
-        ):
-            monkeypatch.setattr(op, "ORDER", order)
-            op.flash_attention.cache_clear()
-            assert op.flash_attention().__name__ == first
-            assert f" {first} for" in line() and why in line()
-    finally:
-        op.flash_attention.cache_clear()
-
-
 @pytest.mark.parametrize("name", ["", *OPTIONS])
 @pytest.mark.parametrize("is_packed", [False, True], ids=["", "packed"])
 @pytest.mark.parametrize("k_tokens", [8, 6])
 def test_what_flash_attn_is_asked_for(monkeypatch, k_tokens, is_packed, name):
     """Of a causal mask only what it means as PyTorch does."""
     monkeypatch.setitem(sys.modules, "flash_of_the_test", Flash("flash_of_the_test"))
-    monkeypatch.setattr(op, "_flash_name", lambda: "flash_of_the_test")
+    monkeypatch.setattr(choice, "chosen", lambda: "flash_of_the_test")
+    monkeypatch.setattr(choice, "NEWEST", ("flash_of_the_test",))
     monkeypatch.setattr(Flash, "calls", 0, raising=False)
     options = OPTIONS.get(name, {})
     tensors, segments = qkv(1, 8, 4, 8, k_tokens=k_tokens, k_heads=2), ()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tim_kernels.attention import op
+from tim_kernels.attention import choice, op
 
 ROOT = Path(__file__).parents[2]
 PRELUDE = """
@@ -58,7 +58,7 @@ def test_what_the_resource_report_leaves_out():
 bf16, options = torch.bfloat16, dict(is_causal=True, group=2)
 cases = [(architecture, *of) for architecture in ARCHITECTURES
          for of in ((128, bf16, {}), (72, torch.float32, {}), (72, bf16, options))]
-cases += [(90, 128, bf16, options), (90, 256, bf16, {})]
+cases += [(90, 128, bf16, options), (90, 256, bf16, {}), (120, 72, torch.float32, {})]
 for architecture, head_dim, dtype, options in cases:
     with tuning.as_architecture(architecture):
         resources = compile_launch(launch(head_dim, dtype=dtype, **options), architecture)
@@ -66,7 +66,7 @@ for architecture, head_dim, dtype, options in cases:
     assert not resources.is_trap and resources.wide_loads, (architecture, head_dim, dtype)
 print(len(cases))
 """)
-    assert found == 11
+    assert found == 12
 
 
 def test_the_tiles_of_data_centres_fit_consumer_gpus():
@@ -105,7 +105,8 @@ def test_half_precision_is_one_graph_on_a_gpu(monkeypatch, version):
     module = types.ModuleType("flash_of_the_test")
     module.flash_attn_func = flash_attn_func
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(op, "flash_attention", lambda: module if version else None)
+    monkeypatch.setattr(choice, "chosen", lambda: module.__name__ if version else "native")
+    monkeypatch.setattr(choice, "NEWEST", (module.__name__,))
     monkeypatch.setattr(op, "_is_flash_ready", lambda *_: True)
     torch._dynamo.reset()  # the answer is fixed when it traces
     q, k, v = torch.randn(3, 2, 5, 2, 16).bfloat16()

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tim_kernels
 from tim_kernels import Segments, attention
-from tim_kernels.attention import op, packed
+from tim_kernels.attention import choice, op, packed
 
 LENGTHS, K_LENGTHS = [40, 0, 25, 3, 60], [7, 2, 5, 0, 9]
 OPTIONS = [{}, dict(scale=0.3, is_causal=True)]
@@ -106,8 +106,9 @@ def test_explain_says_which(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     packed.has_varlen.cache_clear()
-    flash = types.ModuleType(name) if name else None
-    monkeypatch.setattr(sys.modules["tim_kernels.explain"], "flash_attention", lambda: flash)
+    monkeypatch.setattr(choice, "chosen", lambda: name or "native")
+    if name:
+        monkeypatch.setattr(choice, "NEWEST", (name,))
     try:
         assert ("flash_of_the_test for" if name else "varlen_attn for bfloat16") in line()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))

@@ -211,9 +211,11 @@ def test_pickles_of_something_else_are_refused(tmp_path, content, message):
 
 
 def test_paths_that_are_no_weight_file(tmp_path):
-    for path in (tmp_path / "nowhere.bin", tmp_path, tmp_path / "model.ckpt"):
+    for path in (tmp_path, tmp_path / "model.ckpt"):
         with pytest.raises(ValueError, match=r"a \.safetensors or \.bin file is needed, got"):
             checkpoints.load(path, CLASS)
+    with pytest.raises(ValueError, match="there is no file .*nowhere.bin"):
+        checkpoints.load(tmp_path / "nowhere.bin", CLASS)
 
 
 def test_save_pretrained_folder_and_file(tmp_path):

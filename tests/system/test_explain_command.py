@@ -60,6 +60,7 @@ def test_a_saved_pipeline_and_refusals(tmp_path):
         (["nowhere"], "there is no checkpoint nowhere"),
         (["mnist", "--steps", 0], "num_steps must be at least 1, got 0"),
         (["mnist", "--guidance", "nan"], "cfg_scale must be finite, got nan"),
+        (["mnist", "--guidance", 0.5], "guidance must be at least 1, which is none; got 0.5"),
         (["mnist", "--dtype", "int8"], "dtype must be one of float32, bfloat16, float16"),
     ):
         code, said = tim("explain", *arguments)

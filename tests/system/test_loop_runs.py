@@ -314,3 +314,5 @@ def test_export(tmp_path):
         result = CliRunner().invoke(app, ["export", str(checkpoint), str(out), flag])
         assert result.exit_code == 0, result.output
         assert equal(out, checkpoint / name / WEIGHTS)
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "gone"), str(out)])
+    assert result.exit_code == 1 and "there is no folder" in result.stderr

@@ -28,6 +28,7 @@ from small_pipelines import (
 
 from tim.models import TiMTransformer2DModel
 from tim.pipelines import TiMClassPipeline, TiMTextPipeline
+from tim_kernels.attention import choice
 
 ROOT = Path(__file__).parents[2]
 BOTH = pytest.mark.parametrize("make_pipeline", [class_pipeline, text_pipeline])
@@ -221,19 +222,24 @@ def test_another_dtype(make_pipeline):
 # Attention
 
 
-def test_attention_backends_by_the_name_of_what_runs(monkeypatch):
+def test_attention_backends_by_diffusers_names(monkeypatch):
     model = network(CLASS)
-    model.set_attention_backend("native")
-    for name in ("flash", "_native_math", "sage"):
-        with pytest.raises(ValueError, match=f"'{name}' cannot be set, 'native' runs: .*sdpa_kern"):
-            model.set_attention_backend(name)
-    import tim.models.transformer
-
-    installed = type(torch)("flash_attn_interface")  # flash-attn 3 is one
-    monkeypatch.setattr(tim.models.transformer, "flash_attention", lambda: installed)
-    model.set_attention_backend("_flash_3")
-    with pytest.raises(ValueError, match="'native' cannot be set, '_flash_3' runs"):
+    try:
         model.set_attention_backend("native")
+        assert choice.chosen() == "native"
+        for name in ("_native_math", "sage"):
+            with pytest.raises(ValueError, match=f"'{name}' cannot be set: TiM has native, "):
+                model.set_attention_backend(name)
+        for name in ("flash", "_flash_3", "_native_cudnn", "_native_flash"):
+            with pytest.raises(ValueError, match=f"'{name}' cannot be set: it needs a CUDA device"):
+                model.set_attention_backend(name)
+        monkeypatch.setattr(choice, "obstacle", lambda name: None)
+        monkeypatch.setattr("tim.models.transformer.obstacle", lambda name: None)
+        for name, ours in (("_native_cudnn", "cudnn"), ("_flash_3", "flash_attn_interface")):
+            model.set_attention_backend(name)
+            assert choice.chosen() == ours
+    finally:
+        choice.set_attention("auto")
 
 
 # Shared, saved and loaded

@@ -220,7 +220,7 @@ def demo(
     output: Annotated[
         Path, typer.Option(help="Where the digits go; the emoji go beside them.")
     ] = Path("tim-demo.png"),
-    seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the initial noise.", min=0, max=2**63 - 1)] = 0,
 ) -> None:
     """Draw digits and emoji at 1, 2, 4, 8 and 32 steps with networks that are trained already."""
     from tim.app.demo import draw, draw_emoji

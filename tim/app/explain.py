@@ -33,7 +33,9 @@ def explain(
         str | None, typer.Option(help="Of a weight file: a preset's name or a YAML file.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Sampling steps of the plan.")] = 8,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance of the plan.")] = 1.0,
+    guidance: Annotated[
+        float, typer.Option(help="Classifier-free guidance of the plan; 1 is none.")
+    ] = 1.0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Device = None,
 ) -> None:
@@ -62,6 +64,8 @@ def _explain_model(
     from tim.sampling.steps import Options
 
     options = Options(num_steps=steps, cfg_scale=guidance)
+    if guidance < 1:
+        raise ValueError(f"guidance must be at least 1, which is none; got {guidance:g}")
     network, transport = open_sampler(assets.path_of(model), config, dtype=dtype, device=device)
     times, has = options.steps(transport), network.config
     weights = sum(parameter.numel() for parameter in network.parameters()) / 1e6

@@ -11,7 +11,6 @@ from tim_kernels.network.blocks import (
     BlockRows,
     Pending,
     Rope,
-    Shifts,
     TextKeys,
     class_block,
     cross_attention,
@@ -34,8 +33,7 @@ class SwiGLU(nn.Module):
         self.fc1_x = nn.Linear(in_features, hidden_features)
         self.fc2 = nn.Linear(hidden_features, out_features)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return swiglu_mlp(self, x)
+    forward = swiglu_mlp
 
 
 def _head_norm(head_dim: int, qk_norm: bool) -> nn.Module:
@@ -56,8 +54,7 @@ class Attention(nn.Module):
         self.k_norm = _head_norm(dim // num_heads, qk_norm)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, shifts: Shifts, rope: Rope) -> Tensor:
-        return self_attention(self, x, shifts, rope)
+    forward = self_attention
 
 
 class CrossAttention(nn.Module):
@@ -74,8 +71,7 @@ class CrossAttention(nn.Module):
         self.k_norm = _head_norm(dim // num_heads, qk_norm)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, text: Tensor | TextKeys, rope: Rope) -> Tensor:
-        return cross_attention(self, x, text, rope)
+    forward = cross_attention
 
 
 def _layer_norm(dim: int) -> nn.LayerNorm:

@@ -10,7 +10,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from tim_kernels import CONDITIONS, Packing
-from tim_kernels.attention.op import flash_attention
+from tim_kernels.attention.choice import obstacle, set_attention
 from tim_kernels.network.forward import predict
 from tim_kernels.network.packing import check_packed
 from tim_kernels.qk_norm_rope.reference import ORDERS
@@ -183,20 +183,19 @@ class TiMTransformer2DModel(LoRAMixin, Cached, ModelMixin, ConfigMixin):
         return cls._from_single_file(pretrained_model_link_or_path, **given, **hub)
 
     def set_attention_backend(self, backend: str) -> None:
-        """Taken where it names what runs: attention is chosen by what is installed, see
-        `tim_kernels.attention`.
+        """Choose by diffusers' names, for the whole process: "native", "_native_cudnn" or
+        "_native_flash" of PyTorch, "flash" or "_flash_3" of flash-attn; see
+        `tim_kernels.set_attention`.
 
         Raises:
-            ValueError: it names another.
+            ValueError: it names another, or one that cannot run here.
         """
-        flash = flash_attention()
-        here = "native" if flash is None else _FLASH.get(flash.__name__, flash.__name__)
-        if backend != here:
-            raise ValueError(
-                f"attention backend {backend!r} cannot be set, {here!r} runs: TiM takes flash-attn "
-                "where it is installed, else PyTorch's attention, among whose kernels "
-                "torch.nn.attention.sdpa_kernel chooses"
-            )
+        names = {theirs: ours for ours, theirs in _DIFFUSERS.items()}
+        ours = names.get(backend)
+        reason = f"TiM has {', '.join(names)}" if ours is None else obstacle(ours)
+        if reason:
+            raise ValueError(f"attention backend {backend!r} cannot be set: {reason}")
+        set_attention(ours)
 
     def _check_inputs(self, x, t, r, y, features: bool, packing: Packing | None = None) -> None:
         channels, patch = self.config.in_channels, self.config.patch_size
@@ -220,7 +219,10 @@ class TiMTransformer2DModel(LoRAMixin, Cached, ModelMixin, ConfigMixin):
             raise ValueError("features need a projector: build the model with z_dim, projector_dim")
 
 
-_FLASH = {"flash_attn": "flash", "flash_attn_interface": "_flash_3"}  # as diffusers names them
+_DIFFUSERS = {
+    "native": "native", "cudnn": "_native_cudnn", "flash": "_native_flash",
+    "flash_attn": "flash", "flash_attn_interface": "_flash_3",
+}  # fmt: skip
 
 
 def _check_config(config) -> None:

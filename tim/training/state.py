@@ -225,9 +225,12 @@ def merged(folder: str | Path, average: bool = True) -> dict[str, Tensor]:
         safetensors.torch.save_file(merged("runs/xl/checkpoints/step-00002000"), "xl.safetensors")
 
     Raises:
+        FileNotFoundError: it is no folder.
         ValueError: it holds no average, or adapters alone.
     """
     folder, name = Path(folder), "ema" if average else "network"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
     if (folder / name / LORA).exists():
         raise ValueError(f"{folder} holds adapters: {folder / name / LORA} is their file")
     if not (folder / SHARDS).exists():

@@ -1,10 +1,5 @@
 """Attention: a choice among the kernels others keep well; its tangent is our own."""
 
-import functools
-import importlib
-import importlib.util
-import sys
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -15,16 +10,15 @@ from ..dispatch.backend import Op, choose
 from ..dispatch.operators import NO_TANGENT, Operator
 from ..dispatch.slices import each_slice
 from ..dispatch.torch_private import (
-    constant_when_compiled,
+    has_graph,
     has_tangent,
     is_forward_mode,
     is_mapped,
     is_transformed,
 )
 from ..launch.plans import Plans, signature
-from ..launch.tuning import architecture
 from ..segments import Segments, packing, unpacked
-from . import packed, reference
+from . import backward, choice, packed, reference
 
 
 def _triton():
@@ -34,20 +28,23 @@ def _triton():
 
 
 OP = Op("attention", _triton)
-NEWEST = "flash_attn.cute", "flash_attn_interface", "flash_attn"  # flash-attn 4, 3 and 2
-ORDER: dict[int, tuple[str, ...]] = {}  # the fastest first, by architectures that were timed
 HEAD_DIMS = range(8, 257, 8)  # of our kernel and of flash-attn
 
 
-def _jvp_fake(q, *_):
-    return q.new_empty(q.shape), q.new_empty(q.shape)
+def _jvp_fake(
+    q, k, v, tq, tk, tv, key_mask, cu, k_cu, max_length, k_max_length, scale=None,
+    is_causal=False, has_lse=False,
+):  # fmt: skip
+    lse = q.new_empty(backward.lse_shape(q), dtype=torch.float32) if has_lse else q.new_empty(0)
+    return q.new_empty(q.shape), q.new_empty(q.shape), lse
 
 
 jvp_op = Operator(
     OP,
     "attention_jvp(Tensor q, Tensor k, Tensor v, Tensor? tq, Tensor? tk, Tensor? tv, "
     "Tensor? key_mask, Tensor? cu_seqlens, Tensor? k_cu_seqlens, SymInt max_length, "
-    "SymInt k_max_length, float? scale=None, bool is_causal=False) -> (Tensor, Tensor)",
+    "SymInt k_max_length, float? scale=None, bool is_causal=False, bool has_lse=False) "
+    "-> (Tensor, Tensor, Tensor)",
     _jvp_fake,
 )
 
@@ -76,18 +73,20 @@ def attention(
         is_causal: query i attends to the keys 0 … i of its sample, also where N ≠ M.
 
     Runs flash-attn where it is installed and can (CUDA, bfloat16 or float16, no key_mask, one
-    head_dim; if causal, the queries' lengths are the keys'), else PyTorch's
-    scaled_dot_product_attention; of packed tokens PyTorch's varlen_attn where flash-attn could
-    run, else a sequence after the other, or padded to the longest where the lengths are not known
-    on the host (torch.compile, meta tensors, `Segments` with a `total` on a GPU). No mask grows
-    with T². Returns q's shape with v's head_dim, and q's dtype.
+    head_dim; if causal, the queries' lengths are the keys'), or what `set_attention` chose, else
+    PyTorch's scaled_dot_product_attention; of packed tokens flash-attn alike, PyTorch's varlen_attn
+    where flash-attn could run, else a sequence after the other, or padded to the longest where the
+    lengths are not known on the host (torch.compile, meta tensors, `Segments` with a `total` on a
+    GPU). No mask grows with T². Returns q's shape with v's head_dim, and q's dtype.
 
     Under forward mode (torch.func.jvp, torch.autograd.forward_ad) our Triton kernel makes the
     output and its tangent in one pass over the keys, in memory that grows with N, for float32,
     bfloat16 and float16 and one head_dim that is a multiple of 8 up to 256; any other goes to
     PyTorch's composite implementation, in memory that grows with N·M. That output has a gradient
-    as ever, by the plain attention made anew in backward; its tangent is a constant, and a request
-    to differentiate through it raises. `forward_mode` does the same for networks that call
+    as ever: from the log-sum-exp that the kernel keeps, by PyTorch's flash attention where plain
+    attention would be that or flash-attn 2, for float32 (B, N, …) by its efficient attention; else
+    by the plain attention made anew in backward. Its tangent is a constant, and a request to
+    differentiate through it raises. `forward_mode` does the same for networks that call
     PyTorch's scaled_dot_product_attention.
 
     Raises:
@@ -122,15 +121,17 @@ _checked = Plans()  # by signature
 
 def _plain_attention(q, k, v, segments, k_segments, key_mask, scale, is_causal) -> Tensor:
     is_flash = key_mask is None and _is_flash_ready(q, k, v)
-    if is_flash and is_causal:  # flash-attn counts from the last key
-        is_flash = q.shape[:-2] == k.shape[:-2] if segments is None else k_segments is None
-    name = _flash_name() if is_flash else None
-    flash = sys.modules[name] if name else None
+    is_flash = is_flash and _counts_alike(q, k, segments, k_segments, is_causal)
+    name = choice.chosen() if is_flash else "native"
+    flash = choice.package(name)
     if flash is None and segments is not None:
         return packed.attention(
             q, k, v, segments, k_segments, scale=scale, is_causal=is_causal, has_flash=is_flash
         )
     if flash is None:
+        out = choice.by_itself(name, q, k, v, scale, is_causal)
+        if out is not None:
+            return out
         return reference.attention(q, k, v, key_mask, scale=scale, is_causal=is_causal)
     options = {} if scale is None else dict(softmax_scale=scale)
     if is_causal:
@@ -144,6 +145,21 @@ def _plain_attention(q, k, v, segments, k_segments, key_mask, scale, is_causal) 
             max_seqlen_q=segments.max_length, max_seqlen_k=keys.max_length, **options,
         )  # fmt: skip
     return out[0] if isinstance(out, tuple) else out  # flash-attn 4 adds the log-sum-exp
+
+
+def _counts_alike(q, k, segments, k_segments, is_causal) -> bool:
+    """Whether flash attention, which counts from the last key, masks as we do."""
+    if not is_causal:
+        return True
+    return q.shape[:-2] == k.shape[:-2] if segments is None else k_segments is None
+
+
+def _is_pytorch_s_flash(tensors) -> bool:
+    """Whether the backward of plain attention is PyTorch's flash attention, or flash-attn 2, which
+    has the same kernels; the others have their own, which are faster."""
+    half = tensors[0].dtype in (torch.bfloat16, torch.float16)
+    is_gpu = tensors[0].device.type == "cuda"
+    return not (half and is_gpu) or choice.chosen() in ("native", "flash", "flash_attn")
 
 
 def _has_kernel(q: Tensor, v: Tensor) -> bool:
@@ -162,72 +178,57 @@ def _dual_attention(duals, segments, k_segments, key_mask, scale, is_causal) -> 
     numbers = scale, is_causal
     cu, max_length = packing(segments, "q", primals[0])
     k_cu, k_max_length = packing(k_segments or segments, "k", primals[1])
-    out, tangent = jvp_op(
+    way = None
+    if key_mask is None and has_graph(primals):
+        is_flash = _is_pytorch_s_flash(primals) and _counts_alike(
+            *primals[:2], segments, k_segments, is_causal
+        )
+        way = backward.way(*primals, segments is not None, is_causal, is_flash)
+    out, tangent, lse = jvp_op(
         *primals, *(dual.tangent for dual in duals), key_mask, cu, k_cu, max_length, k_max_length,
-        *numbers,
+        *numbers, way is not None,
     )  # fmt: skip
     k_cu, k_max_length = packing(k_segments, "k", primals[1])
     out = _Primal.apply(
-        out.detach(), *primals, key_mask, cu, k_cu, max_length, k_max_length, *numbers
-    )
+        out.detach(), lse.detach(), *primals, key_mask, cu, k_cu, max_length, k_max_length,
+        *numbers, way,
+    )  # fmt: skip
     return forward_ad.make_dual(out, tangent)
 
 
 class _Primal(torch.autograd.Function):
-    """`out` as it is, with the gradients of the plain attention that it is the value of."""
+    """`out` as it is, with the gradients of the plain attention that it is the value of: by `way`
+    of its log-sum-exp, or of the attention made anew."""
 
     @staticmethod
-    def forward(out, q, k, v, key_mask, cu, k_cu, *numbers):
+    def forward(out, lse, q, k, v, key_mask, cu, k_cu, *numbers):
         return out.view_as(out)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, q, k, v, key_mask, cu, k_cu, *ctx.numbers = inputs
-        ctx.save_for_backward(q, k, v, key_mask, cu, k_cu)
+        out, lse, q, k, v, key_mask, cu, k_cu, *ctx.numbers = inputs
+        kept = (None, None) if ctx.numbers[-1] is None else (out, lse)
+        ctx.save_for_backward(q, k, v, key_mask, cu, k_cu, *kept)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        *primals, key_mask, cu, k_cu = ctx.saved_tensors
-        *lengths, scale, is_causal = ctx.numbers
+        *primals, key_mask, cu, k_cu, out, lse = ctx.saved_tensors
+        *lengths, scale, is_causal, way = ctx.numbers
+        if way is not None:
+            gradients = backward.gradients(
+                way, dout, *primals, out, lse, cu, k_cu, *lengths, scale, is_causal
+            )
+            return None, None, *gradients, *(None,) * 8
         segments, k_segments = map(unpacked, (cu, k_cu), lengths, primals[:2])
         leaves = [x.detach().requires_grad_() for x in primals]
         with torch.enable_grad():
             out = _plain_attention(*leaves, segments, k_segments, key_mask, scale, is_causal)
-        return None, *torch.autograd.grad(out, leaves, dout), *(None,) * 7
+        return None, None, *torch.autograd.grad(out, leaves, dout), *(None,) * 8
 
     @staticmethod
     def vmap(info, in_dims, *args):
         return each_slice(_Primal.apply, info, in_dims, *args)
-
-
-def order() -> tuple[tuple[str, ...], str]:
-    """Modules of flash-attn, the one to take first, and why in that order."""
-    own = architecture(torch.device("cuda")) if torch.cuda.is_available() else None
-    if own in ORDER:
-        return ORDER[own], f"the fastest, as timed on sm_{own}"
-    return NEWEST, "the newest, as nobody has timed them on this GPU"
-
-
-@functools.cache
-def flash_attention():
-    """The first flash-attn of `order` that is importable; None without one."""
-    for name in order()[0]:
-        try:
-            if importlib.util.find_spec(name) is None:
-                continue
-            module = importlib.import_module(name)
-        except ImportError:
-            continue
-        if hasattr(module, "flash_attn_func") and hasattr(module, "flash_attn_varlen_func"):
-            return module
-    return None
-
-
-@constant_when_compiled
-def _flash_name() -> str | None:
-    flash = flash_attention()
-    return flash and flash.__name__
 
 
 def _is_flash_ready(*tensors: Tensor) -> bool:

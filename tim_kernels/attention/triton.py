@@ -9,7 +9,7 @@ sums over the keys of a query,
 for any `centre` that is one number a query. It is the mean of ds over the first tile of keys that a
 query sees, so that what all keys share does not drown the rest when w is rounded. One pass over the
 keys carries the sums, rescaled as the maximum grows; no other memory than the outputs. A query
-without keys gets zeros.
+without keys gets zeros. For a backward, log Σ exp s is kept too, ∞ where there is no key.
 GROUP heads of queries in a row share one of keys and values; where the mask is CAUSAL a query has
 no keys after its own place, and a tile of queries reads none after its last.
 
@@ -31,12 +31,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch.backend import interpreting
-from ..launch.calls import Out, like
+from ..launch.calls import Made, Out, like
 from ..launch.grid import kernel, launch
 from ..launch.rows import locate
 from ..launch.shares import token_grid
 from ..launch.tuning import configuration
 from ..launch.views import In, view_heads
+from .backward import lse_shape
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -46,7 +47,7 @@ def _attention_jvp_kernel(
     cu_ptr, length, tiles,
     q_ptr, q_b, q_n, q_h, k_ptr, k_b, k_n, k_h, v_ptr, v_b, v_n, v_h,
     tq_ptr, tq_b, tq_n, tq_h, tk_ptr, tk_b, tk_n, tk_h, tv_ptr, tv_b, tv_n, tv_h,
-    mask_ptr, k_cu_ptr, k_length, heads, scale, out_ptr, tout_ptr,
+    mask_ptr, k_cu_ptr, k_length, heads, scale, out_ptr, tout_ptr, lse_ptr, lse_n, lse_h,
     D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr, WIDEN: tl.constexpr, ALIGN: tl.constexpr,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr,
@@ -127,6 +128,9 @@ def _attention_jvp_kernel(
 
     inverse = 1.0 / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
     w_mean = w_i[:, None] * inverse
+    if lse_ptr is not None:
+        lse = tl.where(l_i == 0.0, float("inf"), m_i * scale + tl.log(l_i))
+        tl.store(lse_ptr + first_out * lse_n + head * lse_h + n, lse, is_row)
     row = ((first_out + n) * heads + head) * D
     _store(out_ptr, row, is_row, oa * inverse, 0, A, D)
     _store(tout_ptr, row, is_row, (ta - oa * w_mean) * inverse, 0, A, D)
@@ -219,20 +223,24 @@ def _tile(q: Tensor, lanes: int) -> dict[str, int]:
 
 
 def jvp(
-    q, k, v, tq, tk, tv, key_mask, cu, k_cu, max_length, k_max_length, scale=None, causal=False
-):
-    """(out, tout), shaped as q and contiguous; a tangent that is None is zero."""
+    q, k, v, tq, tk, tv, key_mask, cu, k_cu, max_length, k_max_length, scale=None, causal=False,
+    has_lse=False,
+):  # fmt: skip
+    """(out, tout, lse), out and tout shaped as q and contiguous; a tangent that is None is zero.
+    lse is float32 (B, heads, N), packed (heads, T), or empty unless `has_lse`."""
     args = q, k, v, tq, tk, tv, key_mask, cu, k_cu
     is_packed, (heads, D) = cu is not None, q.shape[-2:]
     A, B = pieces(D)
     tile = _tile(q, A + B)
     programs, length, tiles = token_grid(q, cu, max_length, tile["rows"])
     mask = In(6, change=lambda mask: mask.contiguous().view(torch.uint8))
+    lse = Made(lse_shape(q), torch.float32) if has_lse else None
     return launch(
         _attention_jvp_kernel, (programs, heads),
         (In(7), length, tiles, *view_heads(args, *range(6), is_packed=is_packed), mask, In(8),
-         k_max_length if is_packed else k.shape[1], heads, scale or D**-0.5, Out(0), Out(1)),
-        (like(q), like(q)), args, D=D, A=A, B=B, ROWS=tile["rows"], COLUMNS=tile["columns"],
+         k_max_length if is_packed else k.shape[1], heads, scale or D**-0.5, Out(0), Out(1),
+         Out(2), 1 if is_packed else heads, q.shape[-3]),
+        (like(q), like(q), lse), args, D=D, A=A, B=B, ROWS=tile["rows"], COLUMNS=tile["columns"],
         CHUNK=tile["chunk"], WIDEN=interpreting() and q.dtype == torch.bfloat16,
         GROUP=heads // max(1, k.shape[-2]), CAUSAL=causal,
         num_warps=tile["num_warps"], num_stages=tile["num_stages"],

@@ -63,6 +63,17 @@ def _is_mapped(x) -> bool:
     return False
 
 
+def has_graph(tensors: Iterable) -> bool:
+    """Whether a gradient may be asked for of any of them, inside torch.func's transforms too."""
+    return torch.is_grad_enabled() and any(map(_has_graph, tensors))
+
+
+def _has_graph(x) -> bool:
+    while not x.requires_grad and is_functorch_wrapped(x):
+        x = _functorch.get_unwrapped(x)
+    return x.requires_grad
+
+
 def below_autograd(op, keyset, *args):
     """`op(*args)` by the kernel after autograd's, from inside autograd's."""
     with torch._C._AutoDispatchBelowAutograd():

@@ -6,9 +6,9 @@ is a guess until somebody times it. `python -m benchmarks tune --write` makes bo
 serves CPUs and GPUs older than every section.
 
 A kernel without an entry for an architecture takes that of the nearest lower one: sm_86 and sm_89
-are served as sm_80, sm_103 and sm_120 as sm_100. Kernels over rows and elements need next to no
-shared memory, and the tiles of attention fit the 99 KiB of sm_86, sm_89 and sm_120, for which it
-has its own; whether any of them is the fastest there, nobody has looked.
+are served as sm_80, sm_103 as sm_100, and sm_120 where it has none of its own. All of them compile
+without spills within the 99 KiB of shared memory that a program of sm_86, sm_89 and sm_120 has;
+whether any of them is the fastest there, nobody has looked.
 
 A configuration depends on the kernel and the architecture alone, never on a length, so nothing is
 tuned at run time.

@@ -208,6 +208,7 @@ def _with_rope(function):
             return self.own.forward(self, *args, **kwargs)
         return function(self, *args)
 
+    forward.function = function
     return forward
 
 
@@ -221,6 +222,7 @@ def _of_tensors(function, count: int, known: set[str]):
             return self.own.forward(self, *args, **kwargs)
         return function(self, *args)
 
+    forward.function = function
     return forward
 
 

@@ -20,13 +20,23 @@ from ..attention.op import attention
 from ..qk_norm_rope.op import qk_norm_rope, qkv_norm_rope
 from ..segments import Segments, per_token
 from .fp8_linear import Fp8Tokens
-from .layers import is_plain, is_quiet, takes_fp8
+from .layers import (
+    beside_path,
+    bias_path,
+    computes,
+    is_plain,
+    is_quiet,
+    swiglu_branch,
+    takes_fp8,
+    with_path,
+)
 
 
 class Rope(NamedTuple):
     """Where tokens sit, see `qk_norm_rope`: all samples on one `grid`, or packed in `segments`,
     each on its own of `sizes`; `text` are then the segments of their texts, at `text_places` of
-    all (None: everything)."""
+    all (None: everything). And whether biases may have their gradients by `bias_path`: blocks that
+    are run again in backward must not ask for themselves."""
 
     grid: tuple[int, int] | None
     order: str
@@ -34,6 +44,7 @@ class Rope(NamedTuple):
     segments: Segments | None = None
     text: Segments | None = None
     text_places: Tensor | None = None
+    paths: bool = False
 
     @property
     def positions(self) -> dict[str, Any]:
@@ -67,12 +78,15 @@ class Shifts(NamedTuple):
 
     v's reaches the output as `v`, added to the values, or, since softmax rows sum to one, as
     `bias`, its product with the output projection's weight, added to what that puts out.
+    The paths of the biases of qkv and proj, see `bias_path`, are in them where it says so.
     """
 
     q: Tensor | None = None
     k: Tensor | None = None
     v: Tensor | None = None
     bias: Tensor | None = None
+    has_qkv_path: bool = False
+    has_proj_path: bool = False
 
 
 class BlockRows(NamedTuple):
@@ -82,17 +96,40 @@ class BlockRows(NamedTuple):
     shifts: Shifts
 
 
-def condition_block(block: nn.Module, c: Tensor, delta: Tensor) -> BlockRows:
-    """One block's rows from c and delta (B, C)."""
-    modulation, attn = block.adaLN_modulation(c), block.attn
-    if getattr(attn, "qkv_d", None) is None:
-        return BlockRows(modulation, Shifts())
-    q, k, v = attn.qkv_d(delta).chunk(3, dim=-1)
-    if is_plain(attn.proj) and is_quiet(attn):
-        return BlockRows(modulation, Shifts(q, k, bias=F.linear(v, attn.proj.weight)))
+def condition_block(block: nn.Module, c: Tensor, delta: Tensor, paths: bool) -> BlockRows:
+    """One block's rows from c and delta (B, C); `paths` as in `Rope`."""
+    return BlockRows(block.adaLN_modulation(c), _shifts(block.attn, delta, paths))
+
+
+def _shifts(attn: nn.Module, delta: Tensor, paths: bool) -> Shifts:
+    of_qkv, of_proj = _paths(attn) if paths else (None, None)
+    has = of_qkv is not None, of_proj is not None
+    rows = attn.qkv_d(delta) if getattr(attn, "qkv_d", None) is not None else None
+    if rows is None and of_qkv is None:
+        return Shifts(None, None, None, _sum(None, of_proj), *has)
+    q, k, v = _sum(rows, of_qkv).chunk(3, dim=-1)
     if takes_fp8(attn, "proj"):
-        return BlockRows(modulation, Shifts(q, k, bias=attn.proj.without_bias(v)))
-    return BlockRows(modulation, Shifts(q, k, v))
+        return Shifts(q, k, bias=attn.proj.without_bias(v))
+    if not (is_plain(attn.proj) and is_quiet(attn)):
+        return Shifts(q, k, v)
+    weight = attn.proj.weight if rows is not None else attn.proj.weight.detach()  # v is zero
+    return Shifts(q, k, None, _sum(F.linear(v, weight), of_proj), *has)
+
+
+def _paths(attn: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Of the biases of qkv, where the kernel adds rows to q and k and the values' passes proj, and
+    of proj."""
+    if not computes(attn, self_attention):
+        return None, None
+    of_qkv = bias_path(attn.qkv) if _is_fused(attn) and is_plain(attn.proj) else None
+    return of_qkv, bias_path(attn.proj)
+
+
+def _sum(rows: Tensor | None, path: Tensor | None) -> Tensor | None:
+    """Rows (B, C) and a path (C,); alone it is (1, C)."""
+    if path is None:
+        return rows
+    return path.unsqueeze(0) if rows is None else rows + path.to(rows.dtype)
 
 
 def class_block(
@@ -106,14 +143,15 @@ def class_block(
     rows: BlockRows | None = None,
 ) -> tuple[Tensor, Pending] | Tensor:
     """Self-attention and MLP of tokens x (B, N, C); the MLP's output stays pending."""
-    modulation, shifts = rows or condition_block(block, c, delta)
+    modulation, shifts = rows or condition_block(block, c, delta, rope.paths)
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
     is_fp8 = takes_fp8(block.attn, "qkv")
     x, h = add_and_norm(block.norm1, x, pending, shift1, scale1, rope.segments, is_fp8)
     pending = Pending(block.attn(h, shifts, rope), gate1, shifts.bias)
     is_fp8 = takes_fp8(block.mlp, "fc1_g", "fc1_x")
     x, h = add_and_norm(block.norm2, x, pending, shift2, scale2, rope.segments, is_fp8)
-    return leave(block, x, Pending(block.mlp(h), gate2), rope.segments)
+    branch, path = swiglu_branch(block.mlp, h, rope.paths)
+    return leave(block, x, Pending(branch, gate2, path), rope.segments)
 
 
 def text_block(
@@ -127,7 +165,7 @@ def text_block(
     rows: BlockRows | None = None,
 ) -> tuple[Tensor, Pending] | Tensor:
     """Self-attention, cross-attention to text (B, L, C) and MLP; the MLP's output stays pending."""
-    modulation, shifts = rows or condition_block(block, c, delta)
+    modulation, shifts = rows or condition_block(block, c, delta, rope.paths)
     m = modulation.chunk(9, dim=-1)
     is_fp8 = takes_fp8(block.attn, "qkv")
     x, h = add_and_norm(block.norm1, x, pending, m[0], m[1], rope.segments, is_fp8)
@@ -135,10 +173,11 @@ def text_block(
     is_fp8 = takes_fp8(block.cross_attn, "q")
     x, h = add_and_norm(block.norm2_i, x, pending, m[3], m[4], rope.segments, is_fp8)
     text = block.norm2_t(text) if isinstance(text, Tensor) else text
-    pending = Pending(block.cross_attn(h, text, rope), m[5])
+    pending = _cross_branch(block.cross_attn, h, text, rope, m[5])
     is_fp8 = takes_fp8(block.mlp, "fc1_g", "fc1_x")
     x, h = add_and_norm(block.norm3, x, pending, m[6], m[7], rope.segments, is_fp8)
-    return leave(block, x, Pending(block.mlp(h), m[8]), rope.segments)
+    branch, path = swiglu_branch(block.mlp, h, rope.paths)
+    return leave(block, x, Pending(branch, m[8], path), rope.segments)
 
 
 def leave(
@@ -219,9 +258,9 @@ def final_rows(layer: nn.Module, c: Tensor) -> tuple[Tensor, Tensor]:
 
 def self_attention(attn: nn.Module, h: Tensor | Fp8Tokens, shifts: Shifts, rope: Rope) -> Tensor:
     """Self-attention of tokens (B, N, C) or (T, C), without `shifts.bias`."""
-    qkv = attn.qkv(h).unflatten(-1, (3, _heads(attn, h.shape[-1]), -1))
-    is_fused = is_head_norm(attn.q_norm) and is_head_norm(attn.k_norm)
-    if is_fused and _eps(attn.q_norm) == _eps(attn.k_norm):
+    qkv = beside_path(attn.qkv, h) if shifts.has_qkv_path else attn.qkv(h)
+    qkv = qkv.unflatten(-1, (3, _heads(attn, h.shape[-1]), -1))
+    if _is_fused(attn):
         q, k, v = qkv_norm_rope(
             qkv, *_affine(attn.q_norm), *_affine(attn.k_norm), **rope.positions,
             q_shift=shifts.q, k_shift=shifts.k, eps=_eps(attn.q_norm),
@@ -231,23 +270,46 @@ def self_attention(attn: nn.Module, h: Tensor | Fp8Tokens, shifts: Shifts, rope:
         q = _call_norm(attn.q_norm, _shifted(q, shifts.q, rope))
         k = _call_norm(attn.k_norm, _shifted(k, shifts.k, rope))
         q, k = qk_norm_rope(q, k, **rope.positions)
-    out = attention(q, k, _shifted(v, shifts.v, rope), rope.segments)
-    return attn.proj(out.flatten(-2))
+    out = attention(q, k, _shifted(v, shifts.v, rope), rope.segments).flatten(-2)
+    return beside_path(attn.proj, out) if shifts.has_proj_path else attn.proj(out)
+
+
+def _is_fused(attn: nn.Module) -> bool:
+    """Whether `qkv_norm_rope` computes both norms."""
+    is_fused = is_head_norm(attn.q_norm) and is_head_norm(attn.k_norm)
+    return is_fused and _eps(attn.q_norm) == _eps(attn.k_norm)
 
 
 def cross_attention(
     attn: nn.Module, h: Tensor | Fp8Tokens, text: Tensor | NormedText | TextKeys, rope: Rope
 ) -> Tensor:
     """Tokens (B, N, C) or (T, C) attend to normed text (B, L, C), or to its keys and values."""
+    return attn.proj(_attend_to_text(attn, attn.q(h), None, text, rope))
+
+
+def _cross_branch(attn: nn.Module, h: Tensor, text, rope: Rope, gate: Tensor) -> Pending:
+    """What the cross-attention puts out, with the paths of the biases of q and proj."""
+    if not (rope.paths and computes(attn, cross_attention)):
+        return Pending(attn(h, text, rope), gate)
+    q, shift = with_path(attn.q, h) if is_head_norm(attn.q_norm) else (attn.q(h), None)
+    out, path = with_path(attn.proj, _attend_to_text(attn, q, shift, text, rope))
+    return Pending(out, gate, path)
+
+
+def _attend_to_text(
+    attn: nn.Module, q: Tensor, shift: Tensor | None, text: Tensor | NormedText | TextKeys,
+    rope: Rope,
+) -> Tensor:  # fmt: skip
+    """The attention of q (…, C), to which a row is added, without the output projection."""
     text = text.tokens if isinstance(text, NormedText) else text
-    q = attn.q(h).unflatten(-1, (_heads(attn, h.shape[-1]), -1))
-    q = _norm_rope(attn.q_norm, q, rope)
+    q = q.unflatten(-1, (_heads(attn, q.shape[-1]), -1))
+    q = _norm_rope(attn.q_norm, q, rope, shift)
     k, v = text if isinstance(text, TextKeys) else _read(attn, text)
     if rope.segments is not None:
         k, v = k.flatten(0, 1), v.flatten(0, 1)
     if rope.text_places is not None:
         k, v = k[rope.text_places], v[rope.text_places]
-    return attn.proj(attention(q, k, v, rope.segments, rope.text).flatten(-2))
+    return attention(q, k, v, rope.segments, rope.text).flatten(-2)
 
 
 def text_keys(block: nn.Module, text: Tensor) -> TextKeys:
@@ -260,14 +322,17 @@ def _read(attn: nn.Module, text: Tensor) -> TextKeys:
     return TextKeys(_norm_rope(attn.k_norm, k), v)
 
 
-def _norm_rope(norm: nn.Module, x: Tensor, rope: Rope | None = None) -> Tensor:
-    """A head norm of x (…, heads, head_dim), turned by its positions if there are any."""
+def _norm_rope(
+    norm: nn.Module, x: Tensor, rope: Rope | None = None, shift: Tensor | None = None
+) -> Tensor:
+    """A head norm of x (…, heads, head_dim), turned by its positions if there are any. A norm that
+    is called takes no shift."""
     if not is_head_norm(norm):
         x, norm = _call_norm(norm, x), None
     if rope is None and (norm is None or _affine(norm)[0] is None):
         return x
     positions = {} if rope is None else rope.positions
-    return qk_norm_rope(x, None, *_affine(norm), eps=_eps(norm), **positions)
+    return qk_norm_rope(x, None, *_affine(norm), q_shift=shift, eps=_eps(norm), **positions)
 
 
 def is_head_norm(norm: nn.Module) -> bool:

@@ -32,7 +32,7 @@ from .blocks import (
 )
 from .checkpointing import checkpointed
 from .forward_mode import lean
-from .layers import is_quiet, is_sharded, plain_time_mlp, unpatchify
+from .layers import are_paths_shorter, is_quiet, is_sharded, plain_time_mlp, unpatchify
 from .packing import Packing
 
 
@@ -91,7 +91,8 @@ def prepare(
         return prepared
     if isinstance(text, Tensor):
         text = [text_keys(block, text) for block in model.blocks]
-    rows = [condition_block(block, c, delta) for block in model.blocks]
+    paths = are_paths_shorter(c.device)
+    rows = [condition_block(block, c, delta, paths) for block in model.blocks]
     final = final_rows(model.final_layer, c) if is_quiet(model.final_layer) else None
     return Prepared(c, delta, text, rows, final)
 
@@ -165,8 +166,9 @@ def run(
 
 
 def _rope(x: Tensor, patch: int, text, order: str, packing: Packing | None) -> Rope:
+    paths = are_paths_shorter(x.device)
     if packing is None:
-        return Rope((x.shape[2] // patch, x.shape[3] // patch), order)
+        return Rope((x.shape[2] // patch, x.shape[3] // patch), order, paths=paths)
     of_text = None, None
     if text is not None:
         length = (text if isinstance(text, Tensor) else text[0].k).shape[1]
@@ -179,7 +181,7 @@ def _rope(x: Tensor, patch: int, text, order: str, packing: Packing | None) -> R
                 f"texts must be of {packing.texts.longest} tokens, as the packing reads them; "
                 f"got {length}"
             )
-    return Rope(None, order, packing.grids, packing.segments, *of_text)
+    return Rope(None, order, packing.grids, packing.segments, *of_text, paths)
 
 
 def _leave(layer, x: Tensor, c: Tensor, pending, final, packing: Packing | None) -> Tensor:

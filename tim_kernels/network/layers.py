@@ -4,14 +4,17 @@ Nothing that hangs on a module is passed by. A layer's weights are read only whe
 do nothing but that (`is_plain`); any other layer, adapted, hooked, quantised, offloaded, is called.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import FLOATS
+from ..dispatch.backend import choose
 from ..dispatch.torch_private import has_global_hooks
 from ..swiglu.fp8 import swiglu_fp8
-from ..swiglu.op import swiglu
+from ..swiglu.op import swiglu, swiglu_with_paths
 from ..time_pair_embedding.op import TimeMLP, time_embedding
 from .fp8_linear import Fp8Linear, Fp8Tokens
 
@@ -24,14 +27,25 @@ def is_plain(layer: nn.Module, kind: type = nn.Linear) -> bool:
     """Whether calling `layer` is what `kind` does with its own plain parameters, and nothing else.
 
     Asked at every call, of what the module is at that time: nothing is remembered."""
-    if type(layer) is not kind or has_global_hooks():
+    if type(layer) is not kind:
         return False
-    own = layer.__dict__  # read as it is: this is asked of several layers a block
-    parameters = own["_parameters"]
+    parameters = layer.__dict__["_parameters"]
     if "weight" not in parameters and kind not in WEIGHTLESS:
         return False  # the weight is computed: the older weight_norm, a replica of DataParallel
+    return all(type(parameter) in PLAIN for parameter in parameters.values()) and _is_bare(layer)
+
+
+def computes(module: nn.Module, function: Callable) -> bool:
+    """Whether calling `module` is function(module, …), and nothing else."""
+    forward = type(module).forward
+    return function in (forward, getattr(forward, "function", None)) and _is_bare(module)
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether calling `module` is its class's forward, and nothing else."""
+    own = module.__dict__  # read as it is: this is asked of several layers a block
     return (
-        all(type(parameter) in PLAIN for parameter in parameters.values())
+        not has_global_hooks()
         and not any(own[hooks] for hooks in HOOKS)
         and "forward" not in own  # by which weights are offloaded
         and own.get("_compiled_call_impl") is None
@@ -77,11 +91,50 @@ def compute_dtype(layer: nn.Module, default: torch.dtype) -> torch.dtype:
     return default
 
 
+def bias_path(linear: nn.Module) -> Tensor | None:
+    """Zeros (out,) whose gradient is that of the bias of `linear`, for a kernel to add to every
+    token of `beside_path(linear, x)`: it sums over tokens on its way, where the layer's own
+    backward reads their whole gradient again. Values are what they are without.
+
+    None where the bias has no gradient, or `linear` is more than its weights."""
+    bias = linear.bias if is_plain(linear) else None
+    return None if bias is None or not bias.requires_grad else bias - bias.detach()
+
+
+def are_paths_shorter(device: torch.device) -> bool:
+    """Whether somebody may ask for gradients, and kernels make them."""
+    return torch.is_grad_enabled() and choose("ada_layer_norm", device.type, False) != "reference"
+
+
+def beside_path(linear: nn.Module, x: Tensor) -> Tensor:
+    """linear(x), whose bias has its gradient by `bias_path`."""
+    return F.linear(x, linear.weight, linear.bias.detach())
+
+
 def swiglu_mlp(mlp: nn.Module, x: Tensor | Fp8Tokens) -> Tensor:
     """fc2(silu(fc1_g(x))·fc1_x(x))."""
     if takes_fp8(mlp, "fc2"):
         return mlp.fc2(Fp8Tokens(*swiglu_fp8(mlp.fc1_g(x), mlp.fc1_x(x)), x.dtype))
     return mlp.fc2(swiglu(mlp.fc1_g(x), mlp.fc1_x(x)))
+
+
+def swiglu_branch(mlp: nn.Module, x: Tensor, paths: bool) -> tuple[Tensor, Tensor | None]:
+    """mlp(x), and if there may be `paths` that of its last bias, for whoever adds it to the
+    residual."""
+    is_own = computes(mlp, swiglu_mlp) and all(map(is_quiet, mlp.children()))
+    if not (paths and is_own) or takes_fp8(mlp, "fc2"):
+        return mlp(x), None
+    (gate, of_gate), (value, of_value) = with_path(mlp.fc1_g, x), with_path(mlp.fc1_x, x)
+    return with_path(mlp.fc2, swiglu_with_paths(gate, value, of_gate, of_value))
+
+
+def with_path(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """linear(x), and what a kernel is to add to it."""
+    path = bias_path(linear)
+    if path is None:
+        return linear(x), None
+    out = beside_path(linear, x)
+    return out, path.to(out.dtype)
 
 
 def embed_time(embedder: nn.Module, t: Tensor) -> Tensor:

@@ -21,3 +21,13 @@ def swiglu_fp8(gate: Tensor, value: Tensor | None = None) -> tuple[Tensor, Tenso
     """The unrounded silu(gate)·value as FP8 values (..., C) and scales (..., 1)."""
     dtype = accumulation_dtype(gate, value)
     return quantise_rows(swiglu(gate.to(dtype), value))
+
+
+def swiglu_with_paths(
+    gate: Tensor, value: Tensor | None, gate_path: Tensor | None, value_path: Tensor | None
+) -> Tensor:
+    """swiglu of gate and value with zeros (C,) added."""
+    if value is None:
+        gate, value = gate.chunk(2, dim=-1)
+    gate = gate if gate_path is None else gate + gate_path.to(gate.dtype)
+    return swiglu(gate, value if value_path is None else value + value_path.to(value.dtype))

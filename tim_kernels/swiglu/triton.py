@@ -6,6 +6,10 @@ very end. The width is a constant, so finding row and column costs a multiplicat
 compiler sees that 16 bytes never straddle a row whose width allows it. Inputs and gradients are
 reached by a row stride, which is all that tells a packed half from a tensor of its own.
 
+What sums gradients over tokens besides is a kernel of its own: a program has COLUMNS of some
+tokens, ROWS at a time, and each thread keeps its sums in registers; sums over programs are
+torch.sum's.
+
 In the kernels g is gate, v value, d gradients, t tangents.
 """
 
@@ -17,10 +21,12 @@ from torch import Tensor
 from ..launch.calls import Made, Out, like
 from ..launch.grid import kernel, launch
 from ..launch.rows import load_rows, pieces, store_rows_fp8, tile_rows
+from ..launch.shares import MOST, multiprocessors, share_of
 from ..launch.tuning import tuned
-from ..launch.views import In, view_matrix
+from ..launch.views import In, view_matrix, view_vectors
 
 UNITS = 16, 8, 4, 2, 1
+COLUMNS = 512  # that a program sums
 
 
 @triton.jit
@@ -98,9 +104,37 @@ def _swiglu_backward_kernel(
 
 
 @kernel
+def _swiglu_summed_backward_kernel(
+    rows, rows_per_program, d_ptr, d_stride, g_ptr, g_stride, v_ptr, v_stride,
+    dg_ptr, dg_stride, dv_ptr, dv_stride, partial_ptr,
+    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    start = tl.program_id(0).to(tl.int64) * rows_per_program
+    stop = min(start + rows_per_program, rows)
+    g_sum, v_sum = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
+    for begin in range(start, stop, ROWS):
+        row = begin + tl.arange(0, ROWS)[:, None]
+        is_there = (row < stop) & (column < C)
+        d = _load(d_ptr, d_stride, row, column, is_there, ALIGN)
+        g = _load(g_ptr, g_stride, row, column, is_there, ALIGN)
+        v = _load(v_ptr, v_stride, row, column, is_there, ALIGN)
+        y, slope = _silu(g)
+        dg, dv = d * v * slope, d * y
+        g_sum, v_sum = g_sum + dg, v_sum + dv
+        tl.store(dg_ptr + row * dg_stride * ALIGN + column, dg, mask=is_there)
+        tl.store(dv_ptr + row * dv_stride * ALIGN + column, dv, mask=is_there)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    partial_ptr += tl.program_id(0).to(tl.int64) * C + column  # (2, programs, C)
+    tl.store(partial_ptr, tl.sum(g_sum, 0), mask=column < C)
+    step = tl.num_programs(0).to(tl.int64) * C
+    tl.store(partial_ptr + step, tl.sum(v_sum, 0), mask=column < C)
+
+
+@kernel
 def _swiglu_jvp_kernel(
     rows, g_ptr, g_stride, v_ptr, v_stride, tg_ptr, tg_stride, tv_ptr, tv_stride,
-    out_ptr, out_stride,
+    tg_path_ptr, tv_path_ptr, out_ptr, out_stride,
     C: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     row, column = _locate(C, BLOCK)
@@ -109,6 +143,10 @@ def _swiglu_jvp_kernel(
     v = _load(v_ptr, v_stride, row, column, is_row, ALIGN)
     tg = _load(tg_ptr, tg_stride, row, column, is_row, ALIGN)
     tv = _load(tv_ptr, tv_stride, row, column, is_row, ALIGN)
+    if tg_path_ptr is not None:
+        tg += tl.load(tg_path_ptr + column, mask=is_row, other=0.0).to(tl.float32)
+    if tv_path_ptr is not None:
+        tv += tl.load(tv_path_ptr + column, mask=is_row, other=0.0).to(tl.float32)
     y, slope = _silu(g)
     tl.store(out_ptr + row * out_stride * ALIGN + column, tg * slope * v + y * tv, mask=is_row)
 
@@ -135,7 +173,7 @@ def _grid(gate: Tensor, value: Tensor | None) -> tuple[int, int, int, dict[str, 
 
 def forward(*args):
     """silu(gate)·value; value None says that gate is packed."""
-    gate, value = args
+    gate, value = args[:2]
     C, rows, programs, constants = _grid(gate, value)
     return launch(
         _swiglu_forward_kernel, (programs,),
@@ -160,25 +198,63 @@ def fp8(*args):
     )  # fmt: skip
 
 
+summed = forward  # the paths are not read
+
+
+def _outputs(gate: Tensor, value: Tensor | None, C: int) -> tuple[Out, Out]:
+    """Where dgate and dvalue belong."""
+    width = (gate.shape[-1],)
+    return Out(0, width), Out(1, width) if value is not None else Out(0, width, _second_half(C))
+
+
 def backward(*args):
     """(dgate, dvalue), or of a packed gate its gradient and an empty tensor."""
-    dout, gate, value = args
+    _, gate, value = args
     C, rows, programs, constants = _grid(gate, value)
-    width = (gate.shape[-1],)
-    outputs = Out(0, width), Out(1, width) if value is not None else Out(0, width, _second_half(C))
     return launch(
         _swiglu_backward_kernel, (programs,),
-        (rows, *view_matrix(args, 0), *_halves(args, 1, 2, C, value is None), *outputs),
+        (rows, *view_matrix(args, 0), *_halves(args, 1, 2, C, value is None),
+         *_outputs(gate, value, C)),
         (like(gate), like(value)), args, units=UNITS, **constants,
+    )  # fmt: skip
+
+
+def summed_backward(*args):
+    """As `backward`, and the sums of dgate and dvalue over tokens, float32 (2, C)."""
+    _, gate, value = args
+    C, rows, _, _ = _grid(gate, value)
+    elements, num_warps = tuned("swiglu", gate.device)
+    width = min(COLUMNS, triton.next_power_of_2(max(1, C)))
+    step, columns = max(1, elements // width), triton.cdiv(C, width)
+    resident = multiprocessors(gate.device) * max(1, 16 // num_warps) // max(1, columns)
+    share = share_of(1, rows, max(1, resident), MOST, step)
+    programs = triton.cdiv(rows, share)
+    return launch(
+        _swiglu_summed_backward_kernel, (programs, columns),
+        (rows, share, *view_matrix(args, 0), *_halves(args, 1, 2, C, value is None),
+         *_outputs(gate, value, C), Out(2)),
+        (like(gate), like(value), Made((2, programs, C), torch.float32)), args,
+        finish=lambda *made: (*made[:2], made[2].sum(1)), units=UNITS,
+        C=C, ROWS=step, COLUMNS=width, num_warps=num_warps,
+    )  # fmt: skip
+
+
+def _jvp(args: tuple, tangent: int, of_paths):
+    """Of gate's tangent, argument `tangent`, value's after it, and the paths'."""
+    gate, value = args[:2]
+    C, rows, programs, constants = _grid(gate, value)
+    primal, tangents = (_halves(args, i, i + 1, C, value is None) for i in (0, tangent))
+    return launch(
+        _swiglu_jvp_kernel, (programs,), (rows, *primal, *tangents, *of_paths, Out(0, (C,))),
+        (Made((*gate.shape[:-1], C), gate.dtype),), args, units=UNITS, **constants,
     )  # fmt: skip
 
 
 def jvp(*args):
     """The tangent of silu(gate)·value; a tangent that is None is zero."""
-    gate, value, _, _ = args
-    C, rows, programs, constants = _grid(gate, value)
-    pairs = (*_halves(args, 0, 1, C, value is None), *_halves(args, 2, 3, C, value is None))
-    return launch(
-        _swiglu_jvp_kernel, (programs,), (rows, *pairs, Out(0, (C,))),
-        (Made((*gate.shape[:-1], C), gate.dtype),), args, units=UNITS, **constants,
-    )  # fmt: skip
+    return _jvp(args, 2, (None, None))
+
+
+def summed_jvp(*args):
+    """The same with tangents of the paths."""
+    return _jvp(args, 4, view_vectors(args, 6, 7))
