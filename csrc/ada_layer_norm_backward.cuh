@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, sizeof(T) + sizeof(S) == 4 ?
   }
 
   int now = 0, soon = 1, late = 2;  // stages of the branch
-  const int64_t out = (at.first_out + at.begin) * C + threadIdx.x * CHUNK;
+  int64_t out = (at.first_out + at.begin + slot) * C + column;
   for (int step = 0; step < steps; step++) {
     __pipeline_wait_prior(0);
     fetch_late(step + 1);
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, sizeof(T) + sizeof(S) == 4 ?
           d[i] += rstd * (y[i] * weight[i] - (level + x[i] * along));
         }
       }
-      store(in.dx + out + step * TOKENS * C, d);
+      store(in.dx + out, d);
       if (is_gated) {
         float g[CHUNK], r[CHUNK];
         storage.branch[now].read().widen(r);
@@ -234,10 +234,10 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, sizeof(T) + sizeof(S) == 4 ?
           dx[i] += d[i];
           d[i] *= g[i];
         }
-        store(in.dbranch + out + step * TOKENS * C, d);
+        store(in.dbranch + out, d);
       }
     }
-    left -= TOKENS;
+    left -= TOKENS, out += TOKENS * C;
     const int free = now;
     now = soon, soon = late, late = free;
   }
