@@ -37,9 +37,13 @@ COMMANDS = {
 def here(tmp_path, monkeypatch):
     from tim.app import assets
 
+    # As in a terminal: what a shell runs in the background has Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mnist-model").symlink_to(assets.folder("mnist"))
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(config.resolved(small_mnist.small())))
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def no_half_written(folder):
