@@ -64,11 +64,14 @@ def with_folders(cfg: DictConfig) -> DictConfig:
         FileNotFoundError, ImportError: they are not installed.
     """
     cfg = cfg.copy()
-    if cfg.model.get("ckpt") is not None:
-        cfg.model.ckpt = str(path_of(cfg.model.ckpt))
-    text_encoder = text_encoder_of(cfg.model.get("text_encoder_dir", ""))
+    model = cfg.get("model")
+    if not isinstance(model, DictConfig):
+        return cfg  # refused by name where it is read
+    if is_name(ckpt := model.get("ckpt")):
+        model.ckpt = str(folder(ckpt))
+    text_encoder = text_encoder_of(model.get("text_encoder_dir") or "")
     if text_encoder is not None:
-        cfg.model.text_encoder_dir = str(text_encoder)
+        model.text_encoder_dir = str(text_encoder)
     return cfg
 
 
