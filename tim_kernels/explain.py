@@ -39,8 +39,12 @@ def _machine() -> Iterator[str]:
         )
         label = "attention, its tangent" if name == "attention" else name
         yield f"{label:<32}{chosen:<12}{others}"
-    yield f"{'attention without tangents':<32}{_attention(device)}"
-    yield f"{'attention of packed tokens':<32}{_packed_attention(device)}"
+    try:
+        plain, packed = _attention(device), _packed_attention(device)
+    except BackendUnavailable as error:
+        plain = packed = f"none ({error})"
+    yield f"{'attention without tangents':<32}{plain}"
+    yield f"{'attention of packed tokens':<32}{packed}"
 
 
 NAMES = {"cudnn": "PyTorch's cuDNN attention", "flash": "PyTorch's flash attention"}
@@ -49,10 +53,7 @@ NAMES = {"cudnn": "PyTorch's cuDNN attention", "flash": "PyTorch's flash attenti
 def _attention(device: str) -> str:
     if device != "cuda":
         return "PyTorch   not flash-attn: it needs a CUDA device"
-    try:
-        name = choice.chosen()
-    except BackendUnavailable as error:
-        return f"none ({error})"
+    name = choice.chosen()
     names, why = choice.order()
     skipped = names[: names.index(name)] if name in names else names
     others = "; ".join(f"not {other}: {choice.obstacle(other)}" for other in skipped)
@@ -66,10 +67,7 @@ def _packed_attention(device: str) -> str:
     other = "PyTorch, one sequence after the other (padded where their lengths are on the GPU)"
     if device != "cuda":
         return other
-    try:
-        name = choice.chosen()
-    except BackendUnavailable as error:
-        return f"none ({error})"
+    name = choice.chosen()
     if name in choice.NEWEST:
         return f"{name} for bfloat16 and float16, else {other}"
     if has_varlen():

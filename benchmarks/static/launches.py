@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, KernelInterface
 
+from tim_kernels import use_backend
 from tim_kernels.dispatch import backend, extension
 from tim_kernels.dispatch.operators import OPERATORS
+from tim_kernels.launch import tuning
 
 
 @dataclass
@@ -59,6 +61,16 @@ def record_launches(note: Callable[[Launch], None] | None = None) -> Iterator[li
 
     with patch.object(JITFunction, "run", record), patch.object(InterpretedFunction, "run", record):
         yield launches
+
+
+def launches_on(arch: int, run: Callable[[], object]) -> list[Launch]:
+    """What `run` launches on that architecture, with tensors on "meta"."""
+    with (
+        use_backend("triton"), tuning.as_architecture(arch),
+        record_launches() as launches, through_launchers(),
+    ):  # fmt: skip
+        run()
+    return launches
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what users get; Triton 3.10 will not
@@ -21,16 +22,13 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what users get; Triton
 import torch
 import triton
 
-from tim_kernels import use_backend
-from tim_kernels.launch import tuning
-
 from ..cases import forms, fp8
-from ..cases.calls import DIRECTIONS, Call, calls
+from ..cases.calls import DIRECTIONS, calls
 from ..cases.shapes import Shape
 from ..record.table import Column, text
 from . import extension
 from .cubin import ALL, Compiled, Resources, compile_launch, in_processes, specialise
-from .launches import Launch, record_launches, through_launchers
+from .launches import Launch, launches_on
 
 HEAD_DIMS = {768: 64, 1152: 72}  # of the published models; 64 at any other width
 SHARED = {80: 164, 90: 228, 100: 228}  # KiB of shared memory a multiprocessor
@@ -93,19 +91,12 @@ def triton_jobs(
         if not only_tim and arch >= fp8.OLDEST:
             todo += [(call, "forward") for call in fp8.calls(shape, of_dtype, "meta")]
         for call, direction in todo:
-            for launch in _launches(call, direction, arch) if not ops or call.op in ops else ():
+            for launch in (
+                launches_on(arch, partial(call.run, direction)) if not ops or call.op in ops else ()
+            ):
                 code = repr((arch, launch.name, specialise(launch), launch.options))
                 jobs.setdefault(code, (arch, width, dtype, call.name, launch))
     return list(jobs.values())
-
-
-def _launches(call: Call, direction: str, arch: int) -> list[Launch]:
-    with (
-        use_backend("triton"), tuning.as_architecture(arch),
-        record_launches() as launches, through_launchers(),
-    ):  # fmt: skip
-        call.run(direction)
-    return launches
 
 
 def compile_job(arch: int, width: int, dtype: str, call: str, launch: Launch) -> Compiled:

@@ -10,6 +10,7 @@ import argparse
 import itertools
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what users get; Triton 3.10 will not
@@ -18,12 +19,12 @@ import torch
 import triton
 from triton.runtime.errors import PTXASError
 
-from tim_kernels import attention, use_backend
+from tim_kernels import attention
 from tim_kernels.launch import tuning
 
 from ..record.table import Column, text
 from .cubin import ALL, compile_launch, in_processes
-from .launches import Launch, record_launches, through_launchers
+from .launches import Launch, launches_on
 from .resources import refusal
 
 KINDS = {72: "attention.jvp.float32.80", 128: "attention.jvp.float32.128"}  # by head_dim
@@ -49,12 +50,9 @@ def launch(head_dim: int, dtype: torch.dtype, arch: int, tile: Tile | None = Non
     q, k, v, *tangents = torch.empty(6, 2, 256, 4, head_dim, dtype=dtype, device="meta")
     q.requires_grad_()
     trying = {} if tile is None else dict(tile._asdict(), num_stages=2)
-    with (
-        use_backend("triton"), tuning.as_architecture(arch), record_launches() as launches,
-        through_launchers(), tuning.trying(KINDS.get(head_dim, ""), **trying),
-    ):  # fmt: skip
-        torch.func.jvp(attention, (q, k, v), tuple(tangents))
-    return launches[0]
+    run = partial(torch.func.jvp, attention, (q, k, v), tuple(tangents))
+    with tuning.trying(KINDS.get(head_dim, ""), **trying):
+        return launches_on(arch, run)[0]
 
 
 def configured(head_dim: int, arch: int) -> Tile:

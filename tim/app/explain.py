@@ -59,13 +59,13 @@ def _explain_model(
 ) -> None:  # fmt: skip
     import tim_kernels
     from tim.app import assets
+    from tim.app.settings import check_guidance
     from tim.opening import open_sampler
     from tim.sampling import Engine
     from tim.sampling.steps import Options
 
     options = Options(num_steps=steps, cfg_scale=guidance)
-    if guidance < 1:
-        raise ValueError(f"guidance must be at least 1, which is none; got {guidance:g}")
+    check_guidance(guidance)
     network, transport = open_sampler(assets.path_of(model), config, dtype=dtype, device=device)
     times, has = options.steps(transport), network.config
     weights = sum(parameter.numel() for parameter in network.parameters()) / 1e6

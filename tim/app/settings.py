@@ -63,8 +63,8 @@ class Settings:
             raise ValueError(f"seeds must be below 2^63, got {self.seed} to {last}")
         for name in ("guidance", "stochasticity"):
             _number(name, getattr(self, name))
-        if self.guidance is not None and self.guidance < 1:
-            raise ValueError(f"guidance must be at least 1, which is none; got {self.guidance:g}")
+        if self.guidance is not None:
+            check_guidance(self.guidance)
         low_high = [_number("guidance_interval", bound) for bound in self.guidance_interval]
         if len(low_high) != 2 or not 0 <= low_high[0] <= low_high[1]:
             raise ValueError(f"guidance_interval must be 0 ≤ low ≤ high, got {low_high}")
@@ -115,6 +115,11 @@ def settings_of(values: dict[str, Any]) -> Settings:
         return Settings(**values)
     except TypeError as error:
         raise ValueError(f"the settings cannot be read: {error}") from error
+
+
+def check_guidance(guidance: float) -> None:
+    if guidance < 1:
+        raise ValueError(f"guidance must be at least 1, which is none; got {guidance:g}")
 
 
 def _text(name: str, given: Any) -> None:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ..dispatch.operators import InferenceOperator
 from ..fp8 import check_width, has_fp8
-from ..segments import Segments, as_modulation, as_row, packing, unpacked
+from ..segments import Segments, unpacked
 from . import reference
-from .op import ARGUMENTS, OP, check
+from .op import ARGUMENTS, OP, arguments, check
 
 
 def _fake(x, branch, *_):
@@ -65,12 +65,8 @@ def ada_layer_norm_fp8(
         >>> values.dtype, scales.shape
         (torch.float8_e4m3fn, torch.Size([2, 16, 1]))
     """
-    shift, scale = as_modulation(shift, x, segments), as_modulation(scale, x, segments)
-    _, values, scales = forward_op(
-        x, None, None, None, shift, scale, weight, bias, float(eps), norm,
-        *packing(segments, "x", x),
-    )  # fmt: skip
-    return values, scales
+    rows = None, None, None, shift, scale
+    return forward_op(*arguments(x, *rows, weight, bias, eps, norm, segments))[1:]
 
 
 def gated_residual_ada_layer_norm_fp8(
@@ -101,9 +97,5 @@ def gated_residual_ada_layer_norm_fp8(
         >>> gate, shift, scale = torch.randn(3, 2, 64)
         >>> x, values, scales = gated_residual_ada_layer_norm_fp8(x, branch, gate, shift, scale)
     """
-    shift, scale = as_modulation(shift, x, segments), as_modulation(scale, x, segments)
-    gate, branch_bias = as_modulation(gate, x, segments), as_row(branch_bias, x, segments)
-    return forward_op(
-        x, branch, gate, branch_bias, shift, scale, weight, bias, float(eps), norm,
-        *packing(segments, "x", x),
-    )  # fmt: skip
+    rows = branch, gate, branch_bias, shift, scale
+    return forward_op(*arguments(x, *rows, weight, bias, eps, norm, segments))

@@ -147,6 +147,18 @@ def _on_cpu(*args):
 _call = forward_op.differentiable(8, check, _reference, _vjp, _on_cpu)
 
 
+def arguments(
+    x, branch, gate, branch_bias, shift, scale, weight, bias, eps, norm, segments
+) -> tuple:
+    """The operators', of the public functions'."""
+    shift, scale = as_modulation(shift, x, segments), as_modulation(scale, x, segments)
+    gate, branch_bias = as_modulation(gate, x, segments), as_row(branch_bias, x, segments)
+    return (
+        x, branch, gate, branch_bias, shift, scale, weight, bias, float(eps), norm,
+        *packing(segments, "x", x),
+    )  # fmt: skip
+
+
 def ada_layer_norm(
     x: Tensor,
     shift: Tensor | None = None,
@@ -183,11 +195,8 @@ def ada_layer_norm(
         >>> ada_layer_norm(x, shift, scale).shape
         torch.Size([2, 16, 64])
     """
-    shift, scale = as_modulation(shift, x, segments), as_modulation(scale, x, segments)
-    return _call(
-        x, None, None, None, shift, scale, weight, bias, float(eps), norm,
-        *packing(segments, "x", x),
-    )[1]  # fmt: skip
+    rows = None, None, None, shift, scale
+    return _call(*arguments(x, *rows, weight, bias, eps, norm, segments))[1]
 
 
 def gated_residual(
@@ -214,11 +223,8 @@ def gated_residual(
         >>> gated_residual(x, branch, gate).shape
         torch.Size([2, 16, 64])
     """
-    gate, branch_bias = as_modulation(gate, x, segments), as_row(branch_bias, x, segments)
-    return _call(
-        x, branch, gate, branch_bias, None, None, None, None, 0.0, None,
-        *packing(segments, "x", x),
-    )[0]  # fmt: skip
+    rows = branch, gate, branch_bias, None, None
+    return _call(*arguments(x, *rows, None, None, 0.0, None, segments))[0]
 
 
 def gated_residual_ada_layer_norm(
@@ -249,9 +255,5 @@ def gated_residual_ada_layer_norm(
         >>> gate, shift, scale = torch.randn(3, 2, 64)
         >>> x, y = gated_residual_ada_layer_norm(x, branch, gate, shift, scale)
     """
-    shift, scale = as_modulation(shift, x, segments), as_modulation(scale, x, segments)
-    gate, branch_bias = as_modulation(gate, x, segments), as_row(branch_bias, x, segments)
-    return _call(
-        x, branch, gate, branch_bias, shift, scale, weight, bias, float(eps), norm,
-        *packing(segments, "x", x),
-    )  # fmt: skip
+    rows = branch, gate, branch_bias, shift, scale
+    return _call(*arguments(x, *rows, weight, bias, eps, norm, segments))

@@ -185,12 +185,20 @@ class InferenceOperator(Operator):
         self.check, self.reference, self.on_cpu = check, reference, reference
 
     def __call__(self, *args):
-        if has_tangent(args) or (torch.is_grad_enabled() and _requires_grad(args)):
-            raise NotImplementedError(
-                f"{self.name} has no derivative, and an argument needs one: it is for inference, "
-                "under torch.no_grad()"
-            )
+        refuse_derivatives(self.name, args)
         return super().__call__(*args)
+
+
+def refuse_derivatives(name: str, args: tuple) -> None:
+    """
+    Raises:
+        NotImplementedError: somebody could differentiate what `name` makes of these.
+    """
+    if has_tangent(args) or (torch.is_grad_enabled() and _requires_grad(args)):
+        raise NotImplementedError(
+            f"{name} has no derivative, and an argument needs one: it is for inference, "
+            "under torch.no_grad()"
+        )
 
 
 class Derivative:

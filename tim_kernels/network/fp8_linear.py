@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dispatch.torch_private import has_tangent
+from ..dispatch.operators import refuse_derivatives
 from ..fp8 import has_fp8, quantise_rows
 
 
@@ -53,7 +53,7 @@ class Fp8Linear(nn.Module):
         if self.training:
             raise NotImplementedError("an FP8 layer is for inference, not for training: eval() it")
         if isinstance(x, Tensor):
-            _refuse_derivatives(x)
+            refuse_derivatives("an FP8 layer", (x,))
             x = Fp8Tokens(*quantise_rows(x), x.dtype)
         values, scales = x.values.flatten(0, -2), x.scales.flatten(0, -2)
         multiply = _scaled_mm if _has_scaled_mm(self.values) else _emulated
@@ -72,14 +72,6 @@ class Fp8Linear(nn.Module):
     def extra_repr(self) -> str:
         N, K = self.values.shape
         return f"in_features={K}, out_features={N}, bias={self.bias is not None}"
-
-
-def _refuse_derivatives(x: Tensor) -> None:
-    if has_tangent((x,)) or (torch.is_grad_enabled() and x.requires_grad):
-        raise NotImplementedError(
-            "an FP8 layer has no derivative, and its input needs one: it is for inference, "
-            "under torch.no_grad()"
-        )
 
 
 def _has_scaled_mm(weight: Tensor) -> bool:
