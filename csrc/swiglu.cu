@@ -209,24 +209,33 @@ void forward(Tensor gate, Tensor value, Tensor out) {
   });
 }
 
-void backward(Tensor dout, Tensor gate, Tensor value, Tensor dgate, Tensor dvalue) {
-  const int64_t N = dgate.size(0), C = dgate.size(1);
-  const Stream stream(dgate);
+// f(type, width, and all of these as tokens of that type).
+template <typename F>
+void with_gradients(
+    Tensor dout, Tensor gate, Tensor value, Tensor dgate, Tensor dvalue, const F& f) {
   with_dtype(dgate.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const auto d = tokens<const T>(dout, true), g = tokens<const T>(gate, true);
     const auto v = tokens<const T>(value, true);
     const auto dg = tokens<T>(dgate, true), dv = tokens<T>(dvalue, true);
-    const auto run = [&](auto width) {
-      constexpr int W = width;
-      over_slices(N, C / W, BACKWARD_UNITS, [&](int64_t first, unsigned units, int64_t blocks) {
-        launch(
-            stream, swiglu_backward_kernel<W, T>, blocks, THREADS, 0, skip(d, first),
-            skip(g, first), skip(v, first), skip(dg, first), skip(dv, first), units, C / W);
-      });
-    };
-    with_width(C, run, d, g, v, dg, dv);
+    const auto run = [&](auto width) { f(type, width, d, g, v, dg, dv); };
+    with_width(dgate.size(1), run, d, g, v, dg, dv);
   });
+}
+
+void backward(Tensor dout, Tensor gate, Tensor value, Tensor dgate, Tensor dvalue) {
+  const int64_t N = dgate.size(0), C = dgate.size(1);
+  const Stream stream(dgate);
+  const auto run = [&](auto type, auto width, auto d, auto g, auto v, auto dg, auto dv) {
+    using T = typename decltype(type)::type;
+    constexpr int W = width;
+    over_slices(N, C / W, BACKWARD_UNITS, [&](int64_t first, unsigned units, int64_t blocks) {
+      launch(
+          stream, swiglu_backward_kernel<W, T>, blocks, THREADS, 0, skip(d, first), skip(g, first),
+          skip(v, first), skip(dg, first), skip(dv, first), units, C / W);
+    });
+  };
+  with_gradients(dout, gate, value, dgate, dvalue, run);
 }
 
 void summed_backward(
@@ -234,20 +243,15 @@ void summed_backward(
     int64_t tokens_per_block) {
   const int64_t N = dgate.size(0), C = dgate.size(1);
   const Stream stream(dgate);
-  with_dtype(dgate.scalar_type(), [&](auto type) {
+  const auto run = [&](auto type, auto width, auto d, auto g, auto v, auto dg, auto dv) {
     using T = typename decltype(type)::type;
-    const auto d = tokens<const T>(dout, true), g = tokens<const T>(gate, true);
-    const auto v = tokens<const T>(value, true);
-    const auto dg = tokens<T>(dgate, true), dv = tokens<T>(dvalue, true);
-    const auto run = [&](auto width) {
-      constexpr int W = width;
-      const int64_t columns = (C / W + THREADS - 1) / THREADS;
-      launch(
-          stream, swiglu_summed_backward_kernel<W, T>, partial.size(1) * columns, THREADS, 0, d, g,
-          v, dg, dv, pointer<float>(partial), N, tokens_per_block, columns, C);
-    };
-    with_width(C, run, d, g, v, dg, dv);
-  });
+    constexpr int W = width;
+    const int64_t columns = (C / W + THREADS - 1) / THREADS;
+    launch(
+        stream, swiglu_summed_backward_kernel<W, T>, partial.size(1) * columns, THREADS, 0, d, g, v,
+        dg, dv, pointer<float>(partial), N, tokens_per_block, columns, C);
+  };
+  with_gradients(dout, gate, value, dgate, dvalue, run);
 }
 
 }  // namespace
