@@ -193,6 +193,27 @@ def test_sigterm_to_the_whole_group(tmp_path):
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("error", [RuntimeError, ConnectionResetError, EOFError])
+@pytest.mark.parametrize("is_signal", [True, False])
+def test_the_loader_ended_while_it_hands_over(tmp_path, monkeypatch, error, is_signal):
+    """By the group's signal, which then ends the run; else the error does."""
+    train_step = loop.Trainer._train_step
+
+    def ended(self, batches):
+        if self.step == 2:
+            if is_signal:
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise error("the loader is gone")
+        return train_step(self, batches)
+
+    monkeypatch.setattr(loop.Trainer, "_train_step", ended)
+    monkeypatch.setattr(loop.time, "sleep", lambda _: None)
+    said = "SIGTERM stopped the run at step 2" if is_signal else "the loader is gone"
+    with pytest.raises(Stopped if is_signal else error, match=said):
+        loop.train(small(max_train_steps=5, checkpointing_steps=100), tmp_path)
+    assert list(snapshots.complete(tmp_path / "checkpoints")) == [2] * is_signal
+
+
 def test_a_folder_is_one_run_s(tmp_path, monkeypatch):
     """Refused before anything is written; a run that is over, however it ended, leaves no lock."""
     train_step = loop.Trainer._train_step

@@ -156,7 +156,8 @@ class Trainer:
             while self.step < run.max_train_steps:
                 try:
                     self._window.terms.append(self._train_step(batches))
-                except RuntimeError:  # a signal to the whole group ends what loads the data, too
+                except (RuntimeError, OSError, EOFError):
+                    # A signal to the whole group ends what loads the data, too.
                     time.sleep(1)
                     if not self._signals:
                         raise
