@@ -16,7 +16,7 @@ BUILDS = "test_it_builds_and_loads_without_a_gpu"  # as the first stage did
 NO_GPU = "tests/kernels/test_attention_compile.py"  # what Triton compiles anywhere
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # of each of many processes
 ONE_COMPILER = ONE_THREAD | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-TRITON_KERNELS, CUDA_KERNELS = "regex=^_[a-z_]+_kernel", "kernel_substring=3tim"  # mangled
+TRITON_KERNELS, CUDA_KERNELS = "regex=^_[a-z0-9_]+_kernel", "kernel_substring=3tim"  # mangled
 
 
 @dataclasses.dataclass
