@@ -1,7 +1,7 @@
 """What quack-kernels compiles for sm_90a of the products that end in SwiGLU, its derivative and the
 gated residual; no GPU needed, nothing is timed.
 
-    python -m benchmarks products [--width 1152]
+    python -m benchmarks products [--width 1152] [--dtype bfloat16 float16]
 
 Registers and bytes of local memory a thread; the tensor cores' instruction, and of the code: loads
 and stores by tiles (TMA), and narrow ones of single threads, by which rows and sums go.
@@ -22,6 +22,7 @@ from ..record.table import Column, text
 from .cubin import disassemble, resources
 
 SAMPLES, TOKENS = 3, 200  # no multiple of a tile
+DTYPES = "bfloat16", "float16"
 CLUSTERS = 66  # of two multiprocessors, on an H100
 
 
@@ -36,7 +37,7 @@ class Product(NamedTuple):
     narrow: int
 
 
-def products(width: int) -> Iterator[Product]:
+def products(width: int, dtypes: Sequence[str]) -> Iterator[Product]:
     """Of networks of this width. Only in a process of its own: the compiler reads its environment
     when it is imported."""
     with tempfile.TemporaryDirectory() as folder:
@@ -51,8 +52,8 @@ def products(width: int) -> Iterator[Product]:
 
         host.get_max_active_clusters = lambda size: CLUSTERS
         EpiMod.gemm = functools.partialmethod(EpiMod.gemm, _launch=False)
-        for dtype in (torch.bfloat16, torch.float16):
-            for name, launch in _launches(quack, width, dtype).items():
+        for dtype in dtypes:
+            for name, launch in _launches(quack, width, getattr(torch, dtype)).items():
                 launch()
                 (cubin,) = Path(folder).glob("*.cubin")
                 yield _read(name, dtype, cubin.read_bytes())
@@ -86,12 +87,12 @@ def _launches(quack, width: int, dtype: torch.dtype) -> dict[str, Callable]:
     }
 
 
-def _read(name: str, dtype: torch.dtype, cubin: bytes) -> Product:
+def _read(name: str, dtype: str, cubin: bytes) -> Product:
     usage, sass = disassemble(cubin)
     found = resources(usage, sass, 0)
     instructions = sorted(set(re.findall(r"\bHGMMA\.(\w+)", sass)))
     return Product(
-        name, str(dtype).removeprefix("torch."), found.registers, found.spills,
+        name, dtype, found.registers, found.spills,
         ", ".join(instructions), len(re.findall(r"\bUTMALDG", sass)),
         len(re.findall(r"\bUTMASTG", sass)), found.narrow_loads + found.narrow_stores,
     )  # fmt: skip
@@ -107,5 +108,6 @@ COLUMNS = (
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--width", type=int, default=1152)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     args = parser.parse_args(argv)
-    print(text(products(args.width), COLUMNS))
+    print(text(products(args.width, args.dtype), COLUMNS))

@@ -18,6 +18,7 @@ from ..dispatch.torch_private import is_forward_mode, is_functorch_active
 from ..names import LINEARS, Linear
 
 HALVES = torch.bfloat16, torch.float16
+AUTOCAST = "cpu", "cuda"
 UNIT = 8  # channels: rows begin at multiples of 16 bytes
 
 
@@ -88,12 +89,13 @@ def launchers() -> ModuleType:
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """What a linear layer multiplies tokens x in."""
-    return torch.get_autocast_dtype("cuda") if is_cast(x) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if is_cast(x) else x.dtype
 
 
 def is_cast(x: Tensor) -> bool:
     """Whether autocast casts what is multiplied with x."""
-    return x.is_cuda and torch.is_autocast_enabled("cuda")
+    device = x.device.type
+    return device in AUTOCAST and torch.is_autocast_enabled(device)
 
 
 def takes(x: Tensor, *weights: Tensor) -> bool:

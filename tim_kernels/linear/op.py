@@ -146,7 +146,7 @@ def linear_gated_residual(
     row = gate.new_zeros(1, weight.shape[0], dtype=torch.float32) if own is None else own[None]
     row = row.float() if bias is None else row.float() + bias
     return residual_op(
-        x.to(dtype), weight.to(dtype), row, residual, gate, *packing("x", x, segments)
+        x.to(dtype), weight.to(dtype), row, residual, gate, *packing(segments, "x", x)
     )
 
 
