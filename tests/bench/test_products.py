@@ -1,6 +1,7 @@
 """Products that end in what follows them, as quack-kernels compiles them for Hopper: registers,
 spills, tiles; and the functions of their sums, in PyTorch. The gate runs them on a GPU."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,8 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.compare import networks, products
+from benchmarks.compare.comparison import WrongAnswer
+from benchmarks.gate import parts, stages
+from benchmarks.record.rows import EAGER, QUACK
 from tests.kernels.parity import noise
-from tim_kernels.linear import op, reference
+from tim_kernels.launch.plans import Plans
+from tim_kernels.linear import choice, op, reference
 
 KERNELS = {
     "linear_swiglu", "linear_swiglu, kept", "linear_swiglu_backward", "linear_gated_residual",
@@ -99,3 +105,65 @@ def test_launchers_are_those_of_the_operators(quack):
     for operator in (op.swiglu_op, op.swiglu_backward_op, op.residual_op):
         taken = operator.schema.partition("(")[2].partition(")")[0].count(",") + 1
         assert getattr(quack, operator.name).__code__.co_argcount == taken
+
+
+def test_every_way_is_compared_and_timed(monkeypatch):
+    """The gate's stage: references stand for what a GPU runs."""
+    rows = list(products.rows("cpu", dry_run=True))
+    assert [row.contender for row in rows] == [EAGER, products.OURS, QUACK] * 6
+    assert {row.direction for row in rows} == {"forward", "forward + backward"}
+    assert all(row.ms > 0 and row.tflop_per_s > 0 for row in rows)
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Operators without plans, which keep what they launch."""
+    for operator in (op.swiglu_op, op.residual_op):
+        for plans in ("plans", "calls"):
+            monkeypatch.setattr(operator, plans, Plans())
+
+
+def test_what_is_wrong_is_not_timed(monkeypatch, fresh):
+    monkeypatch.setattr(op.swiglu_op, "own", lambda *args: [x * 1.02 for x in op._swiglu(*args)])
+    rows = []
+    with pytest.raises(WrongAnswer, match="linear, swiglu, result 0: error .* > ") as error:
+        for row in products.rows("cpu", dry_run=True):
+            rows.append(row)
+    assert "mlp, result" in str(error.value)
+    assert {row.op for row in rows}.isdisjoint({"linear, swiglu", "mlp"}) and len(rows) == 12
+
+
+def test_what_differs_between_runs_is_wrong(monkeypatch, fresh):
+    signs = iter([1, -1] * 9)
+    flipped = lambda *args: op._residual(*args) * next(signs)  # noqa: E731
+    monkeypatch.setattr(op.residual_op, "own", flipped)
+    with pytest.raises(WrongAnswer, match="proj, .*: another result at a second run"):
+        list(products.rows("cpu", dry_run=True))
+
+
+def test_left_out_by_name_elsewhere(monkeypatch):
+    monkeypatch.setattr(choice, "obstacle", lambda name: "no Hopper")
+    monkeypatch.setattr(products, "is_cuda", lambda device: True)
+    (row,) = products.rows("cuda")
+    assert (row.what, row.why) == ("linear layers by quack", "no Hopper")
+
+
+def test_the_gate_has_it(tmp_path):
+    path = tmp_path / "rows"
+    stages.products(stages.Run("products", path, seconds=60, dry_run=True))
+    assert {json.loads(line)["kind"] for line in path.read_text().splitlines()} == {"op"}
+    assert "products" in {stage.name for stage in parts.ops_part(dry_run=True)}
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_networks_are_compared_where_it_can_run(monkeypatch, can):
+    from benchmarks.cases.tasks import FORWARD_TASK
+
+    monkeypatch.setattr(choice, "obstacle", lambda name: None if can else "no Hopper")
+    here, left_out = networks.contenders(FORWARD_TASK, "cpu")
+    (contender,) = [c for c in here if QUACK in c.name] or [None]
+    assert (contender is not None) is can and (QUACK in left_out) is not can
+    if can:
+        with contender.active():
+            assert choice.chosen() == "quack"
+        assert choice.chosen() == "torch"
