@@ -59,10 +59,11 @@ def linear_swiglu(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[
 def linear_swiglu_backward(dy: Tensor, weight: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
     """dy (T, N), weight (N, H), both (T, 2H): (T, 2H) and float32 (2H,)."""
     tokens, hidden = both.shape[0], both.shape[1] // 2
+    both = _aligned(both)
     dboth, tiles = torch.empty_like(both), -(-tokens // TOKENS)
     sums = torch.empty(2, tiles, hidden, dtype=torch.float32, device=both.device)
     gated_backward.gemm(
-        _aligned(dy), _aligned(weight), dboth, _aligned(both),
+        _aligned(dy), _aligned(weight), dboth, both,
         epi_args=dict(dgate=sums[0], dvalue=sums[1]), b_kn=True, **OF_SWIGLU,
     )  # fmt: skip
     return dboth, sums.sum(1).t().flatten()
@@ -73,10 +74,11 @@ def linear_gated_residual(
 ) -> Tensor:
     """x (B, N, K) or packed (T, K), residual likewise, rows (S, N) or (1, N)."""
     samples = x.shape[0] if cu is None else cu.shape[0] - 1
+    residual = _aligned(residual)
     out = torch.empty_like(residual)
     rows = dict(row=row.expand(samples, -1), gate=gate.expand(samples, -1))
     gated_residual.gemm(
-        _aligned(x), _aligned(weight).expand(samples, -1, -1), out, _aligned(residual),
+        _aligned(x), _aligned(weight).expand(samples, -1, -1), out, residual,
         epi_args=rows, cu_seqlens_m=cu, **OF_RESIDUAL,
     )  # fmt: skip
     return out
