@@ -288,6 +288,31 @@ def test_gradients_of_a_network(changes, with_paths, joined, monkeypatch):
         torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=bound, msg=name)
 
 
+@pytest.mark.parametrize("is_reentrant", [True, False])
+def test_blocks_that_are_run_again_in_backward(is_reentrant, joined, monkeypatch):
+    """What they give to the next is of the same tensors at both runs, of which PyTorch's reentrant
+    form makes the first without a graph."""
+    model = network(**TEXT).double()
+    x, *args = [x.double() if x.is_floating_point() else x for x in arguments(model)]
+    x.requires_grad_()
+
+    def gradients():
+        model.zero_grad()
+        model(x, *args).square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    wanted = without(monkeypatch, gradients)
+    model.enable_gradient_checkpointing(
+        lambda *args: torch.utils.checkpoint.checkpoint(*args, use_reentrant=is_reentrant)
+    )
+    found = gradients()
+    assert found.keys() == wanted.keys()
+    for name in found:
+        bound = 1e-5 * float(wanted[name].abs().max()) + 1e-7
+        torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=bound, msg=name)
+    assert "mlp" in joined
+
+
 def test_packed_pictures(joined, monkeypatch):
     model = network().double()
     sizes = (4, 6), (2, 2)
