@@ -105,6 +105,14 @@ def test_autocast():
         assert_as_accurate(a, b, truth.double(), 2.0, "a gradient")
 
 
+def test_float64_is_not_cast():
+    """As PyTorch's autocast leaves it."""
+    x, *layers = noise(2, 5, K, dtype=torch.float64), layer(H, K, 1), layer(H, K, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(x, *layers[0]).dtype == torch.float64
+        assert op.linear_swiglu(x, *layers).dtype == torch.float64
+
+
 def test_gradients_that_nobody_needs():
     x, layers = (
         noise(2, 5, K, dtype=torch.float64),

@@ -38,7 +38,7 @@ def set_linear(name: Linear) -> None:
 
     It acts on bfloat16 and float16, autocast included, on plain layers of many tokens; forward
     mode, torch.func and torch.compile go by "torch". No GPU has run it yet: it is off until the
-    gate's stage `linear` has passed on yours (docs/hopper.md).
+    gate's stage `products` has passed on yours (docs/hopper.md).
 
     Raises:
         ValueError: another name.
@@ -49,6 +49,11 @@ def set_linear(name: Linear) -> None:
     if reason := obstacle(name):
         raise BackendUnavailable(f"linear layers by {name!r} cannot run: {reason}")
     _process = name
+
+
+def requested() -> Linear:
+    """What was asked for, whether it can run here or not."""
+    return _process
 
 
 def chosen() -> Linear:
@@ -95,7 +100,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def is_cast(x: Tensor) -> bool:
     """Whether autocast casts what is multiplied with x."""
     device = x.device.type
-    return device in AUTOCAST and torch.is_autocast_enabled(device)
+    casts = device in AUTOCAST and torch.is_autocast_enabled(device)
+    return casts and x.dtype != torch.float64  # which autocast leaves as it is
 
 
 def takes(x: Tensor, *weights: Tensor) -> bool:
