@@ -193,6 +193,7 @@ def test_taken_where_asked_for(hopper):
     assert not choice.takes(x.float(), weight.float())
     assert not choice.takes(x, weight.float())
     assert not choice.takes(x, weight[:12])
+    assert not choice.takes(x, torch.empty_like(weight, device="cpu"))
     assert not choice.takes(x[:0], weight)
     assert not choice.takes(torch.empty(2, 64, 32, dtype=torch.bfloat16), weight)
     with torch.autograd.forward_ad.dual_level():

@@ -106,7 +106,7 @@ def is_cast(x: Tensor) -> bool:
 
 def takes(x: Tensor, *weights: Tensor) -> bool:
     """Whether linear layers of tokens x (…, K) may take up what follows them: it was chosen, and
-    dtypes and widths fit.
+    dtypes, widths and devices fit.
 
     Raises:
         BackendUnavailable: what was asked for cannot run.
@@ -118,5 +118,6 @@ def takes(x: Tensor, *weights: Tensor) -> bool:
     dtype = product_dtype(x)
     fits = all(width % UNIT == 0 for weight in weights for width in weight.shape)
     same = is_cast(x) or all(weight.dtype == dtype for weight in weights)
-    may = dtype in HALVES and fits and same and x.numel() > 0
+    here = all(weight.device == x.device for weight in weights)
+    may = dtype in HALVES and fits and same and here and x.numel() > 0
     return may and (x.is_meta or chosen() == "quack")  # meta: nothing is computed
