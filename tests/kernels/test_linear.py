@@ -18,6 +18,7 @@ from tim_kernels.linear import choice, op
 from tim_kernels.network import layers
 
 pytest.importorskip("diffusers", reason="tim.models needs diffusers")
+from published import problem  # noqa: E402
 from test_bias_paths import CLASS, TEXT, arguments, network  # noqa: E402
 
 K, H, N = 24, 40, 16
@@ -348,7 +349,21 @@ def test_who_looks_on_sees_everything(joined):
     with torch.no_grad():
         model(*args)
     assert seen == ["proj", "fc1_g", "attn", "mlp"]
-    assert joined == ["linear_gated_residual", "linear_swiglu"]
+    assert joined == ["linear_swiglu"]
+
+
+def test_hooks_on_layers_that_compute_nothing_run(joined):
+    """Of somebody's MLP, which is then their own."""
+    model, args = problem(text=False, timm=True)
+    assert accelerate(model).fused == [""]
+    seen = []
+    for name in ("blocks.0.mlp.act", "blocks.1.mlp.drop1"):
+        layer = model.get_submodule(name)
+        layer.register_forward_hook(lambda *_, name=name: seen.append(name))
+    with torch.no_grad():
+        model(*args)
+    assert seen == ["blocks.0.mlp.act", "blocks.1.mlp.drop1"]
+    assert "linear_gated_residual" in joined
 
 
 def test_anybodys_network(joined, monkeypatch):
