@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from parity import assert_as_accurate, noise
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import tim_kernels
 from tim_kernels import BackendUnavailable, Segments, accelerate, pack, set_linear
@@ -207,6 +208,15 @@ def test_taken_where_asked_for(hopper):
     assert not choice.takes(x, weight)
 
 
+def test_taken_on_a_hopper_gpu_beside_others(hopper):
+    hopper.setattr(torch.cuda, "get_device_capability", lambda device: (9 - device.index, 0))
+    set_linear("quack")
+    with FakeTensorMode():
+        for index, is_taken in ((0, True), (1, False)):
+            x = torch.empty(64, 32, dtype=torch.bfloat16, device=f"cuda:{index}")
+            assert choice.takes(x, x) is is_taken
+
+
 def test_refused_by_name():
     with pytest.raises(ValueError, match="one of torch, quack; got 'cutlass'"):
         set_linear("cutlass")
@@ -357,13 +367,11 @@ def test_hooks_on_layers_that_compute_nothing_run(joined):
     model, args = problem(text=False, timm=True)
     assert accelerate(model).fused == [""]
     seen = []
-    for name in ("blocks.0.mlp.act", "blocks.1.mlp.drop1"):
-        layer = model.get_submodule(name)
-        layer.register_forward_hook(lambda *_, name=name: seen.append(name))
+    model.blocks[0].mlp.act.register_forward_hook(lambda *a: seen.append("act"))
+    model.blocks[1].mlp.drop1.register_forward_hook(lambda *a: seen.append("drop1"))
     with torch.no_grad():
         model(*args)
-    assert seen == ["blocks.0.mlp.act", "blocks.1.mlp.drop1"]
-    assert "linear_gated_residual" in joined
+    assert seen == ["act", "drop1"] and "linear_gated_residual" in joined
 
 
 def test_anybodys_network(joined, monkeypatch):

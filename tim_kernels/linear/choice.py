@@ -73,13 +73,17 @@ def obstacle(name: str) -> str | None:
         return None
     if not torch.cuda.is_available():
         return "it needs a CUDA device"
-    if torch.cuda.get_device_capability() != (9, 0):
+    if not _is_hopper(None):
         return "it needs a Hopper GPU, of compute capability 9.0"
     try:
         launchers()
     except ImportError as error:
         return f'pip install "tim-kernels[hopper]" ({error})'
     return None
+
+
+def _is_hopper(device: torch.device | None) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def launchers() -> ModuleType:
@@ -120,4 +124,4 @@ def takes(x: Tensor, *weights: Tensor) -> bool:
     same = is_cast(x) or all(weight.dtype == dtype for weight in weights)
     here = all(weight.device == x.device for weight in weights)
     may = dtype in HALVES and fits and same and here and x.numel() > 0
-    return may and (x.is_meta or chosen() == "quack")  # meta: nothing is computed
+    return may and (x.is_meta or (chosen() == "quack" and _is_hopper(x.device)))
