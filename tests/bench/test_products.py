@@ -100,6 +100,28 @@ def test_residual_of_sums(quack):
     torch.testing.assert_close(found["D"], expected)
 
 
+def test_whatever_lies_askew_is_copied(quack, monkeypatch):
+    """Tensors of a buffer that they share, such as a parameter's bias or slices of offsets."""
+    given = []
+    monkeypatch.setattr(
+        quack.gated_residual, "gemm",
+        lambda *args, epi_args, cu_seqlens_m, **_: given.extend(
+            (*args, *epi_args.values(), cu_seqlens_m)
+        ),
+    )  # fmt: skip
+
+    def askew(*shape, dtype=torch.bfloat16):
+        flat = torch.arange(1 + torch.Size(shape).numel()).to(dtype)
+        return flat[1:].view(shape)
+
+    x, row, gate = askew(6, 8), askew(1, 8, dtype=torch.float32), askew(2, 8)
+    offsets = askew(3, dtype=torch.int32)
+    quack.linear_gated_residual(x, askew(8, 8), row, x, gate, offsets, 0)
+    assert len(given) == 7 and all(y.data_ptr() % 16 == 0 for y in given)
+    for kept, came in zip(given[4:], (row.expand(2, -1), gate, offsets), strict=True):
+        assert torch.equal(kept, came)
+
+
 def test_launchers_are_those_of_the_operators(quack):
     """By their names and what they take."""
     for operator in (op.swiglu_op, op.swiglu_backward_op, op.residual_op):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from parity import assert_as_accurate, noise
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import tim_kernels
 from tim_kernels import BackendUnavailable, Segments, accelerate, pack, set_linear
@@ -18,6 +19,7 @@ from tim_kernels.linear import choice, op
 from tim_kernels.network import layers
 
 pytest.importorskip("diffusers", reason="tim.models needs diffusers")
+from published import problem  # noqa: E402
 from test_bias_paths import CLASS, TEXT, arguments, network  # noqa: E402
 
 K, H, N = 24, 40, 16
@@ -105,6 +107,14 @@ def test_autocast():
         assert_as_accurate(a, b, truth.double(), 2.0, "a gradient")
 
 
+def test_float64_is_not_cast():
+    """As PyTorch's autocast leaves it."""
+    x, *layers = noise(2, 5, K, dtype=torch.float64), layer(H, K, 1), layer(H, K, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(x, *layers[0]).dtype == torch.float64
+        assert op.linear_swiglu(x, *layers).dtype == torch.float64
+
+
 def test_gradients_that_nobody_needs():
     x, layers = (
         noise(2, 5, K, dtype=torch.float64),
@@ -185,6 +195,7 @@ def test_taken_where_asked_for(hopper):
     assert not choice.takes(x.float(), weight.float())
     assert not choice.takes(x, weight.float())
     assert not choice.takes(x, weight[:12])
+    assert not choice.takes(x, torch.empty_like(weight, device="cpu"))
     assert not choice.takes(x[:0], weight)
     assert not choice.takes(torch.empty(2, 64, 32, dtype=torch.bfloat16), weight)
     with torch.autograd.forward_ad.dual_level():
@@ -195,6 +206,15 @@ def test_taken_where_asked_for(hopper):
     assert taken == [False, False]
     set_linear("torch")
     assert not choice.takes(x, weight)
+
+
+def test_taken_on_a_hopper_gpu_beside_others(hopper):
+    hopper.setattr(torch.cuda, "get_device_capability", lambda device: (9 - device.index, 0))
+    set_linear("quack")
+    with FakeTensorMode():
+        for index, is_taken in ((0, True), (1, False)):
+            x = torch.empty(64, 32, dtype=torch.bfloat16, device=f"cuda:{index}")
+            assert choice.takes(x, x) is is_taken
 
 
 def test_refused_by_name():
@@ -288,6 +308,31 @@ def test_gradients_of_a_network(changes, with_paths, joined, monkeypatch):
         torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=bound, msg=name)
 
 
+@pytest.mark.parametrize("is_reentrant", [True, False])
+def test_blocks_that_are_run_again_in_backward(is_reentrant, joined, monkeypatch):
+    """What they give to the next is of the same tensors at both runs, of which PyTorch's reentrant
+    form makes the first without a graph."""
+    model = network(**TEXT).double()
+    x, *args = [x.double() if x.is_floating_point() else x for x in arguments(model)]
+    x.requires_grad_()
+
+    def gradients():
+        model.zero_grad()
+        model(x, *args).square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    wanted = without(monkeypatch, gradients)
+    model.enable_gradient_checkpointing(
+        lambda *args: torch.utils.checkpoint.checkpoint(*args, use_reentrant=is_reentrant)
+    )
+    found = gradients()
+    assert found.keys() == wanted.keys()
+    for name in found:
+        bound = 1e-5 * float(wanted[name].abs().max()) + 1e-7
+        torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=bound, msg=name)
+    assert "mlp" in joined
+
+
 def test_packed_pictures(joined, monkeypatch):
     model = network().double()
     sizes = (4, 6), (2, 2)
@@ -314,7 +359,19 @@ def test_who_looks_on_sees_everything(joined):
     with torch.no_grad():
         model(*args)
     assert seen == ["proj", "fc1_g", "attn", "mlp"]
-    assert joined == ["linear_gated_residual", "linear_swiglu"]
+    assert joined == ["linear_swiglu"]
+
+
+def test_hooks_on_layers_that_compute_nothing_run(joined):
+    """Of somebody's MLP, which is then their own."""
+    model, args = problem(text=False, timm=True)
+    assert accelerate(model).fused == [""]
+    seen = []
+    model.blocks[0].mlp.act.register_forward_hook(lambda *a: seen.append("act"))
+    model.blocks[1].mlp.drop1.register_forward_hook(lambda *a: seen.append("drop1"))
+    with torch.no_grad():
+        model(*args)
+    assert seen == ["act", "drop1"] and "linear_gated_residual" in joined
 
 
 def test_anybodys_network(joined, monkeypatch):

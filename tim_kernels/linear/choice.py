@@ -38,7 +38,7 @@ def set_linear(name: Linear) -> None:
 
     It acts on bfloat16 and float16, autocast included, on plain layers of many tokens; forward
     mode, torch.func and torch.compile go by "torch". No GPU has run it yet: it is off until the
-    gate's stage `linear` has passed on yours (docs/hopper.md).
+    gate's stage `products` has passed on yours (docs/hopper.md).
 
     Raises:
         ValueError: another name.
@@ -49,6 +49,11 @@ def set_linear(name: Linear) -> None:
     if reason := obstacle(name):
         raise BackendUnavailable(f"linear layers by {name!r} cannot run: {reason}")
     _process = name
+
+
+def requested() -> Linear:
+    """What was asked for, whether it can run here or not."""
+    return _process
 
 
 def chosen() -> Linear:
@@ -68,13 +73,17 @@ def obstacle(name: str) -> str | None:
         return None
     if not torch.cuda.is_available():
         return "it needs a CUDA device"
-    if torch.cuda.get_device_capability() != (9, 0):
+    if not _is_hopper(None):
         return "it needs a Hopper GPU, of compute capability 9.0"
     try:
         launchers()
     except ImportError as error:
         return f'pip install "tim-kernels[hopper]" ({error})'
     return None
+
+
+def _is_hopper(device: torch.device | None) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def launchers() -> ModuleType:
@@ -95,12 +104,13 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def is_cast(x: Tensor) -> bool:
     """Whether autocast casts what is multiplied with x."""
     device = x.device.type
-    return device in AUTOCAST and torch.is_autocast_enabled(device)
+    casts = device in AUTOCAST and torch.is_autocast_enabled(device)
+    return casts and x.dtype != torch.float64  # which autocast leaves as it is
 
 
 def takes(x: Tensor, *weights: Tensor) -> bool:
     """Whether linear layers of tokens x (…, K) may take up what follows them: it was chosen, and
-    dtypes and widths fit.
+    dtypes, widths and devices fit.
 
     Raises:
         BackendUnavailable: what was asked for cannot run.
@@ -112,5 +122,6 @@ def takes(x: Tensor, *weights: Tensor) -> bool:
     dtype = product_dtype(x)
     fits = all(width % UNIT == 0 for weight in weights for width in weight.shape)
     same = is_cast(x) or all(weight.dtype == dtype for weight in weights)
-    may = dtype in HALVES and fits and same and x.numel() > 0
-    return may and (x.is_meta or chosen() == "quack")  # meta: nothing is computed
+    here = all(weight.device == x.device for weight in weights)
+    may = dtype in HALVES and fits and same and here and x.numel() > 0
+    return may and (x.is_meta or (chosen() == "quack" and _is_hopper(x.device)))

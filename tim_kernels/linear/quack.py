@@ -14,7 +14,7 @@ from torch import Tensor
 TOKENS = 128  # of a tile
 OF_SWIGLU = dict(tile_M=TOKENS, tile_N=256, cluster_M=2, cluster_N=1)
 OF_RESIDUAL = dict(tile_M=TOKENS, tile_N=192, cluster_M=2, cluster_N=1)
-ALIGNMENT = 16  # bytes, of what is copied by tiles
+ALIGNMENT = 16  # bytes, at which every tensor has to begin
 
 
 @gemm_epilogue(outputs=("out",), ops={"bias": RowVecLoad("bias")}, mode="acc_pair")
@@ -76,6 +76,7 @@ def linear_gated_residual(
     samples = x.shape[0] if cu is None else cu.shape[0] - 1
     residual = _aligned(residual)
     out = torch.empty_like(residual)
+    row, gate, cu = (y if y is None else _begun_well(y) for y in (row, gate, cu))
     rows = dict(row=row.expand(samples, -1), gate=gate.expand(samples, -1))
     gated_residual.gemm(
         _aligned(x), _aligned(weight).expand(samples, -1, -1), out, residual,
@@ -85,5 +86,8 @@ def linear_gated_residual(
 
 
 def _aligned(x: Tensor) -> Tensor:
-    x = x.contiguous()
+    return _begun_well(x.contiguous())
+
+
+def _begun_well(x: Tensor) -> Tensor:
     return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()

@@ -39,8 +39,8 @@ from .layers import (
 class Rope(NamedTuple):
     """Where tokens sit, see `qk_norm_rope`: all samples on one `grid`, or packed in `segments`,
     each on its own of `sizes`; `text` are then the segments of their texts, at `text_places` of
-    all (None: everything). And whether biases may have their gradients by `bias_path`: blocks that
-    are run again in backward must not ask for themselves."""
+    all (None: everything). And whether biases may have their gradients by `bias_path`, and anything
+    a gradient: blocks that are run again in backward must not ask for themselves."""
 
     grid: tuple[int, int] | None
     order: str
@@ -49,6 +49,7 @@ class Rope(NamedTuple):
     text: Segments | None = None
     text_places: Tensor | None = None
     paths: bool = False
+    gradients: bool = False
 
     @property
     def positions(self) -> dict[str, Any]:
@@ -186,7 +187,7 @@ def _mlp_branch(
     mlp: nn.Module, x: Tensor, h: Tensor | Fp8Tokens, rope: Rope, gate: Tensor
 ) -> tuple[Tensor, Pending | None]:
     """x and what mlp(h) is to add to it; nothing where its last product does."""
-    if ends_in_residual(mlp, swiglu_mlp, mlp.fc2, x, rope.segments):
+    if not rope.gradients and ends_in_residual(mlp, swiglu_mlp, mlp.fc2, x, rope.segments):
         return add_product(mlp.fc2, swiglu_hidden(mlp, h), x, gate, None, rope.segments), None
     branch, path = swiglu_branch(mlp, h, rope.paths)
     return x, Pending(branch, gate, path)
@@ -278,7 +279,7 @@ def _attention_branch(
     attn: nn.Module, x: Tensor, h: Tensor | Fp8Tokens, shifts: Shifts, rope: Rope, gate: Tensor
 ) -> tuple[Tensor, Pending | None]:
     """x and what the attention of h is to add to it; nothing where its last product does."""
-    if ends_in_residual(attn, self_attention, attn.proj, x, rope.segments):
+    if not rope.gradients and ends_in_residual(attn, self_attention, attn.proj, x, rope.segments):
         out = _attend(attn, h, shifts, rope)
         return add_product(attn.proj, out, x, gate, shifts.bias, rope.segments), None
     return x, Pending(attn(h, shifts, rope), gate, shifts.bias)
@@ -318,7 +319,7 @@ def _cross_branch(
     attn: nn.Module, x: Tensor, h: Tensor | Fp8Tokens, text, rope: Rope, gate: Tensor
 ) -> tuple[Tensor, Pending | None]:
     """As `_attention_branch`, with the paths of the biases of q and proj."""
-    if ends_in_residual(attn, cross_attention, attn.proj, x, rope.segments):
+    if not rope.gradients and ends_in_residual(attn, cross_attention, attn.proj, x, rope.segments):
         out = _attend_to_text(attn, attn.q(h), None, text, rope)
         return add_product(attn.proj, out, x, gate, None, rope.segments), None
     if not (rope.paths and computes(attn, cross_attention)):
