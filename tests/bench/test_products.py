@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -120,6 +121,18 @@ def test_whatever_lies_askew_is_copied(quack, monkeypatch):
     assert len(given) == 7 and all(y.data_ptr() % 16 == 0 for y in given)
     for kept, came in zip(given[4:], (row.expand(2, -1), gate, offsets), strict=True):
         assert torch.equal(kept, came)
+
+
+def test_plans_do_not_pile_up(quack, monkeypatch):
+    """Packed tokens, of as many numbers as there are steps."""
+    calls = []
+    epilogue = types.SimpleNamespace(_plan_cache={}, gemm=lambda *args: calls.append(args))
+    monkeypatch.setattr(quack, "PLANS", 2)
+    for T in range(5):
+        quack._multiply(epilogue, T)
+        epilogue._plan_cache[T] = None
+        assert len(epilogue._plan_cache) <= 2
+    assert len(calls) == 5 and isinstance(quack.gated._plan_cache, dict)
 
 
 def test_launchers_are_those_of_the_operators(quack):

@@ -15,6 +15,7 @@ TOKENS = 128  # of a tile
 OF_SWIGLU = dict(tile_M=TOKENS, tile_N=256, cluster_M=2, cluster_N=1)
 OF_RESIDUAL = dict(tile_M=TOKENS, tile_N=192, cluster_M=2, cluster_N=1)
 ALIGNMENT = 16  # bytes, at which every tensor has to begin
+PLANS = 256  # of calls, one a shape, that an epilogue keeps
 
 
 @gemm_epilogue(outputs=("out",), ops={"bias": RowVecLoad("bias")}, mode="acc_pair")
@@ -44,13 +45,20 @@ def gated_residual(acc, c, row, gate):
     return {"D": c + gate * (acc + row)}
 
 
+def _multiply(epilogue, *args, **kwargs) -> None:
+    """Packed tokens are of a new number at each call, and the library keeps the plans of all."""
+    if len(epilogue._plan_cache) >= PLANS:
+        epilogue._plan_cache.clear()
+    epilogue.gemm(*args, **kwargs)
+
+
 def linear_swiglu(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """x (T, K), weight (2H, K), bias float32 (2H,): (T, H), and (T, 2H) if it is to be kept."""
     tokens, hidden = x.shape[0], weight.shape[0] // 2
     out = x.new_empty(tokens, hidden)
     both = x.new_empty(tokens, 2 * hidden) if keep else x.new_empty(0)
-    (gated_kept if keep else gated).gemm(
-        _aligned(x), _aligned(weight), both if keep else None,
+    _multiply(
+        gated_kept if keep else gated, _aligned(x), _aligned(weight), both if keep else None,
         epi_args=dict(bias=bias.unsqueeze(0), out=out), **OF_SWIGLU,
     )  # fmt: skip
     return out, both
@@ -62,8 +70,8 @@ def linear_swiglu_backward(dy: Tensor, weight: Tensor, both: Tensor) -> tuple[Te
     both = _aligned(both)
     dboth, tiles = torch.empty_like(both), -(-tokens // TOKENS)
     sums = torch.empty(2, tiles, hidden, dtype=torch.float32, device=both.device)
-    gated_backward.gemm(
-        _aligned(dy), _aligned(weight), dboth, both,
+    _multiply(
+        gated_backward, _aligned(dy), _aligned(weight), dboth, both,
         epi_args=dict(dgate=sums[0], dvalue=sums[1]), b_kn=True, **OF_SWIGLU,
     )  # fmt: skip
     return dboth, sums.sum(1).t().flatten()
@@ -78,8 +86,8 @@ def linear_gated_residual(
     out = torch.empty_like(residual)
     row, gate, cu = (y if y is None else _begun_well(y) for y in (row, gate, cu))
     rows = dict(row=row.expand(samples, -1), gate=gate.expand(samples, -1))
-    gated_residual.gemm(
-        _aligned(x), _aligned(weight).expand(samples, -1, -1), out, residual,
+    _multiply(
+        gated_residual, _aligned(x), _aligned(weight).expand(samples, -1, -1), out, residual,
         epi_args=rows, cu_seqlens_m=cu, **OF_RESIDUAL,
     )  # fmt: skip
     return out
