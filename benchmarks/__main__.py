@@ -11,6 +11,7 @@ host        what a call of an op costs the host; needs no GPU
 packed      pictures of many sizes: packed, padded and one by one; needs no GPU
 derivative  error and price of dF/dt: difference quotient and forward mode
 fp8         error of whole networks with FP8 blocks, and the digits they draw; needs no GPU
+products    registers and spills of products by quack-kernels on Hopper; needs no GPU
 tune        tile sizes and warps: timed on a GPU, else guessed from compiled code
 limits      what limits each kernel by its compiled code, beside its aim: estimates
 fastest     which backend "auto" takes, from the committed results
@@ -42,6 +43,8 @@ def main() -> None:
             from .compare.derivative import main as run
         case "fp8":
             from .compare.fp8 import main as run
+        case "products":
+            from .static.products import main as run
         case "tune":
             from .tune.tuner import main as run
         case "limits":

@@ -6,7 +6,8 @@ from .attention.choice import set_attention
 from .attention.op import attention
 from .dispatch.backend import BackendUnavailable, set_backend, use_backend
 from .explain import explain
-from .names import CONDITIONS, Attention, Backend, Condition, RopeOrder
+from .linear.choice import set_linear
+from .names import CONDITIONS, Attention, Backend, Condition, Linear, RopeOrder
 from .network.accelerate import Report, accelerate, restore
 from .network.forward_mode import forward_mode
 from .network.packing import Packing, pack, unpack
@@ -29,6 +30,7 @@ __all__ = [
     "Backend",
     "BackendUnavailable",
     "Condition",
+    "Linear",
     "Packing",
     "Report",
     "RopeOrder",
@@ -51,6 +53,7 @@ __all__ = [
     "rope_tables",
     "set_attention",
     "set_backend",
+    "set_linear",
     "swiglu",
     "swiglu_fp8",
     "time_pair_embedding",

@@ -8,6 +8,7 @@ from torch import nn
 from .attention import choice
 from .attention.packed import has_varlen
 from .dispatch.backend import OPS, BackendUnavailable, choose, obstacle, requested
+from .linear import choice as linear
 from .network.explanation import explain_model
 
 
@@ -45,6 +46,18 @@ def _machine() -> Iterator[str]:
         plain = packed = f"none ({error})"
     yield f"{'attention without tangents':<32}{plain}"
     yield f"{'attention of packed tokens':<32}{packed}"
+    yield f"{'linear layers':<32}{_linear()}"
+
+
+def _linear() -> str:
+    try:
+        name = linear.chosen()
+    except BackendUnavailable as error:
+        return f"none ({error})"
+    if name == "quack":
+        return "quack     of many tokens in bfloat16 and float16, else PyTorch"
+    reason = linear.obstacle("quack") or 'set_linear("quack") was not asked for'
+    return f"PyTorch   not quack: {reason}"
 
 
 NAMES = {"cudnn": "PyTorch's cuDNN attention", "flash": "PyTorch's flash attention"}

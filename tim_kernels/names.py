@@ -10,6 +10,9 @@ Attention = Literal[
 ]  # fmt: skip
 ATTENTIONS: tuple[Attention, ...] = get_args(Attention)
 
+Linear = Literal["torch", "quack"]
+LINEARS: tuple[Linear, ...] = get_args(Linear)
+
 RopeOrder = Literal["upstream", "grid"]
 ORDERS: tuple[RopeOrder, ...] = get_args(RopeOrder)
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from tim_kernels import set_backend
+from tim_kernels import Linear, set_backend, set_linear
 from tim_kernels.dispatch.backend import requested
+from tim_kernels.linear import choice
 
 from ..clock.machine import Limits
 from ..clock.timing import by_turns, is_cuda, ratio, side_stream, synchronise
@@ -35,12 +36,13 @@ class Contender:
     wrap: Callable[[Callable], Callable] = lambda function: function
     is_own: bool = True  # ours, or eager PyTorch, on which everything is measured
     is_tim: bool = False  # with our sampler and objective around the network
+    linear: Linear = "torch"  # whose products linear layers are
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Its backend is in force; what torch.compile made is forgotten afterwards."""
         try:
-            with running_on(self.backend):
+            with running_on(self.backend), multiplied_by(self.linear):
                 yield
         finally:
             if self.name.startswith(COMPILE):
@@ -56,6 +58,17 @@ def running_on(name: str | None) -> Iterator[None]:
         yield
     finally:
         set_backend(before)
+
+
+@contextlib.contextmanager
+def multiplied_by(name: Linear) -> Iterator[None]:
+    """The library of linear layers, for the whole process."""
+    before = choice.chosen()
+    set_linear(name)
+    try:
+        yield
+    finally:
+        set_linear(before)
 
 
 class Comparison:

@@ -18,13 +18,14 @@ from tests.eager import EagerTiM
 from tests.kernels.parity import DERIVATIVE, FLOOR, FORWARD
 from tim_kernels import accelerate, use_backend
 from tim_kernels.dispatch import backend
+from tim_kernels.linear import choice
 
 from ..cases.shapes import Model
 from ..cases.tasks import NetworkCase, Problem, Task, autocast, run_once, training_step
 from ..clock import timing
 from ..clock.machine import Limits, exact_float32, joules
 from ..clock.timing import is_cuda, side_stream, synchronise
-from ..record.rows import COMPILE, EAGER, FUSED, Network
+from ..record.rows import COMPILE, EAGER, FUSED, QUACK, Network
 from ..static.counting import RULE, Total, Work, count, total
 from .comparison import Comparison, Contender, WrongAnswer, name_of
 
@@ -86,6 +87,12 @@ def contenders(task: Task, device: str) -> tuple[list[Contender], dict[str, str]
             left_out[f"tim, {name}"] = f"{needed} is not installed"
         else:
             here.append(Contender(f"tim, {name}", make, name, is_tim=True))
+    if task.derivative == "jvp":
+        left_out[QUACK] = "with tangents products are PyTorch's"
+    elif reason := choice.obstacle("quack"):
+        left_out[QUACK] = reason
+    else:
+        here.append(Contender(f"accelerate, {QUACK}", _accelerate, "auto", linear="quack"))
     if task.derivative == "jvp":
         left_out[COMPILE] = "under torch.func.jvp it runs a compiled function as it was"
     elif is_cuda(device) or task.kind == "forward":  # last: compiling can take the time of the rest

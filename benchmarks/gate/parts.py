@@ -130,6 +130,7 @@ def ops_part(dry_run: bool) -> list[Stage]:
         worker("time_ops", 240, dry_run),
         worker("derivative", 100, dry_run),
         worker("attention", 60, dry_run),
+        worker("products", 60, dry_run),
         worker("tuning", 150, dry_run),
     ]
 

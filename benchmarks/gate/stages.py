@@ -228,6 +228,17 @@ def attention(run: Run) -> None:
             return
 
 
+def products(run: Run) -> None:
+    """Linear layers that take up what follows them: see compare/products.py."""
+    from ..compare.products import rows
+
+    for row in rows(run.device, run.dry_run):
+        run.emit(row)
+        if run.seconds_left < 0:
+            run.leave_out("the rest of the products")
+            return
+
+
 def tuning(run: Run) -> None:
     """Tile configurations of every kernel: see tune/tuner.py."""
     if run.dry_run:
@@ -337,7 +348,7 @@ def planted_error(run: Run) -> None:
 STAGES = {
     function.__name__: function
     for function in (
-        describe, state, fill_compiler_cache, time_ops, derivative, attention, tuning,
+        describe, state, fill_compiler_cache, time_ops, derivative, attention, products, tuning,
         fill_model_cache, time_models, max_autotune, short_list, planted_error,
     )
 }  # fmt: skip

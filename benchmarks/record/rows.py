@@ -14,6 +14,7 @@ from .table import Column
 RESULTS = Path(__file__).parents[1] / "results"
 EAGER, COMPILE = "eager", "torch.compile"
 FUSED = ("triton", "cuda")
+QUACK = "quack"  # whose products end in what follows them
 
 LIMIT = Column("of the limit", lambda row: 100 * row.share_of_limit, "{:.0f} %")
 VS_EAGER = Column("eager", "vs_eager", "{:.2f} ×")

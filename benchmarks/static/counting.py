@@ -31,6 +31,7 @@ from .launches import Launch, launch_operator, record_launches
 RULE = "each launch reads every distinct input element once and writes every output element once"
 GEMM, ATTENTION, REST = "GEMM", "attention", "rest"
 GEMMS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+PRODUCTS = ("linear_swiglu", "linear_swiglu_backward", "linear_gated_residual")  # a library's
 OVERWRITING = ("copy_", "fill_", "zero_")
 
 
@@ -76,7 +77,7 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if op.namespace == "tim_kernels":
+        if op.namespace == "tim_kernels" and op._overloadpacket.__name__ not in PRODUCTS:
             with record_launches(self._count_launch), self:
                 return launch_operator(op, *args)
         if op.has_kernel_for_dispatch_key(_COMPOSITE) and not op.has_kernel_for_dispatch_key(_CPU):
@@ -98,6 +99,8 @@ class _Counter(TorchDispatchMode):
             return
         formula = flop_registry.get(op._overloadpacket)
         flops = formula(*args, **kwargs, out_val=out) if formula else 0
+        if name in PRODUCTS:  # of tokens and a weight, whose every number is taken once a token
+            flops = 2 * args[0].shape[:-1].numel() * args[1].numel()
         self.work.append(Work(name, _category(name), _bytes(inputs) + written, flops))
 
     def _count_launch(self, launch: Launch) -> None:
@@ -106,7 +109,7 @@ class _Counter(TorchDispatchMode):
 
 
 def _category(name: str) -> str:
-    return GEMM if name in GEMMS else ATTENTION if "attention" in name else REST
+    return GEMM if name in GEMMS + PRODUCTS else ATTENTION if "attention" in name else REST
 
 
 def _arguments(op, args, kwargs) -> tuple[list[Tensor], list[Tensor]]:

@@ -3,6 +3,8 @@
     python -m benchmarks traffic [--model c2i-xl|t2i-xl] [--gpu H100] [--bandwidth 3.0] [--ops]
     python -m benchmarks traffic --sampling [--model c2i-xl|t2i-xl]
 
+With TIM_KERNELS_LINEAR=quack products end in what follows them, see docs/hopper.md.
+
 Counted on meta tensors by the rule in counting.py, for the datasheet numbers of a GPU or
 for numbers of your own (those that the gate measured, say). A block is the difference
 between models of depth d and d − 1, so that embedders and head drop out.

@@ -1,9 +1,12 @@
 """`python -m benchmarks training`: counted, not guessed."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from benchmarks.cases.shapes import Model
+from benchmarks.record.table import markdown
 from benchmarks.static import training
 from benchmarks.static.traffic import BUDGETS, GPUS, block_totals
 from tim_kernels import use_backend
@@ -34,6 +37,19 @@ def test_published_presets(preset):
     assert slow.parameters == fast.parameters and slow.step > 2 * fast.step
     assert slow.memory == pytest.approx(slow.state + 8 * slow.kept / 1e3)
     assert {"b-256": 136, "t2i": 873}.get(preset, 672) == pytest.approx(slow.parameters, abs=1)
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        pytest.param(preset, marks=() if preset == "b-256" else pytest.mark.nightly)
+        for preset in training.PRESETS
+    ],
+)
+def test_the_documentation_says_what_is_counted(preset):
+    needs = [training.need(preset, gpu) for gpu in ("H100", "B200")]
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text()
+    assert all(line in page for line in markdown(needs, training.COLUMNS).splitlines())
 
 
 @pytest.mark.parametrize("name, most", [("c2i-xl", 1.5), ("t2i-xl", 2.9)])

@@ -15,6 +15,8 @@ from small_engines import KINDS, given, step_by_step, tiny
 from tim.sampling import Engine, graphs
 from tim.transports import make
 from tim_kernels import use_backend
+from tim_kernels.attention import choice as attention
+from tim_kernels.linear import choice as linear
 
 GUIDED = dict(num_steps=4, cfg_scale=1.5, return_trajectory=True)
 
@@ -86,6 +88,16 @@ def test_other_shapes_and_settings_are_captured_anew(captures, monkeypatch):
     out = twice(engine, z, y, **one)
     assert len(captures) == 6
     assert relative_error(out, step_by_step(model, "OT_FM", z, y, **one)) < 3e-2
+
+
+@pytest.mark.parametrize("choice, name", [(linear, "quack"), (attention, "cudnn")])
+def test_another_choice_of_kernels_is_captured_anew(choice, name, captures, monkeypatch):
+    engine = Engine(tiny("class"), make("OT_FM"), together=True)
+    z, y, _ = given("class", batch=3)
+    twice(engine, z, y, num_steps=2)
+    monkeypatch.setattr(choice, "_process", name)
+    twice(engine, z, y, num_steps=2)
+    assert len(captures) == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Iterator
 import torch
 from torch import Tensor
 
+from tim_kernels.attention import choice as attention
 from tim_kernels.dispatch.backend import requested
 from tim_kernels.dispatch.torch_private import (
     dispatch_modes,
@@ -20,6 +21,7 @@ from tim_kernels.dispatch.torch_private import (
     is_functorch_active,
     pytree,
 )
+from tim_kernels.linear import choice as linear
 
 MOST = 16  # graphs that are kept, each with the memory of its step
 Function = Callable[[object, object], Tensor]  # of what a run and what a step has, trees of tensors
@@ -157,7 +159,8 @@ def _settings() -> Hashable:
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     return (
         cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision,
-        requested(), torch.are_deterministic_algorithms_enabled(), cuda.matmul.fp32_precision,
+        requested(), attention.requested(), linear.requested(),
+        torch.are_deterministic_algorithms_enabled(), cuda.matmul.fp32_precision,
         cuda.matmul.allow_bf16_reduced_precision_reduction,
         cuda.matmul.allow_fp16_reduced_precision_reduction,
         cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(),

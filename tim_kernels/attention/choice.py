@@ -56,6 +56,11 @@ def set_attention(name: Attention) -> None:
     chosen.cache_clear()
 
 
+def requested() -> Attention:
+    """What was asked for, whether it can run here or not."""
+    return _process
+
+
 def order() -> tuple[tuple[Attention, ...], str]:
     """The one to take first, and why in that order."""
     if _process != "auto":

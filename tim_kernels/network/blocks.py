@@ -21,12 +21,16 @@ from ..qk_norm_rope.op import qk_norm_rope, qkv_norm_rope
 from ..segments import Segments, per_token
 from .fp8_linear import Fp8Tokens
 from .layers import (
+    add_product,
     beside_path,
     bias_path,
     computes,
+    ends_in_residual,
     is_plain,
     is_quiet,
     swiglu_branch,
+    swiglu_hidden,
+    swiglu_mlp,
     takes_fp8,
     with_path,
 )
@@ -35,8 +39,8 @@ from .layers import (
 class Rope(NamedTuple):
     """Where tokens sit, see `qk_norm_rope`: all samples on one `grid`, or packed in `segments`,
     each on its own of `sizes`; `text` are then the segments of their texts, at `text_places` of
-    all (None: everything). And whether biases may have their gradients by `bias_path`: blocks that
-    are run again in backward must not ask for themselves."""
+    all (None: everything). And whether biases may have their gradients by `bias_path`, and anything
+    a gradient: blocks that are run again in backward must not ask for themselves."""
 
     grid: tuple[int, int] | None
     order: str
@@ -45,6 +49,7 @@ class Rope(NamedTuple):
     text: Segments | None = None
     text_places: Tensor | None = None
     paths: bool = False
+    gradients: bool = False
 
     @property
     def positions(self) -> dict[str, Any]:
@@ -147,11 +152,10 @@ def class_block(
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
     is_fp8 = takes_fp8(block.attn, "qkv")
     x, h = add_and_norm(block.norm1, x, pending, shift1, scale1, rope.segments, is_fp8)
-    pending = Pending(block.attn(h, shifts, rope), gate1, shifts.bias)
+    x, pending = _attention_branch(block.attn, x, h, shifts, rope, gate1)
     is_fp8 = takes_fp8(block.mlp, "fc1_g", "fc1_x")
     x, h = add_and_norm(block.norm2, x, pending, shift2, scale2, rope.segments, is_fp8)
-    branch, path = swiglu_branch(block.mlp, h, rope.paths)
-    return leave(block, x, Pending(branch, gate2, path), rope.segments)
+    return leave(block, *_mlp_branch(block.mlp, x, h, rope, gate2), rope.segments)
 
 
 def text_block(
@@ -169,19 +173,28 @@ def text_block(
     m = modulation.chunk(9, dim=-1)
     is_fp8 = takes_fp8(block.attn, "qkv")
     x, h = add_and_norm(block.norm1, x, pending, m[0], m[1], rope.segments, is_fp8)
-    pending = Pending(block.attn(h, shifts, rope), m[2], shifts.bias)
+    x, pending = _attention_branch(block.attn, x, h, shifts, rope, m[2])
     is_fp8 = takes_fp8(block.cross_attn, "q")
     x, h = add_and_norm(block.norm2_i, x, pending, m[3], m[4], rope.segments, is_fp8)
     text = block.norm2_t(text) if isinstance(text, Tensor) else text
-    pending = _cross_branch(block.cross_attn, h, text, rope, m[5])
+    x, pending = _cross_branch(block.cross_attn, x, h, text, rope, m[5])
     is_fp8 = takes_fp8(block.mlp, "fc1_g", "fc1_x")
     x, h = add_and_norm(block.norm3, x, pending, m[6], m[7], rope.segments, is_fp8)
-    branch, path = swiglu_branch(block.mlp, h, rope.paths)
-    return leave(block, x, Pending(branch, m[8], path), rope.segments)
+    return leave(block, *_mlp_branch(block.mlp, x, h, rope, m[8]), rope.segments)
+
+
+def _mlp_branch(
+    mlp: nn.Module, x: Tensor, h: Tensor | Fp8Tokens, rope: Rope, gate: Tensor
+) -> tuple[Tensor, Pending | None]:
+    """x and what mlp(h) is to add to it; nothing where its last product does."""
+    if not rope.gradients and ends_in_residual(mlp, swiglu_mlp, mlp.fc2, x, rope.segments):
+        return add_product(mlp.fc2, swiglu_hidden(mlp, h), x, gate, None, rope.segments), None
+    branch, path = swiglu_branch(mlp, h, rope.paths)
+    return x, Pending(branch, gate, path)
 
 
 def leave(
-    block: nn.Module, x: Tensor, pending: Pending, segments: Segments | None
+    block: nn.Module, x: Tensor, pending: Pending | None, segments: Segments | None
 ) -> tuple[Tensor, Pending] | Tensor:
     """What a block gives to the next, or, where somebody looks on, its whole output."""
     return (x, pending) if is_quiet(block) else take_up(x, pending, segments)
@@ -258,6 +271,22 @@ def final_rows(layer: nn.Module, c: Tensor) -> tuple[Tensor, Tensor]:
 
 def self_attention(attn: nn.Module, h: Tensor | Fp8Tokens, shifts: Shifts, rope: Rope) -> Tensor:
     """Self-attention of tokens (B, N, C) or (T, C), without `shifts.bias`."""
+    out = _attend(attn, h, shifts, rope)
+    return beside_path(attn.proj, out) if shifts.has_proj_path else attn.proj(out)
+
+
+def _attention_branch(
+    attn: nn.Module, x: Tensor, h: Tensor | Fp8Tokens, shifts: Shifts, rope: Rope, gate: Tensor
+) -> tuple[Tensor, Pending | None]:
+    """x and what the attention of h is to add to it; nothing where its last product does."""
+    if not rope.gradients and ends_in_residual(attn, self_attention, attn.proj, x, rope.segments):
+        out = _attend(attn, h, shifts, rope)
+        return add_product(attn.proj, out, x, gate, shifts.bias, rope.segments), None
+    return x, Pending(attn(h, shifts, rope), gate, shifts.bias)
+
+
+def _attend(attn: nn.Module, h: Tensor | Fp8Tokens, shifts: Shifts, rope: Rope) -> Tensor:
+    """The attention without the output projection."""
     qkv = beside_path(attn.qkv, h) if shifts.has_qkv_path else attn.qkv(h)
     qkv = qkv.unflatten(-1, (3, _heads(attn, h.shape[-1]), -1))
     if _is_fused(attn):
@@ -270,8 +299,7 @@ def self_attention(attn: nn.Module, h: Tensor | Fp8Tokens, shifts: Shifts, rope:
         q = _call_norm(attn.q_norm, _shifted(q, shifts.q, rope))
         k = _call_norm(attn.k_norm, _shifted(k, shifts.k, rope))
         q, k = qk_norm_rope(q, k, **rope.positions)
-    out = attention(q, k, _shifted(v, shifts.v, rope), rope.segments).flatten(-2)
-    return beside_path(attn.proj, out) if shifts.has_proj_path else attn.proj(out)
+    return attention(q, k, _shifted(v, shifts.v, rope), rope.segments).flatten(-2)
 
 
 def _is_fused(attn: nn.Module) -> bool:
@@ -287,13 +315,18 @@ def cross_attention(
     return attn.proj(_attend_to_text(attn, attn.q(h), None, text, rope))
 
 
-def _cross_branch(attn: nn.Module, h: Tensor, text, rope: Rope, gate: Tensor) -> Pending:
-    """What the cross-attention puts out, with the paths of the biases of q and proj."""
+def _cross_branch(
+    attn: nn.Module, x: Tensor, h: Tensor | Fp8Tokens, text, rope: Rope, gate: Tensor
+) -> tuple[Tensor, Pending | None]:
+    """As `_attention_branch`, with the paths of the biases of q and proj."""
+    if not rope.gradients and ends_in_residual(attn, cross_attention, attn.proj, x, rope.segments):
+        out = _attend_to_text(attn, attn.q(h), None, text, rope)
+        return add_product(attn.proj, out, x, gate, None, rope.segments), None
     if not (rope.paths and computes(attn, cross_attention)):
-        return Pending(attn(h, text, rope), gate)
+        return x, Pending(attn(h, text, rope), gate)
     q, shift = with_path(attn.q, h) if is_head_norm(attn.q_norm) else (attn.q(h), None)
     out, path = with_path(attn.proj, _attend_to_text(attn, q, shift, text, rope))
-    return Pending(out, gate, path)
+    return x, Pending(out, gate, path)
 
 
 def _attend_to_text(

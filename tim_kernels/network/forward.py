@@ -166,9 +166,9 @@ def run(
 
 
 def _rope(x: Tensor, patch: int, text, order: str, packing: Packing | None) -> Rope:
-    paths = are_paths_shorter(x.device)
+    asked = dict(paths=are_paths_shorter(x.device), gradients=torch.is_grad_enabled())
     if packing is None:
-        return Rope((x.shape[2] // patch, x.shape[3] // patch), order, paths=paths)
+        return Rope((x.shape[2] // patch, x.shape[3] // patch), order, **asked)
     of_text = None, None
     if text is not None:
         length = (text if isinstance(text, Tensor) else text[0].k).shape[1]
@@ -181,7 +181,7 @@ def _rope(x: Tensor, patch: int, text, order: str, packing: Packing | None) -> R
                 f"texts must be of {packing.texts.longest} tokens, as the packing reads them; "
                 f"got {length}"
             )
-    return Rope(None, order, packing.grids, packing.segments, *of_text, paths)
+    return Rope(None, order, packing.grids, packing.segments, *of_text, **asked)
 
 
 def _leave(layer, x: Tensor, c: Tensor, pending, final, packing: Packing | None) -> Tensor:

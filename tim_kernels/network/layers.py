@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from ..checks import FLOATS
 from ..dispatch.backend import choose
 from ..dispatch.torch_private import has_global_hooks
+from ..linear import op as products
+from ..linear.choice import HALVES, takes
+from ..segments import Segments
 from ..swiglu.fp8 import swiglu_fp8
 from ..swiglu.op import swiglu, swiglu_with_paths
 from ..time_pair_embedding.op import TimeMLP, time_embedding
@@ -115,7 +118,47 @@ def swiglu_mlp(mlp: nn.Module, x: Tensor | Fp8Tokens) -> Tensor:
     """fc2(silu(fc1_g(x))·fc1_x(x))."""
     if takes_fp8(mlp, "fc2"):
         return mlp.fc2(Fp8Tokens(*swiglu_fp8(mlp.fc1_g(x), mlp.fc1_x(x)), x.dtype))
-    return mlp.fc2(swiglu(mlp.fc1_g(x), mlp.fc1_x(x)))
+    if torch.is_grad_enabled() and ends_in_swiglu(mlp, x):
+        return products.mlp(x, *map(_weights, (mlp.fc1_g, mlp.fc1_x, mlp.fc2)))
+    return mlp.fc2(swiglu_hidden(mlp, x))
+
+
+def swiglu_hidden(mlp: nn.Module, x: Tensor) -> Tensor:
+    """silu(fc1_g(x))·fc1_x(x)."""
+    if not torch.is_grad_enabled() and ends_in_swiglu(mlp, x):
+        return products.linear_swiglu(x, _weights(mlp.fc1_g), _weights(mlp.fc1_x))
+    return swiglu(mlp.fc1_g(x), mlp.fc1_x(x))
+
+
+def ends_in_swiglu(mlp: nn.Module, x: Tensor) -> bool:
+    """Whether fc1's products end in SwiGLU, and with gradients fc2's in its derivative."""
+    layers = mlp.fc1_g, mlp.fc1_x, mlp.fc2
+    are_plain = all(map(is_plain, layers))
+    return are_plain and takes(x, *(layer.weight for layer in layers)) and products.is_worth(x)
+
+
+def ends_in_residual(
+    owner: nn.Module, function: Callable, layer: nn.Module, x: Tensor, segments: Segments | None
+) -> bool:
+    """Whether `layer`, the last product of `owner`, whose call is function(owner, …), is added to
+    x as it ends: nobody asks for a gradient or looks on."""
+    if torch.is_grad_enabled() or x.dtype not in HALVES:
+        return False
+    is_own = computes(owner, function) and is_plain(layer)
+    is_own = is_own and all(map(is_quiet, owner.children()))  # those that are not called, too
+    return is_own and takes(x, layer.weight) and products.are_tiles_full(x, segments)
+
+
+def add_product(
+    layer: nn.Linear, h: Tensor, x: Tensor, gate: Tensor, bias: Tensor | None,
+    segments: Segments | None,
+) -> Tensor:  # fmt: skip
+    """x + gate·(layer(h) + bias), by one kernel; gate and bias are rows of samples."""
+    return products.linear_gated_residual(h, _weights(layer), x, gate, bias, segments)
+
+
+def _weights(linear: nn.Linear) -> products.Layer:
+    return products.Layer(linear.weight, linear.bias)
 
 
 def swiglu_branch(mlp: nn.Module, x: Tensor, paths: bool) -> tuple[Tensor, Tensor | None]:
@@ -124,6 +167,15 @@ def swiglu_branch(mlp: nn.Module, x: Tensor, paths: bool) -> tuple[Tensor, Tenso
     is_own = computes(mlp, swiglu_mlp) and all(map(is_quiet, mlp.children()))
     if not (paths and is_own) or takes_fp8(mlp, "fc2"):
         return mlp(x), None
+    if ends_in_swiglu(mlp, x):
+        path = bias_path(mlp.fc2)
+        fc2 = (
+            _weights(mlp.fc2)
+            if path is None
+            else products.Layer(mlp.fc2.weight, mlp.fc2.bias.detach())
+        )
+        out = products.mlp(x, _weights(mlp.fc1_g), _weights(mlp.fc1_x), fc2)
+        return out, None if path is None else path.to(out.dtype)
     (gate, of_gate), (value, of_value) = with_path(mlp.fc1_g, x), with_path(mlp.fc1_x, x)
     return with_path(mlp.fc2, swiglu_with_paths(gate, value, of_gate, of_value))
 
