@@ -32,6 +32,17 @@ def has_fp8(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+@constant_when_compiled
+def has_scaled_mm(device: torch.device) -> bool:
+    """Whether torch._scaled_mm can be relied on there with a scale a row. The kernel of sm_89 does
+    not keep to the current stream before torch 2.12 (pytorch/pytorch#177651)."""
+    if device.type not in ("cuda", "meta") or not has_fp8(device):
+        return False
+    if device.type == "meta" or not torch.cuda.is_available():
+        return True
+    return torch.cuda.get_device_capability(device) != (8, 9) or torch.__version__ >= (2, 12)
+
+
 def check_width(name: str, width: int) -> None:
     if width == 0:
         raise ValueError(f"{name} must have channels for a scale of theirs, got none")

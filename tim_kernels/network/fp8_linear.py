@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dispatch.operators import refuse_derivatives
-from ..fp8 import has_fp8, quantise_rows
+from ..fp8 import has_scaled_mm, quantise_rows
 
 
 class Fp8Tokens(NamedTuple):
@@ -25,10 +25,10 @@ class Fp8Tokens(NamedTuple):
 class Fp8Linear(nn.Module):
     """What `linear` computes, (…, K) → (…, N), its weight quantised once, a row at a time.
 
-    It takes tokens as a tensor, which it quantises, or as `Fp8Tokens`. On GPUs of sm_89 and later
-    torch._scaled_mm multiplies, where K and N are multiples of 16; everywhere else the same is
-    computed in float32. Either way the result is rounded to bfloat16, and then has the tokens'
-    dtype.
+    It takes tokens as a tensor, which it quantises, or as `Fp8Tokens`. On GPUs of sm_89 (with torch
+    2.12 and later) and newer torch._scaled_mm multiplies, where K and N are multiples of 16;
+    everywhere else the same is computed in float32. Either way the result is rounded to bfloat16,
+    and then has the tokens' dtype.
 
     Raises:
         NotImplementedError: in training, or where a gradient or a tangent is needed.
@@ -76,7 +76,7 @@ class Fp8Linear(nn.Module):
 
 def _has_scaled_mm(weight: Tensor) -> bool:
     is_whole = weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
-    return weight.is_cuda and is_whole and has_fp8(weight.device)
+    return is_whole and has_scaled_mm(weight.device)
 
 
 def _scaled_mm(values, scales, weight, weight_scales, bias) -> Tensor:
