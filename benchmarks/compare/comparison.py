@@ -35,6 +35,7 @@ class Contender:
     wrap: Callable[[Callable], Callable] = lambda function: function
     is_own: bool = True  # ours, or eager PyTorch, on which everything is measured
     is_tim: bool = False  # with our sampler and objective around the network
+    room: float = 1.0  # how many times the error it may have that others may
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:

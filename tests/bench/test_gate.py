@@ -227,7 +227,7 @@ def test_the_short_part_asks_for_the_core_alone():
     both = tasks.GRAPH_TASK, tasks.TRAINING[0]
     assert models_asked == {(name, task) for name in MODELS for task in both}
     briefly = [s.name for s in parts.short_part(False) if "--brief" in s.command]
-    assert briefly == ["fill compiler cache", "time ops", "fill model cache", "time models"]
+    assert briefly == ["fill compiler cache", "time ops", "fill model cache", "time models", "FP8"]
 
 
 def test_the_file_names_no_machine(dry):

@@ -188,5 +188,5 @@ def test_a_task_has_its_contenders(monkeypatch):
     assert "torch.compile" in left_out
     monkeypatch.setattr(networks.importlib.util, "find_spec", lambda name: None)
     here, left_out = networks.contenders(tasks.SAMPLING[0], "cpu")
-    assert [c.name for c in here] == ["eager", "accelerate, reference"]
+    assert [c.name for c in here] == ["eager", "accelerate, reference", "FP8, reference"]
     assert left_out["tim, reference"] == "diffusers is not installed"
