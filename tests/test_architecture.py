@@ -31,8 +31,8 @@ LEVELS = {
         ["dispatch"],
         ["fp8", "segments"],
         [
-            "ada_layer_norm", "attention", "qk_norm_rope", "swiglu", "time_pair_embedding",
-            "transition_inputs", "transition_loss", "transition_step",
+            "ada_layer_norm", "attention", "qk_norm_rope", "quantise_rows", "swiglu",
+            "time_pair_embedding", "transition_inputs", "transition_loss", "transition_step",
         ],
         ["network"],
         ["explain"],

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 import torch
 
 import tim_kernels as ops
-from tim_kernels.fp8 import has_fp8, quantise_rows
+from tim_kernels.fp8 import has_fp8
+from tim_kernels.fp8 import quantise_rows as reference
+from tim_kernels.quantise_rows.op import quantise_rows
 
 from . import eager
 from .calls import Call, maker
@@ -31,6 +33,7 @@ def calls(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Call]:
         ),
         "swiglu": (halves, eager.swiglu),
     }  # fmt: skip
+    yield Call("quantise_rows", quantise_rows, (x,), reference)
     for name, (tensors, function) in forms.items():
         yield Call(f"{name} to FP8", getattr(ops, f"{name}_fp8"), tensors, _quantised(function))
 
@@ -49,6 +52,6 @@ def _quantised(function: Callable) -> Callable:
     def both(*tensors):
         out = function(*tensors)
         *rest, last = out if isinstance(out, tuple) else (out,)
-        return *rest, *quantise_rows(last)
+        return *rest, *reference(last)
 
     return both

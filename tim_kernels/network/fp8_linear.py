@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dispatch.operators import refuse_derivatives
-from ..fp8 import has_scaled_mm, quantise_rows
+from ..fp8 import has_scaled_mm
+from ..quantise_rows.op import quantise_rows
 
 
 class Fp8Tokens(NamedTuple):
