@@ -16,6 +16,7 @@ from .calls import Call, maker
 from .shapes import Shape
 
 OLDEST = 89
+KERNELS = "quantise_rows", "swiglu.fp8"  # of tuning.json
 
 
 def calls(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Call]:
@@ -33,9 +34,11 @@ def calls(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Call]:
         ),
         "swiglu": (halves, eager.swiglu),
     }  # fmt: skip
-    yield Call("quantise_rows", quantise_rows, (x,), reference)
+    only = dict(directions=("forward",))
+    yield Call("quantise_rows", quantise_rows, (x,), reference, **only)
     for name, (tensors, function) in forms.items():
-        yield Call(f"{name} to FP8", getattr(ops, f"{name}_fp8"), tensors, _quantised(function))
+        op = getattr(ops, f"{name}_fp8")
+        yield Call(f"{name} to FP8", op, tensors, _quantised(function), **only)
 
 
 def why_not(device: str) -> str | None:

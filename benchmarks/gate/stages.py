@@ -14,14 +14,14 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from ..cases import fp8 as fp8_cases
 from ..cases import tasks
-from ..cases.calls import DIRECTIONS, Call, calls
+from ..cases.calls import Call, calls
 from ..cases.ops import OpCase, op_cases
 from ..cases.shapes import MODELS, PUBLISHED, SMALL, SMALL_MODELS, Shape
 from ..cases.tasks import NetworkCase, Task
@@ -327,26 +327,23 @@ def short_list(run: Run) -> None:
     ]
     for name in ("triton", "cuda"):
         for shape in shapes:
-            for call, directions in _short_calls(shape, run.device):
+            for call in _short_calls(shape, run.device):
                 if run.dry_run and call.op not in DRY_CALLS:
                     continue
                 if reason := backend.obstacle(name, call.op, run.device):
                     run.leave_out(f"{name} in {call.op}", reason)
                     continue
                 backend.set_backend(name)
-                for direction in directions:
+                for direction in call.directions:
                     call.run(direction)
     if run.device == "cuda":
         torch.cuda.synchronize()
 
 
-def _short_calls(shape: Shape, device: str) -> Iterator[tuple[Call, Sequence[str]]]:
-    """With the directions that they have."""
-    for call in calls(**shape._asdict(), dtype=torch.bfloat16, device=device):
-        yield call, DIRECTIONS
+def _short_calls(shape: Shape, device: str) -> Iterator[Call]:
+    yield from calls(**shape._asdict(), dtype=torch.bfloat16, device=device)
     if not shape.grids and fp8_cases.why_not(device) is None:
-        for call in fp8_cases.calls(shape, torch.bfloat16, device):
-            yield call, DIRECTIONS[:1]
+        yield from fp8_cases.calls(shape, torch.bfloat16, device)
 
 
 def planted_error(run: Run) -> None:
