@@ -145,6 +145,21 @@ def test_a_fused_op_launches_once_and_moves_each_tensor_once(name):
             assert fused.bytes <= eager.bytes * ROOM.get(op, 0.62), (op, fused.bytes, eager.bytes)
 
 
+@pytest.mark.parametrize("name", BUDGETS)
+def test_fp8_moves_no_more_and_multiplies_at_twice_the_rate(name):
+    """Tokens are made FP8 in passes that there are anyway, and one behind each attention."""
+    plain, fp8 = (
+        traffic.block_totals(BUDGETS[name], contender, "inference", H100)
+        for contender in ("fused", "FP8")
+    )
+    assert fp8[REST].bytes < 1.01 * plain[REST].bytes
+    attentions = plain[ATTENTION].launches
+    assert fp8[REST].launches == plain[REST].launches + attentions + 1  # of qkv_d's row of values
+    assert fp8[GEMM].flops == plain[GEMM].flops
+    assert fp8[GEMM].bytes < 0.85 * plain[GEMM].bytes
+    assert fp8[GEMM].seconds < 0.55 * plain[GEMM].seconds
+
+
 def test_numbers_of_one_s_own(monkeypatch, capsys):
     monkeypatch.setattr(traffic, "print_model", lambda name, budget, limits: print(name, limits))
     options = ["--bandwidth", "3.0", "--tflops", "800"]
