@@ -1,6 +1,7 @@
 """`to_fp8`: which layers of a network are in 8 bits, how near the result is, what is refused."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -166,6 +167,23 @@ def test_an_accelerated_model(text):
         assert relative_error(model(*args), fp8) < ERROR
         restore(model)
         assert relative_error(model(*args), expected) < ERROR
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_of_an_accelerated_model(monkeypatch, copied):
+    """And what could save it is refused, also once it is restored."""
+    model, args = problem(False)
+    accelerate(model.eval())
+    kind = type(model).own
+    monkeypatch.setattr(kind, "save_pretrained", lambda model, folder: None, raising=False)
+    to_fp8(model)
+    other = copied(model)
+    with torch.no_grad():
+        assert torch.equal(other(*args), model(*args))
+    assert other.blocks[0].attn.qkv.values.dtype == torch.float8_e4m3fn
+    restore(other)
+    with pytest.raises(ValueError, match="save it before to_fp8"):
+        other.save_pretrained("nowhere")
 
 
 def test_layers_that_are_not_plain_stay():

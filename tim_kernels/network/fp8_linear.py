@@ -70,6 +70,15 @@ class Fp8Linear(nn.Module):
                 self._buffers[name] = moved if is_same else buffer.to(moved.device)
         return self
 
+    def __getstate__(self) -> dict:
+        """Pickle does not read float8 back: the values are kept as bytes."""
+        buffers = self._buffers | dict(values=self.values.view(torch.uint8))
+        return self.__dict__ | dict(_buffers=buffers)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._buffers["values"] = self.values.view(torch.float8_e4m3fn)
+
     def extra_repr(self) -> str:
         N, K = self.values.shape
         return f"in_features={K}, out_features={N}, bias={self.bias is not None}"
