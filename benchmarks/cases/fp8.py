@@ -9,7 +9,7 @@ import torch
 import tim_kernels as ops
 from tim_kernels.fp8 import has_fp8
 from tim_kernels.fp8 import quantise_rows as reference
-from tim_kernels.quantise_rows.op import quantise_rows
+from tim_kernels.quantise_rows.fp8 import quantise_rows
 
 from . import eager
 from .calls import Call, maker

@@ -9,8 +9,8 @@ from tim_kernels.ada_layer_norm import fp8 as ada_layer_norm
 from tim_kernels.dispatch.backend import use_backend
 from tim_kernels.fp8 import LARGEST, SMALLEST
 from tim_kernels.fp8 import quantise_rows as definition
-from tim_kernels.quantise_rows import op as rows_op
-from tim_kernels.quantise_rows.op import quantise_rows
+from tim_kernels.quantise_rows import fp8 as rows_op
+from tim_kernels.quantise_rows.fp8 import quantise_rows
 from tim_kernels.swiglu import fp8 as swiglu
 
 C = 96
@@ -161,6 +161,15 @@ def test_rows_of_any_dtype_are_quantised_in_float32(dtype):
     for a, b in zip(definition(x), definition(x.float()), strict=True):
         assert torch.equal(a.float(), b.float())
     assert not product(definition(x))[1].any()
+
+
+def test_rows_of_float32_are_torchao_s():
+    """Bit for bit; it rounds the scales of bfloat16 rows to bfloat16."""
+    torchao = pytest.importorskip("torchao.quantization")
+    x = 3 * noise(5, C)
+    theirs = torchao.Float8Tensor.from_hp(x, granularity=torchao.PerRow())
+    values, scales = definition(x)
+    assert torch.equal(theirs.qdata.float(), values.float()) and torch.equal(theirs.scale, scales)
 
 
 @pytest.mark.parametrize("form", SIZED)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..dispatch.operators import refuse_derivatives
 from ..fp8 import has_scaled_mm
-from ..quantise_rows.op import quantise_rows
+from ..quantise_rows.fp8 import quantise_rows
 
 
 class Fp8Tokens(NamedTuple):
