@@ -19,6 +19,7 @@ from benchmarks.compare.networks import FP8_ROOM, NetworkComparison, contenders
 from benchmarks.gate import parts, stages
 from benchmarks.record.rows import EAGER, FP8, Failure, LeftOut, read
 from tests.kernels.interpreter import round_like_hardware
+from tim_kernels import fp8
 from tim_kernels.dispatch.backend import requested
 
 SHAPE = Shape(2, (2, 3), (4, 4, 6), 144)
@@ -79,8 +80,8 @@ def test_published_networks_and_shapes_have_their_turn(brief):
 
 
 def old_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    monkeypatch.setattr(fp8, "_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
 
 
 def test_older_gpus_are_refused_by_name(monkeypatch, tmp_path):
@@ -99,12 +100,12 @@ def test_networks_are_compared():
     ((name, model),) = SMALL_MODELS.items()
     case = NetworkCase(name, model, 2, tasks.FORWARD_TASK, (EAGER, FP8))
     comparison = NetworkComparison(case, *ANY[:2])
-    plain, fp8 = comparison.contenders
-    row = comparison.row(fp8, 0.01)
+    _, ours = comparison.contenders
+    row = comparison.row(ours, 0.01)
     assert row.contender == "FP8, reference" and row.ms > 0
     assert 2 < row.error_vs_eager < FP8_ROOM
     with pytest.raises(WrongAnswer, match="FP8, reference in forward, mnist"):
-        comparison.row(replace(fp8, room=1.0), 0.01)
+        comparison.row(replace(ours, room=1.0), 0.01)
 
 
 def test_a_product_that_torch_has_not_is_named(monkeypatch):
