@@ -22,13 +22,14 @@ from ..cases.calls import Call, maker
 from ..cases.shapes import PUBLISHED, SMALL, Shape
 from ..clock.machine import Limits
 from ..clock.timing import copies, measure, sets_needed, side_stream, storage_bytes
-from ..record.rows import EAGER, FP8, FUSED, Fp8Error, LeftOut, Op, Row
+from ..record.rows import COMPILE, EAGER, FP8, FUSED, Fp8Error, LeftOut, Op, Row
 from .comparison import WrongAnswer
 from .networks import FP8_ROOM
 from .ops import OpComparison
 
 MAIN_SHAPES = ("c2i-xl, batch 64", "t2i-xl, batch 8")
 ROUNDING = 2.0**-8  # of the product to bfloat16, relative, with room for tensor cores' sums
+*_, CUDA = FUSED  # csrc/ has no FP8: it would be Triton's again
 ODD = 1, 77  # tokens whose product is checked and not timed
 
 
@@ -51,8 +52,9 @@ class Kernel(NamedTuple):
 
     def rows(self, device: str, limits: Limits, dry_run: bool) -> Iterator[Row]:
         comparison = _Kernels(self, device, limits, interpret=dry_run)
-        *others, cuda = FUSED  # csrc/ has none of these: it would be Triton's again
-        comparison.contenders = [c for c in comparison.contenders if c.name != cuda]
+        here = [c for c in comparison.contenders if c.name != CUDA]
+        comparison.contenders = sorted(here, key=lambda c: c.name == COMPILE)  # slowest, so last
+        comparison.left_out.pop(CUDA, None)
         yield from comparison.rows(0.02 if dry_run else 0.1)
 
 
@@ -85,16 +87,24 @@ class Product(NamedTuple):
         if torch.device(device).type == "cuda" and not has_scaled_mm(torch.device(device)):
             yield LeftOut(self.title, f"torch {torch.__version__} has no product for this GPU")
             return
-        make = maker(torch.bfloat16, device)
         with torch.device(device), torch.no_grad(), side_stream(device):
-            plain = nn.Linear(self.K, self.N, dtype=torch.bfloat16).eval()
-            layer, x = Fp8Linear(plain), make(self.shape.tokens, self.K)
-            for tokens in (*ODD, len(x)):
-                self._check(layer, x[:tokens])
-            yield self._timed(EAGER, plain, (x,), (plain.weight, plain.bias), device, dry_run)
-            tokens, weights = quantise_rows(x), (layer.values, layer.scales, layer.bias)
-            product = lambda *tokens: layer(Fp8Tokens(*tokens, x.dtype))  # noqa: E731
-            yield self._timed(FP8, product, tokens, weights, device, dry_run)
+            both = self._both(device, dry_run)
+        yield from both
+
+    def _both(self, device: str, dry_run: bool) -> list[Op]:
+        plain = nn.Linear(self.K, self.N, dtype=torch.bfloat16).eval()
+        layer, x = Fp8Linear(plain), maker(torch.bfloat16, device)(self.shape.tokens, self.K)
+        for count in (*ODD, len(x)):
+            self._check(layer, x[:count])
+        tokens, weights = quantise_rows(x), (layer.values, layer.scales, layer.bias)
+
+        def product(*tokens: Tensor) -> Tensor:
+            return layer(Fp8Tokens(*tokens, x.dtype))
+
+        return [
+            self._timed(EAGER, plain, (x,), (plain.weight, plain.bias), device, dry_run),
+            self._timed(FP8, product, tokens, weights, device, dry_run),
+        ]
 
     def _check(self, layer: Fp8Linear, x: Tensor) -> None:
         values, scales = quantise_rows(x)
@@ -176,9 +186,9 @@ def cases(dry_run: bool, brief: bool = False) -> list[Product | Kernel | GoldenN
     golden = sorted(GOLDEN.glob("model_*.safetensors"))[: 1 if dry_run or brief else None]
     return [
         *(Product(name, shape, K, N) for name, shape in shapes.items() for K, N in _layers(shape)),
+        *map(GoldenNetwork, golden),
         *(Kernel(name, shape, call.name) for name, shape in shapes.items()
           for call in fp8.calls(shape, torch.bfloat16, "meta")),
-        *map(GoldenNetwork, golden),
     ]  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def ops_part(dry_run: bool) -> list[Stage]:
         worker("time_ops", 240, dry_run),
         worker("derivative", 100, dry_run),
         worker("attention", 60, dry_run),
-        worker("fp8", 80, dry_run, title="FP8"),
+        worker("fp8", 90, dry_run, title="FP8"),
         worker("tuning", 150, dry_run),
     ]
 
