@@ -31,7 +31,7 @@ LEVELS = {
         ["dispatch"],
         ["fp8", "segments"],
         [
-            "ada_layer_norm", "attention", "linear", "qk_norm_rope", "swiglu",
+            "ada_layer_norm", "attention", "linear", "qk_norm_rope", "quantise_rows", "swiglu",
             "time_pair_embedding", "transition_inputs", "transition_loss", "transition_step",
         ],
         ["network"],

@@ -14,6 +14,7 @@ from .network.packing import Packing, pack, unpack
 from .network.quantise import to_fp8
 from .qk_norm_rope.op import qk_norm_rope, qkv_norm_rope
 from .qk_norm_rope.reference import grid_positions, rope_tables
+from .quantise_rows.fp8 import quantise_rows
 from .segments import Segments
 from .swiglu.fp8 import swiglu_fp8
 from .swiglu.op import swiglu
@@ -49,6 +50,7 @@ __all__ = [
     "pack",
     "qk_norm_rope",
     "qkv_norm_rope",
+    "quantise_rows",
     "restore",
     "rope_tables",
     "set_attention",

@@ -1,5 +1,7 @@
 """FP8 E4M3 with one float32 scale a row (Micikevicius et al., arXiv 2209.05433)."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -27,9 +29,23 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 @constant_when_compiled
 def has_fp8(device: torch.device) -> bool:
     """Whether a device can be expected to convert to FP8: GPUs older than sm_89 do not."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return True
-    return torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type != "cuda" or _capability(device) >= (8, 9)
+
+
+@constant_when_compiled
+def has_scaled_mm(device: torch.device) -> bool:
+    """Whether torch._scaled_mm can be relied on there with a scale a row. The kernel of sm_89 does
+    not keep to the current stream before torch 2.12 (pytorch/pytorch#177651)."""
+    if device.type != "cuda":
+        return device.type == "meta"
+    capability = _capability(device)
+    return capability > (8, 9) or (capability == (8, 9) and torch.__version__ >= (2, 12))
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of a CUDA device; that of an H100 for a fake one where there is none."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)
 
 
 def check_width(name: str, width: int) -> None:

@@ -26,7 +26,7 @@ EPSILON = 0.005  # of the derivative's central difference
 class Call(NamedTuple):
     """`function(*tensors, *constants)` is one call of an op, `eager` the same in plain PyTorch.
 
-    Both are differentiable in every one of `tensors`.
+    Both are differentiable in every one of `tensors`, or `directions` has but "forward".
     """
 
     name: str
@@ -34,6 +34,7 @@ class Call(NamedTuple):
     tensors: tuple[Tensor, ...]
     eager: Callable | None = None
     constants: tuple[Tensor, ...] = ()
+    directions: tuple[str, ...] = DIRECTIONS
 
     @property
     def op(self) -> str:

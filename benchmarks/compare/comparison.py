@@ -37,6 +37,7 @@ class Contender:
     is_own: bool = True  # ours, or eager PyTorch, on which everything is measured
     is_tim: bool = False  # with our sampler and objective around the network
     linear: Linear = "torch"  # whose products linear layers are
+    room: float = 1.0  # how many times the error it may have that others may
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:

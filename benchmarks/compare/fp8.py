@@ -14,27 +14,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from tests.golden_files import GOLDEN, Golden, relative_error
+from tests.golden_files import GOLDEN
 from tim.data import mnist
 from tim.evaluation.curves import STEPS, percent
 from tim.evaluation.mnist import draw, frechet_distance, frechet_error, recognised, train_classifier
-from tim.models import TiMTransformer2DModel
 from tim.training import load_export
 from tim_kernels import to_fp8
 
 from ..record import table
+from ..record.rows import Fp8Error
+from .fp8_stage import golden_error
 
 ASSET = Path(__file__).parents[2] / "tim/assets/mnist"
-
-
-class Error(NamedTuple):
-    network: str
-    width: int
-    bfloat16: float
-    fp8: float
-    apart: float
 
 
 class Digits(NamedTuple):
@@ -44,38 +36,10 @@ class Digits(NamedTuple):
     frechet: str
 
 
-ERRORS = (
-    table.Column("network"), table.Column("width", form="{}"),
-    table.Column("bfloat16 to float64", "bfloat16", "{:.2%}"),
-    table.Column("FP8 to float64", "fp8", "{:.2%}"),
-    table.Column("FP8 to bfloat16", "apart", "{:.2%}"),
-)  # fmt: skip
 DIGITS = (
     table.Column("steps", form="{}"), table.Column("network"),
     table.Column("recognised"), table.Column("Fréchet", "frechet"),
 )  # fmt: skip
-
-
-def golden_error(path: Path) -> Error:
-    """‖sample − other‖ / ‖other‖ of one golden network at its inputs."""
-    golden = Golden(path)
-    x, t, r, y = (golden.group("input")[name] for name in ("x", "t", "r", "y"))
-
-    def sample(dtype: torch.dtype, is_fp8: bool = False) -> Tensor:
-        model = TiMTransformer2DModel(**golden.meta["params"])
-        model.load_state_dict(golden.group("state"))
-        model = model.to(dtype).eval()
-        if is_fp8:
-            to_fp8(model)
-        text = y.to(dtype) if y.is_floating_point() else y
-        with torch.no_grad():
-            return model(x.to(dtype), t, r, text)
-
-    exact, plain = sample(torch.float64), sample(torch.bfloat16)
-    fp8 = sample(torch.bfloat16, is_fp8=True)
-    of = relative_error
-    width = golden.meta["params"]["hidden_size"]
-    return Error(path.stem, width, of(plain, exact), of(fp8, exact), of(fp8, plain))
 
 
 def digits(folder: Path, per_class: int) -> Iterator[Digits]:
@@ -102,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=ASSET, help="what `tim train` exported")
     args = parser.parse_args(argv)
     errors = [golden_error(path) for path in sorted(GOLDEN.glob("model_*.safetensors"))]
-    print(table.markdown(errors, ERRORS), flush=True)
+    print(table.markdown(errors, Fp8Error.columns), flush=True)
     if args.digits:
         rows = sorted(digits(args.folder, args.per_class), key=lambda row: row.steps)
         print("\n" + table.markdown(rows, DIGITS))

@@ -16,16 +16,17 @@ from torch import Tensor, nn
 
 from tests.eager import EagerTiM
 from tests.kernels.parity import DERIVATIVE, FLOOR, FORWARD
-from tim_kernels import accelerate, use_backend
+from tim_kernels import accelerate, to_fp8, use_backend
 from tim_kernels.dispatch import backend
 from tim_kernels.linear import choice
 
+from ..cases import fp8
 from ..cases.shapes import Model
 from ..cases.tasks import NetworkCase, Problem, Task, autocast, run_once, training_step
 from ..clock import timing
 from ..clock.machine import Limits, exact_float32, joules
 from ..clock.timing import is_cuda, side_stream, synchronise
-from ..record.rows import COMPILE, EAGER, FUSED, QUACK, Network
+from ..record.rows import COMPILE, EAGER, FP8, FUSED, QUACK, Network
 from ..static.counting import RULE, Total, Work, count, total
 from .comparison import Comparison, Contender, WrongAnswer, name_of
 
@@ -34,6 +35,7 @@ CHECKED_WEIGHTS = "blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.weight", "final_
 EXACT = {"forward": 1e-4, "sampling": 1e-4, "training": 1e-2}  # relative, in float32; a training
 # step's gradients pass through a difference over 2ε
 MAX_AUTOTUNE = "torch.compile, max-autotune"
+FP8_ROOM = 2.0**4  # times bfloat16's error: four bits fewer
 
 
 def _compile_blocks(network: nn.Module, model: Model, mode: str | None = None) -> nn.Module:
@@ -50,6 +52,11 @@ def _accelerate(network: nn.Module, model: Model) -> nn.Module:
     report = accelerate(network)
     if report.fused != [""]:
         raise RuntimeError(f"accelerate left it alone: {report}")
+    return network
+
+
+def _fp8(network: nn.Module, model: Model) -> nn.Module:
+    to_fp8(_accelerate(network, model).eval())
     return network
 
 
@@ -87,6 +94,11 @@ def contenders(task: Task, device: str) -> tuple[list[Contender], dict[str, str]
             left_out[f"tim, {name}"] = f"{needed} is not installed"
         else:
             here.append(Contender(f"tim, {name}", make, name, is_tim=True))
+    if task.kind != "training":
+        if reason := fp8.why_not(device):
+            left_out[FP8] = reason
+        else:
+            here.append(Contender(f"{FP8}, {backends[0]}", _fp8, backends[0], room=FP8_ROOM))
     if task.derivative == "jvp":
         left_out[QUACK] = "with tangents products are PyTorch's"
     elif reason := choice.obstacle("quack"):
@@ -173,7 +185,7 @@ class NetworkComparison(Comparison):
         error = float((self._answer(contender, network) - truth).norm())
         factor = FORWARD if kind == "forward" else DERIVATIVE
         floor = EXACT[kind] if is_float32 else FLOOR
-        self._bound(contender.name, error, factor * eager_error + floor * size)
+        self._bound(contender.name, error, contender.room * (factor * eager_error + floor * size))
         return error / max(eager_error, floor * size, 1e-300)
 
     def _bound(self, who: str, error: float, allowed: float) -> None:

@@ -131,6 +131,7 @@ def ops_part(dry_run: bool) -> list[Stage]:
         worker("derivative", 100, dry_run),
         worker("attention", 60, dry_run),
         worker("products", 60, dry_run),
+        worker("fp8", 90, dry_run, title="FP8"),
         worker("tuning", 150, dry_run),
     ]
 
@@ -157,6 +158,7 @@ def short_part(dry_run: bool) -> list[Stage]:
         worker("time_ops", 60, dry_run, brief=True),
         worker("fill_model_cache", 45, dry_run, **ahead),
         worker("time_models", 130, dry_run, brief=True),
+        worker("fp8", 40, dry_run, brief=True, title="FP8"),
         *memcheck,
         worker("tuning", 120, dry_run),
     ]

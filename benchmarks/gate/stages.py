@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
+from ..cases import fp8 as fp8_cases
 from ..cases import tasks
-from ..cases.calls import DIRECTIONS, calls
+from ..cases.calls import Call, calls
 from ..cases.ops import OpCase, op_cases
 from ..cases.shapes import MODELS, PUBLISHED, SMALL, SMALL_MODELS, Shape
 from ..cases.tasks import NetworkCase, Task
@@ -29,7 +30,7 @@ from ..clock.machine import Limits
 from ..compare.comparison import Comparison, excuse
 from ..compare.networks import MAX_AUTOTUNE, NetworkComparison
 from ..compare.ops import OpComparison
-from ..record.rows import COMPILE, EAGER, Facts, Failure, LeftOut, Row, read
+from ..record.rows import COMPILE, EAGER, FP8, Facts, Failure, LeftOut, Row, read
 
 MAIN_SHAPES = ("c2i-xl, batch 64", "t2i-xl, batch 8")  # all ops; elsewhere the core ones
 CORE = ("ada_layer_norm", "gated_residual_ada_layer_norm", "qk_norm_rope of packed qkv", "swiglu")
@@ -239,6 +240,18 @@ def products(run: Run) -> None:
             return
 
 
+def fp8(run: Run) -> None:
+    """Kernels, products and golden networks in 8 bits: see compare/fp8_stage.py."""
+    from ..compare import fp8_stage
+
+    if reason := fp8_cases.why_not(run.device):
+        run.leave_out("FP8", reason)
+        return
+    limits = run.limits()
+    cases = fp8_stage.cases(run.dry_run, run.brief)
+    run.through(cases, lambda case: case.rows(run.device, limits, run.dry_run))
+
+
 def tuning(run: Run) -> None:
     """Tile configurations of every kernel: see tune/tuner.py."""
     if run.dry_run:
@@ -275,10 +288,10 @@ def planned_networks(dry_run: bool, brief: bool = False) -> list[NetworkCase]:
     dde, jvp = tasks.TRAINING
     not_compiled = tuple(name for name in own if name != COMPILE)
     cases = [
-        *at(tasks.GRAPH_TASK, middle, (*graph, "tim")),
+        *at(tasks.GRAPH_TASK, middle, (*graph, "tim", FP8)),
         *at(tasks.GRAPH_TASK, others, graph),
         *at(dde, middle, own, 2),
-        *at(four_steps, middle, own),
+        *at(four_steps, middle, (*own, FP8)),
         *at(jvp, middle, not_compiled, 2),
         *at(tasks.FORWARD_TASK, middle, graph),
         *at(one_step, middle, own),
@@ -287,7 +300,7 @@ def planned_networks(dry_run: bool, brief: bool = False) -> list[NetworkCase]:
     ]
     if brief:  # compiled last, as it takes longest
         cases = [
-            *at(tasks.GRAPH_TASK, middle, tuple(n for n in (*graph, "tim") if n != COMPILE)),
+            *at(tasks.GRAPH_TASK, middle, tuple(n for n in (*graph, "tim", FP8) if n != COMPILE)),
             *at(dde, middle, not_compiled, 2),
             *at(tasks.GRAPH_TASK, middle, (EAGER, COMPILE)),
         ]
@@ -325,17 +338,23 @@ def short_list(run: Run) -> None:
     ]
     for name in ("triton", "cuda"):
         for shape in shapes:
-            for call in calls(**shape._asdict(), dtype=torch.bfloat16, device=run.device):
+            for call in _short_calls(shape, run.device):
                 if run.dry_run and call.op not in DRY_CALLS:
                     continue
                 if reason := backend.obstacle(name, call.op, run.device):
                     run.leave_out(f"{name} in {call.op}", reason)
                     continue
                 backend.set_backend(name)
-                for direction in DIRECTIONS:
+                for direction in call.directions:
                     call.run(direction)
     if run.device == "cuda":
         torch.cuda.synchronize()
+
+
+def _short_calls(shape: Shape, device: str) -> Iterator[Call]:
+    yield from calls(**shape._asdict(), dtype=torch.bfloat16, device=device)
+    if not shape.grids and fp8_cases.why_not(device) is None:
+        yield from fp8_cases.calls(shape, torch.bfloat16, device)
 
 
 def planted_error(run: Run) -> None:
@@ -348,8 +367,8 @@ def planted_error(run: Run) -> None:
 STAGES = {
     function.__name__: function
     for function in (
-        describe, state, fill_compiler_cache, time_ops, derivative, attention, products, tuning,
-        fill_model_cache, time_models, max_autotune, short_list, planted_error,
+        describe, state, fill_compiler_cache, time_ops, derivative, attention, products, fp8,
+        tuning, fill_model_cache, time_models, max_autotune, short_list, planted_error,
     )
 }  # fmt: skip
 

@@ -29,9 +29,11 @@ def of_result(result: dict) -> str:
             f"  {stage['outcome']:<10}{stage['seconds']:>7.1f} s  {stage['name']:<28}{why}"
         )
     measured = [rows.read(entry) for entry in result["rows"]]
-    ops = [row for row in measured if isinstance(row, rows.Op) and row.contender in rows.FUSED]
+    told = *rows.FUSED, rows.FP8
+    ops = [row for row in measured if isinstance(row, rows.Op) and row.contender in told]
     networks = [row for row in measured if isinstance(row, rows.Network)]
-    for own in (ops[: 4 * MOST_LINES], networks):
+    errors = [row for row in measured if isinstance(row, rows.Fp8Error)]
+    for own in (ops[: 4 * MOST_LINES], networks, errors):
         lines += [table.text(own, own[0].columns)] if own else []
     left_out = Counter(entry["why"] for entry in result["left_out"])
     for why, count in left_out.most_common(8):

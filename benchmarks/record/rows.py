@@ -15,6 +15,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 EAGER, COMPILE = "eager", "torch.compile"
 FUSED = ("triton", "cuda")
 QUACK = "quack"  # whose products end in what follows them
+FP8 = "FP8"  # the product of 8 bits
 
 LIMIT = Column("of the limit", lambda row: 100 * row.share_of_limit, "{:.0f} %")
 VS_EAGER = Column("eager", "vs_eager", "{:.2f} ×")
@@ -214,7 +215,25 @@ class Derivative(Row):
     sizes: list[int] | None = None
 
 
-KINDS = {cls.kind: cls for cls in (LeftOut, Failure, Outcome, Op, Network, Turns, Host, Derivative)}
+@dataclass(kw_only=True)
+class Fp8Error(Row):
+    """‖difference‖ / ‖other‖ of one evaluation of a network."""
+
+    kind = "fp8"
+    columns: ClassVar = (
+        Column("network"), Column("width", form="{}"),
+        Column("bfloat16 to float64", "bfloat16", "{:.2%}"),
+        Column("FP8 to float64", "fp8", "{:.2%}"), Column("FP8 to bfloat16", "apart", "{:.2%}"),
+    )  # fmt: skip
+    network: str
+    width: int
+    bfloat16: float
+    fp8: float
+    apart: float
+
+
+ALL = LeftOut, Failure, Outcome, Op, Network, Turns, Host, Derivative, Fp8Error
+KINDS = {cls.kind: cls for cls in ALL}
 FACTS = "machine", "limits", "state", "tuning"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..record.provenance import ROOT
-from ..record.rows import EAGER, FUSED, Derivative, Op, Timed, Turns, load
+from ..record.rows import EAGER, FP8, FUSED, Derivative, Fp8Error, Op, Timed, Turns, load
 from ..record.table import markdown
 from .proof import KINDS, failed_tests, gpus, latest, rows_of, told_rows, unproven, why_not_proved
 
@@ -47,7 +47,7 @@ def _gpu_section(gpu: str, results: Sequence[dict]) -> list[str]:
         parts.append(_where(result))
         parts.append(_table(rows, kind))
         if part == "ops":
-            parts += _derivative_tables(result, results)
+            parts += _other_tables(result, results)
         for path in plots_of(result, kind):
             parts.append(f"![{path.stem}]({path.relative_to(ROOT)})")
         for name in FUSED:
@@ -60,7 +60,7 @@ def _gpu_section(gpu: str, results: Sequence[dict]) -> list[str]:
 
 def _table(rows: Sequence[Timed], kind: type[Timed]) -> str:
     if kind is Op:
-        own = [r for r in rows if r.contender in FUSED and r.shape in TABLE_SHAPES]
+        own = [r for r in rows if r.contender in (*FUSED, FP8) and r.shape in TABLE_SHAPES]
     else:
         own = [r for r in rows if r.contender != EAGER]
     return markdown(own, kind.columns)
@@ -95,12 +95,15 @@ def _where(result: dict) -> str:
     return text if result.get("finished", True) else f"{text} The run was cut off."
 
 
-def _derivative_tables(result: dict, results: Sequence[dict]) -> list[str]:
-    """dF/dt of a network and the tangent of attention, by error, time and memory."""
-    rows = [] if unproven("triton", result, results) else rows_of(result, Derivative)
-    by_what = ((columns, [row for row in rows if row.what == what])
-               for what, columns in Derivative.columns.items())  # fmt: skip
-    return [markdown(own, columns) for columns, own in by_what if own]
+def _other_tables(result: dict, results: Sequence[dict]) -> list[str]:
+    """dF/dt of a network and the tangent of attention, by error, time and memory; errors of FP8."""
+    if unproven("triton", result, results):
+        return []
+    rows = rows_of(result, Derivative)
+    tables = [([row for row in rows if row.what == what], columns)
+              for what, columns in Derivative.columns.items()]  # fmt: skip
+    tables.append((rows_of(result, Fp8Error), Fp8Error.columns))
+    return [markdown(own, columns) for own, columns in tables if own]
 
 
 def plots_of(result: dict, kind: type[Timed]) -> list[Path]:

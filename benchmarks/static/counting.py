@@ -30,7 +30,8 @@ from .launches import Launch, launch_operator, record_launches
 
 RULE = "each launch reads every distinct input element once and writes every output element once"
 GEMM, ATTENTION, REST = "GEMM", "attention", "rest"
-GEMMS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+FP8_GEMM, FP8_RATE = "_scaled_mm", 2  # times that of a GEMM in bfloat16, where there is FP8
+GEMMS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", FP8_GEMM)
 PRODUCTS = ("linear_swiglu", "linear_swiglu_backward", "linear_gated_residual")  # a library's
 OVERWRITING = ("copy_", "fill_", "zero_")
 
@@ -44,7 +45,8 @@ class Work(NamedTuple):
     flops: int = 0
 
     def seconds(self, limits: Limits) -> float:
-        return max(self.bytes / limits.bandwidth, self.flops / limits.flops)
+        rate = FP8_RATE if self.name == FP8_GEMM else 1
+        return max(self.bytes / limits.bandwidth, self.flops / (rate * limits.flops))
 
 
 def count(function: Callable, *args) -> list[Work]:

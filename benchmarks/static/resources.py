@@ -23,7 +23,7 @@ import torch
 import triton
 
 from ..cases import forms, fp8
-from ..cases.calls import DIRECTIONS, calls
+from ..cases.calls import calls
 from ..cases.shapes import Shape
 from ..record.table import Column, text
 from . import extension
@@ -87,9 +87,8 @@ def triton_jobs(
         of_dtype = getattr(torch, dtype)
         made = [calls(**shape._asdict(), dtype=of_dtype)]
         made += [] if only_tim else [forms.calls(shape, of_dtype, "meta")]
-        todo = list(itertools.product(itertools.chain(*made), DIRECTIONS))
-        if not only_tim and arch >= fp8.OLDEST:
-            todo += [(call, "forward") for call in fp8.calls(shape, of_dtype, "meta")]
+        made += [] if only_tim or arch < fp8.OLDEST else [fp8.calls(shape, of_dtype, "meta")]
+        todo = ((call, way) for call in itertools.chain(*made) for way in call.directions)
         for call, direction in todo:
             for launch in (
                 launches_on(arch, partial(call.run, direction)) if not ops or call.op in ops else ()

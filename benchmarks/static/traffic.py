@@ -18,11 +18,12 @@ from typing import NamedTuple
 import torch
 
 from tests.eager import EagerTiM
-from tim_kernels import use_backend
+from tim_kernels import to_fp8, use_backend
 
 from ..cases.calls import calls
 from ..cases.shapes import MODELS, Model
 from ..clock.machine import Limits
+from ..record.rows import FP8
 from ..record.table import Column, markdown, text
 from . import sampling
 from .counting import ATTENTION, GEMM, REST, Total, Work, count, total
@@ -57,8 +58,9 @@ BUDGETS = {
     "c2i-xl": Budget(MODELS["c2i-xl"], 256, (5, 50), (4, 20 * 1152 * 2 / 1e3)),
     "t2i-xl": Budget(MODELS["t2i-xl"], 64, (8, 65), (6, 26 * 1152 * 2 / 1e3)),
 }
-CONTENDERS = ("eager", "reference", "fused")  # eager: the published model as plain PyTorch
-MODES = ("inference", "training")
+CONTENDERS = {  # eager: the published model as plain PyTorch; FP8: fused, on GPUs that have it
+    "inference": ("eager", "reference", "fused", FP8), "training": ("eager", "reference", "fused"),
+}  # fmt: skip
 
 
 @functools.cache
@@ -70,6 +72,8 @@ def count_model(budget: Budget, contender: str, mode: str, depth: int | None = N
         from tim.models import TiMTransformer2DModel as cls
     with torch.device("meta"):
         network = cls(**model.network_params()).bfloat16()
+    if contender == FP8:
+        to_fp8(network.eval())
     inputs = model.meta_inputs(budget.batch, torch.bfloat16)
 
     def step():
@@ -79,7 +83,7 @@ def count_model(budget: Budget, contender: str, mode: str, depth: int | None = N
         if mode == "training":
             out.backward(torch.empty_like(out))
 
-    with use_backend("triton" if contender == "fused" else "reference"):
+    with use_backend("triton" if contender in ("fused", FP8) else "reference"):
         return count(step)
 
 
@@ -143,8 +147,8 @@ def print_model(name: str, budget: Budget, limits: Limits) -> None:
         "\n"
     )
     lines = []
-    for mode in MODES:
-        for contender in CONTENDERS:
+    for mode, contenders in CONTENDERS.items():
+        for contender in contenders:
             parts = block_totals(budget, contender, mode, limits)
             parts["block"] = Total(*map(sum, zip(*parts.values(), strict=True)))
             parts["model"] = total(count_model(budget, contender, mode), limits)
@@ -222,5 +226,5 @@ def main(argv: Sequence[str] | None = None) -> None:
             print_model(name, budget, limits)
             if args.ops:
                 print_ops(name, budget, limits)
-                for mode in MODES:
+                for mode in CONTENDERS:
                     print_block(name, budget, limits, mode)

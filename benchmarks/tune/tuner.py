@@ -35,7 +35,9 @@ from triton.runtime.errors import PTXASError
 from tim_kernels import use_backend
 from tim_kernels.launch import tuning
 
+from ..cases import fp8
 from ..cases.calls import DIRECTIONS, Call, calls
+from ..cases.shapes import PUBLISHED
 from ..clock.timing import Timing, is_cuda, side_stream
 from ..clock.timing import measure as time_calls
 from ..record.table import Column, text
@@ -77,15 +79,25 @@ def kernels(ops: Iterable[str] = ()) -> list[str]:
     return [name for name in names if not ops or name.partition(".")[0] in ops]
 
 
+def calls_of(kernel: str, device: str | torch.device = "meta", **sizes) -> list[Call]:
+    """Those that its tile is chosen by, at the shape of the largest batch but for `sizes`."""
+    shape = PUBLISHED["c2i-xl, batch 256"]._replace(**sizes)
+    if kernel in fp8.KERNELS:
+        return list(fp8.calls(shape, torch.bfloat16, device))
+    return list(calls(**shape._asdict(), device=device))
+
+
 def _is_of(name: str, kernel: str) -> bool:
     """Whether the table configures the launch `name` under `kernel`: an op, or one direction, or
-    that at some width."""
+    that at some width; the longest name that fits."""
+    if name in tuning.TABLE["default"]:
+        return name == kernel
     return f"{name}.".startswith(kernel.rstrip(".0123456789") + ".")
 
 
 def launches(kernel: str, call: Call) -> Iterator[Launch]:
     """What a call launches, in all directions, that `kernel` of the table configures."""
-    for direction in DIRECTIONS if call.op == kernel.partition(".")[0] else ():
+    for direction in call.directions if call.op == kernel.partition(".")[0] else ():
         with use_backend("triton"), record_launches() as found:
             if call.tensors[0].is_meta:
                 with through_launchers():
@@ -128,7 +140,7 @@ def read_all(
     tried = dict.fromkeys([*candidates(kernel), usual(kernel)])
     found = {candidate: [] for candidate in tried}
     for width, head_dim in HEAD_DIMS.items():
-        for call in calls(width, head_dim):
+        for call in calls_of(kernel, width=width, head_dim=head_dim):
             for candidate in tried:
                 with tuning.trying(kernel, **candidate._asdict()):
                     found[candidate] += launches(kernel, call)
@@ -148,7 +160,8 @@ def chosen_by_model(
     for kernel in kernels(ops):
         is_tiled = kernel in attention.HEAD_DIMS
         found = _read_tiles if is_tiled else read_all
-        for arch, readings in found(kernel, architectures, processes).items():
+        able = [a for a in architectures if a >= fp8.OLDEST or kernel not in fp8.KERNELS]
+        for arch, readings in found(kernel, able, processes).items():
             if is_tiled:
                 best = attention.choose(readings, attention.configured(kernel, arch), RESOLUTION)
                 print(attention.table(kernel, arch, readings, best), flush=True)
@@ -211,11 +224,11 @@ def measure(
 
     Returns "source", "architecture", "chosen" (kernel: elements, num_warps), "refused" and
     "timings", one for each kernel launched and candidate, in milliseconds; `note` gets the same
-    after every kernel. `shape` goes to `calls`.
+    after every kernel. `shape` goes to `calls_of`.
     """
     device = torch.device(device)
-    known = list(calls(device=device, **shape))
-    names, start = kernels(ops), time.monotonic()
+    start = time.monotonic()
+    names = [n for n in kernels(ops) if n not in fp8.KERNELS or fp8.why_not(device) is None]
     where = torch.cuda.get_device_name(device) if is_cuda(device) else "a CPU"
     software = f"torch {torch.__version__}, Triton {triton.__version__}"
     result = {
@@ -224,7 +237,8 @@ def measure(
     }  # fmt: skip
     for done, kernel in enumerate(names, start=1):
         until = start + seconds * done / len(names)
-        of = [attention.call(kernel, device)] if kernel in attention.HEAD_DIMS else known
+        is_tiled = kernel in attention.HEAD_DIMS
+        of = [attention.call(kernel, device)] if is_tiled else calls_of(kernel, device, **shape)
         own = _time_kernel(kernel, of, device, until, result["refused"])
         if len(own) >= LEAST_TRIED:  # else nothing was compared
             result["chosen"][kernel] = fastest(own)._asdict()

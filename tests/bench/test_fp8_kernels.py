@@ -12,12 +12,16 @@ ROOT = Path(__file__).parents[2]
 CODE = """
 import json, sys
 from benchmarks.static.resources import compile_job, triton_jobs
-ops = "ada_layer_norm", "swiglu"
+ops = "ada_layer_norm", "swiglu", "quantise_rows"
 jobs = triton_jobs([int(sys.argv[1])], [1152], ["bfloat16"], ops)
-found = {job[3]: compile_job(*job) for job in jobs if job[3].endswith("to FP8")}
+jobs = [job for job in jobs if job[3].endswith("to FP8") or job[3] == "quantise_rows"]
+found = {job[3]: compile_job(*job) for job in jobs}
 print(json.dumps({call: vars(each.resources) for call, each in found.items()}))
 """
-CALLS = ["ada_layer_norm to FP8", "gated_residual_ada_layer_norm to FP8", "swiglu to FP8"]
+CALLS = [
+    "ada_layer_norm to FP8", "gated_residual_ada_layer_norm to FP8", "quantise_rows",
+    "swiglu to FP8",
+]  # fmt: skip
 
 
 def compiled(architecture: int) -> dict:

@@ -14,9 +14,10 @@ import pytest
 import setup as build_script
 from benchmarks.cases import tasks
 from benchmarks.cases.shapes import MODELS, PUBLISHED
+from benchmarks.compare.networks import FP8_ROOM
 from benchmarks.gate import parts, runner, stages
 from benchmarks.gate.parts import Stage
-from benchmarks.record.rows import COMPILE, EAGER, Facts
+from benchmarks.record.rows import COMPILE, EAGER, FP8, Facts
 
 ROOT = Path(__file__).parents[2]
 ROW = '{"kind": "test", "outcome": "passed", "what": "a_row"}\\n'
@@ -227,7 +228,7 @@ def test_the_short_part_asks_for_the_core_alone():
     both = tasks.GRAPH_TASK, tasks.TRAINING[0]
     assert models_asked == {(name, task) for name in MODELS for task in both}
     briefly = [s.name for s in parts.short_part(False) if "--brief" in s.command]
-    assert briefly == ["fill compiler cache", "time ops", "fill model cache", "time models"]
+    assert briefly == ["fill compiler cache", "time ops", "fill model cache", "time models", "FP8"]
 
 
 def test_the_file_names_no_machine(dry):
@@ -257,7 +258,9 @@ def test_rows_of_a_worker(tmp_path, name, kind):
     measured = [row for row in rows if row["kind"] == kind]
     contenders = {row["contender"] for row in measured}
     assert contenders >= ({"eager", "triton"} if kind == "op" else {"eager", "tim, reference"})
-    assert all(row["ms"] > 0 and row["error_vs_eager"] <= 2 for row in measured)
+    for row in measured:
+        most = FP8_ROOM if row["contender"].startswith(FP8) else 2
+        assert row["ms"] > 0 and row["error_vs_eager"] <= most, row
 
 
 def test_what_there_is_no_time_for_is_named(tmp_path):

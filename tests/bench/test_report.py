@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from benchmarks.gate import parts
+from benchmarks.gate import parts, summary
 from benchmarks.record.rows import FUSED, Network, Op, load
 from benchmarks.report import markdown, proof
 from benchmarks.report.markdown import README, into, section
@@ -163,6 +163,19 @@ def test_the_short_part_is_its_own_proof_and_has_ops_and_models():
     assert "Whole networks on a CPU" not in text
     without_ops = result("short", MODELS["rows"], file="2026-11-24-h100-short.json")
     assert "7.50 × | 3.75 × |" in section([OPS, TESTS, without_ops])
+
+
+def test_fp8_s_products_and_errors():
+    linear = "linear 1152 to 3456"
+    rows = [*OPS["rows"], op_row("eager", 1.0, linear), op_row("FP8", 0.5, linear)]
+    error = dict(network="model_c2i_wide", width=48, bfloat16=0.006, fp8=0.0178, apart=0.0177)
+    rows.append(dict(kind="fp8") | error)
+    text = section([OPS | dict(rows=rows), TESTS])
+    assert f"| {linear} | forward | c2i-xl, batch 64 | FP8 | 500.0 | 2,000 | 60 % | 2.00 ×" in text
+    assert "| model_c2i_wide | 48 | 0.60% | 1.78% | 1.77% |" in text
+    shown = summary.of_result(OPS | dict(rows=rows, dry_run=False, left_out=[], stages=[]))
+    assert linear in shown and "model_c2i_wide" in shown
+    assert "model_c2i_wide" not in section([OPS | dict(rows=rows)])
 
 
 def test_the_derivative_s_tables():

@@ -9,8 +9,11 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks.cases import fp8
 from benchmarks.cases.calls import calls
+from benchmarks.cases.shapes import SMALL
 from benchmarks.static import extension
 from benchmarks.static.cubin import Resources
 from benchmarks.static.launches import without_folder
@@ -18,6 +21,7 @@ from benchmarks.static.resources import occupancy
 from tim_kernels.dispatch import backend
 
 ROOT = Path(__file__).parents[2]
+IN_CSRC = {name for name, op in backend.OPS.items() if op.cuda}
 NOTHING_WIDE_TO_LOAD = {"time_pair_embedding"}  # reads a few numbers a sample
 
 
@@ -100,7 +104,9 @@ def test_nor_any_kernel_of_consumer_gpus(tmp_path, architecture):
 
 def assert_no_spills_and_wide_loads(path: Path) -> None:
     rows = kernels(path)
-    assert {row["kernel"].partition(".")[0] for row in rows} == set(backend.OPS)
+    has_fp8 = max(row["arch"] for row in rows) >= fp8.OLDEST
+    ops = set(backend.OPS) - (set() if has_fp8 else {"quantise_rows"})
+    assert {row["kernel"].partition(".")[0] for row in rows} == ops
     for row in rows:
         row["where"] = "{kernel} of {call}, width {width}, sm_{arch}".format(**row)
     assert not [row["where"] for row in rows if row["resources"]["is_trap"]]
@@ -124,14 +130,14 @@ GENERAL = "_any<", "<false,", "<1,"  # of CUDA: kernels that move single element
 def test_no_cuda_kernel_spills_and_the_fast_ones_move_16_bytes_at_a_time(tmp_path, architecture):
     run(tmp_path, "--arch", architecture, "--dtype", "bfloat16", "float16", "float32")
     rows = kernels(tmp_path / "cuda.json")
-    assert {row["kernel"].partition(".")[0] for row in rows} >= set(backend.OPS) - {"attention"}
+    assert {row["kernel"].partition(".")[0] for row in rows} >= IN_CSRC
     for row in rows:
         row["where"] = "{kernel}{call}, sm_{arch}".format(**row)
     assert not [row["where"] for row in rows if row["resources"]["spills"]]
     assert not [row["where"] for row in rows if row["resources"]["is_trap"]]
     fast = [row for row in rows if not any(word in row["where"] for word in GENERAL)]
     fast = [row for row in fast if not row["kernel"].startswith(tuple(NOTHING_WIDE_TO_LOAD))]
-    ops = set(backend.OPS) - {"attention"} - NOTHING_WIDE_TO_LOAD
+    ops = IN_CSRC - NOTHING_WIDE_TO_LOAD
     assert {row["kernel"].partition(".")[0] for row in fast} == ops
     assert not [row["where"] for row in fast if not row["resources"]["wide_loads"]]
     sums_alone = "transition_loss.forward"  # stores two numbers a block
@@ -159,7 +165,8 @@ def test_a_kernel_s_name_may_have_its_op_s(kernel):
 
 
 def test_every_op_has_a_call():
-    called = {call.name.partition(" ")[0] for call in calls()}
+    of_fp8 = fp8.calls(SMALL["small, batch 2"], torch.bfloat16, "meta")
+    called = {call.name.partition(" ")[0] for call in (*calls(), *of_fp8)}
     assert called >= set(backend.OPS)
 
 

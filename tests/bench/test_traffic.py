@@ -1,5 +1,8 @@
 """The counting rule by hand, and the fused model against its targets."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +15,7 @@ from tim_kernels import ada_layer_norm, gated_residual_ada_layer_norm, use_backe
 from tim_kernels.linear import choice
 
 H100 = GPUS["H100"]
+PAGE = Path(__file__).parents[2] / "docs/fp8.md"
 
 
 def meta(*shape, dtype=torch.float32):
@@ -165,6 +169,33 @@ def test_a_fused_op_launches_once_and_moves_each_tensor_once(name):
         if "eager" in by_contender:
             eager = total(by_contender["eager"], H100)
             assert fused.bytes <= eager.bytes * ROOM.get(op, 0.62), (op, fused.bytes, eager.bytes)
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_fp8_moves_no_more_and_multiplies_at_twice_the_rate(name):
+    """Tokens are made FP8 in passes that there are anyway, and one behind each attention."""
+    plain, fp8 = (
+        traffic.block_totals(BUDGETS[name], contender, "inference", H100)
+        for contender in ("fused", "FP8")
+    )
+    assert fp8[REST].bytes < 1.01 * plain[REST].bytes
+    attentions = plain[ATTENTION].launches
+    assert fp8[REST].launches == plain[REST].launches + attentions + 1  # of qkv_d's row of values
+    assert fp8[GEMM].flops == plain[GEMM].flops
+    assert fp8[GEMM].bytes < 0.85 * plain[GEMM].bytes
+    assert fp8[GEMM].seconds < 0.55 * plain[GEMM].seconds
+
+
+def test_the_page_of_fp8_has_the_bytes_that_are_counted():
+    rows = re.findall(r"^\| .*(?:bfloat16|FP8) \| (.*) \| (.*) \| (.*) \|$", PAGE.read_text(), re.M)
+    found = []
+    for budget in BUDGETS.values():
+        for contender in ("fused", "FP8"):
+            parts = traffic.block_totals(budget, contender, "inference", H100)
+            kilobytes = [parts[of].bytes / budget.tokens / 1e3 for of in (REST, GEMM)]
+            block = 1e6 * sum(part.seconds for part in parts.values())
+            found.append((*(f"{each:.1f}" for each in kilobytes), f"{block:,.0f}"))
+    assert rows[: len(found)] == found
 
 
 def test_numbers_of_one_s_own(monkeypatch, capsys):

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.cases.calls import DIRECTIONS, calls
+from benchmarks.cases import fp8
+from benchmarks.cases.calls import calls
+from benchmarks.cases.shapes import Shape
 from benchmarks.clock.timing import Timing
 from benchmarks.static.cubin import ARCHITECTURES, Resources
 from benchmarks.static.launches import record_launches, through_launchers
@@ -38,8 +40,10 @@ def asked(monkeypatch) -> set[str]:
     monkeypatch.setattr(
         tuning, "section", lambda kernel, arch: names.add(kernel) or section(kernel, arch)
     )
-    for call in calls(width=144, batch=2, grid=(2, 2)):
-        for direction in DIRECTIONS:
+    shape = Shape(2, (2, 2), (4, 32, 32), 144)
+    every = *calls(**shape._asdict()), *fp8.calls(shape, torch.bfloat16, "meta")
+    for call in every:
+        for direction in call.directions:
             with use_backend("triton"), record_launches(), through_launchers():
                 call.run(direction)
     return names
@@ -52,7 +56,10 @@ def test_every_kernel_has_an_entry_for_every_architecture(monkeypatch):
     for arch in ARCHITECTURES:
         for name in attention.HEAD_DIMS:
             assert attention.configured(name, arch) in attention.CANDIDATES
+        assert (arch < fp8.OLDEST) == (not {*fp8.KERNELS} & {*tuning.TABLE[f"sm_{arch}"]})
         for name in of_elements():
+            if arch < fp8.OLDEST and name in fp8.KERNELS:
+                continue
             entry = tuning.TABLE[f"sm_{arch}"][name]
             assert Candidate(entry["elements"], entry["num_warps"]) in {
                 *tuner.candidates(name),
@@ -341,11 +348,12 @@ def test_fastest():
 
 
 def test_what_cannot_run_is_not_timed(monkeypatch):
-    """A trap would end the process."""
+    """A trap would end the process; a GPU without FP8 is not asked for it."""
     reasons = iter([*[None] * 6, "a trap"])  # of six launches of the present one, and others
     monkeypatch.setattr(tuner, "why_not", lambda *_: next(reasons, None))
     monkeypatch.setattr(tuner, "candidates", lambda kernel: [Candidate(512, 4), Candidate(512, 2)])
     shape = dict(width=144, batch=2, grid=(2, 3), latent=(4, 4, 4))
+    monkeypatch.setattr(fp8, "why_not", lambda device: "it is old")
     result = tuner.measure(DEVICE, 60.0, ("swiglu",), **shape)
     (refused,) = result["refused"]
     assert refused == {"kernel": "swiglu", "why": "a trap", "elements": 512, "num_warps": 4}
@@ -363,7 +371,8 @@ def test_measure(monkeypatch):
     launches = {(row["kernel"], row["launch"]) for row in result["timings"]}
     ops, ways = ("swiglu", "transition_step"), ("forward", "backward", "jvp")
     summed = {("swiglu", "swiglu.summed_backward")}  # has the tile of the others
-    assert launches == {(op, f"{op}.{way}") for op in ops for way in ways} | summed
+    own = {("swiglu.fp8", "swiglu.fp8")}
+    assert launches == {(op, f"{op}.{way}") for op in ops for way in ways} | summed | own
     monkeypatch.setattr(tuner, "LEAST_TRIED", 1)
     chosen = tuner.measure(DEVICE, 0.0, ("transition_step",), **shape)["chosen"]
     assert chosen == {"transition_step": tuner.usual("transition_step")._asdict()}

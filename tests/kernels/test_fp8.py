@@ -7,7 +7,10 @@ from parity import BACKEND, DEVICE, DTYPES, as_tuple, assert_as_accurate, noise
 import tim_kernels as ops
 from tim_kernels.ada_layer_norm import fp8 as ada_layer_norm
 from tim_kernels.dispatch.backend import use_backend
-from tim_kernels.fp8 import LARGEST, SMALLEST, quantise_rows
+from tim_kernels.fp8 import LARGEST, SMALLEST
+from tim_kernels.fp8 import quantise_rows as definition
+from tim_kernels.quantise_rows import fp8 as rows_op
+from tim_kernels.quantise_rows.fp8 import quantise_rows
 from tim_kernels.swiglu import fp8 as swiglu
 
 C = 96
@@ -48,8 +51,12 @@ def whole(shape=(2, 7, C), dtype=torch.float32):
     return ops.swiglu_fp8, (2 * noise(*shape[:-1], 2 * shape[-1], dtype=dtype, device=DEVICE),), {}
 
 
-FORMS = dict(ada=ada, gated=gated, of_token=of_token, packed=packed, two=two, whole=whole)
-SIZED = dict(ada=ada, gated=gated, two=two, whole=whole)
+def rows(shape=(2, 7, C), dtype=torch.float32):
+    return quantise_rows, (noise(*shape, dtype=dtype, device=DEVICE),), {}
+
+
+SIZED = dict(ada=ada, gated=gated, two=two, whole=whole, rows=rows)
+FORMS = dict(of_token=of_token, packed=packed, **SIZED)
 
 
 def on(backend, function, args, options):
@@ -79,6 +86,8 @@ def check(function, args, options):
 
 
 def unrounded(function, args, options):
+    if function is quantise_rows:
+        return args[0].double()
     plain = getattr(ops, function.__name__.removesuffix("_fp8"))
     return on("reference", plain, [x.double() for x in args], options)[-1]
 
@@ -121,7 +130,7 @@ def test_rows_of_zeros_give_zeros(form):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("form", ["rms", "two", "whole"])
+@pytest.mark.parametrize("form", ["rms", "two", "whole", "rows"])
 def test_nan_and_infinity_stay_in_their_rows(form, bad):
     if form == "rms":
         function, args, options = ops.ada_layer_norm_fp8, *ada()[1:]
@@ -141,7 +150,7 @@ def test_nan_and_infinity_stay_in_their_rows(form, bad):
 
 
 def test_infinity_beside_numbers_leaves_no_number():
-    values, scales = quantise_rows(torch.tensor([[1.0, torch.inf], [1.0, torch.nan], [1.0, 2.0]]))
+    values, scales = definition(torch.tensor([[1.0, torch.inf], [1.0, torch.nan], [1.0, 2.0]]))
     assert torch.equal((values.float() * scales).isnan().all(-1), torch.tensor([True, True, False]))
 
 
@@ -149,9 +158,18 @@ def test_infinity_beside_numbers_leaves_no_number():
 def test_rows_of_any_dtype_are_quantised_in_float32(dtype):
     x = noise(3, C, dtype=dtype)
     x[1] = 0
-    for a, b in zip(quantise_rows(x), quantise_rows(x.float()), strict=True):
+    for a, b in zip(definition(x), definition(x.float()), strict=True):
         assert torch.equal(a.float(), b.float())
-    assert not product(quantise_rows(x))[1].any()
+    assert not product(definition(x))[1].any()
+
+
+def test_rows_of_float32_are_torchao_s():
+    """Bit for bit; it rounds the scales of bfloat16 rows to bfloat16."""
+    torchao = pytest.importorskip("torchao.quantization")
+    x = 3 * noise(5, C)
+    theirs = torchao.Float8Tensor.from_hp(x, granularity=torchao.PerRow())
+    values, scales = definition(x)
+    assert torch.equal(theirs.qdata.float(), values.float()) and torch.equal(theirs.scale, scales)
 
 
 @pytest.mark.parametrize("form", SIZED)
@@ -162,7 +180,7 @@ def test_nothing_to_do(form, shape):
     assert [x.shape for x in ours] == [x.shape for x in expected]
 
 
-@pytest.mark.parametrize("form", ["gated", "two"])
+@pytest.mark.parametrize("form", ["gated", "two", "rows"])
 def test_layouts(form):
     function, args, options = SIZED[form]()
     strided = [torch.cat((x, x), dim=-1)[..., : x.shape[-1]] for x in args]
@@ -173,20 +191,28 @@ def test_layouts(form):
 def test_no_channels_are_refused():
     with pytest.raises(ValueError, match="gate must have channels"):
         ops.swiglu_fp8(torch.ones(2, 0, device=DEVICE))
-    with pytest.raises(ValueError, match="x must have channels"):
-        ops.ada_layer_norm_fp8(torch.ones(2, 3, 0, device=DEVICE))
+    for function in (ops.ada_layer_norm_fp8, quantise_rows):
+        with pytest.raises(ValueError, match="x must have channels"):
+            function(torch.ones(2, 3, 0, device=DEVICE))
+
+
+def test_what_has_no_rows_is_refused():
+    with pytest.raises(ValueError, match="got a scalar"):
+        quantise_rows(torch.tensor(1.0, device=DEVICE))
+    with pytest.raises(ValueError, match="x must be"):
+        quantise_rows(torch.ones(2, 3, dtype=torch.int64, device=DEVICE))
 
 
 @pytest.mark.parametrize("backend", ["reference", BACKEND])
-@pytest.mark.parametrize("form", ["ada", "gated", "two"])
+@pytest.mark.parametrize("form", ["ada", "gated", "two", "rows"])
 def test_derivatives_are_refused_by_name(form, backend):
     function, (x, *rest), options = FORMS[form]()
-    name = "swiglu_fp8" if form == "two" else "ada_layer_norm_fp8"
+    names = {"two": "swiglu_fp8", "rows": "quantise_rows"}
+    name = names.get(form, "ada_layer_norm_fp8")
     message = f"{name} has no derivative, and an argument needs one"
     with use_backend(backend):
         with pytest.raises(NotImplementedError, match=message):
-            function(x, *(each.requires_grad_() for each in rest), **options)
-        rest = [each.detach() for each in rest]
+            function(*(each.clone().requires_grad_() for each in (x, *rest)), **options)
         with pytest.raises(NotImplementedError, match=message):
             torch.func.jvp(lambda x: function(x, *rest, **options), (x,), (x,))
         with pytest.raises(NotImplementedError, match=message):
@@ -195,7 +221,7 @@ def test_derivatives_are_refused_by_name(form, backend):
             function(x.requires_grad_(), *rest, **options)
 
 
-@pytest.mark.parametrize("form", ["ada", "gated", "whole"])
+@pytest.mark.parametrize("form", ["ada", "gated", "whole", "rows"])
 def test_compiles_whole_for_all_lengths(form):
     torch._dynamo.reset()
     frames = torch._dynamo.testing.CompileCounter()
@@ -217,6 +243,7 @@ def test_opcheck():
             torch.library.opcheck(ada_layer_norm.forward_op.torch_op, args)
         torch.library.opcheck(swiglu.forward_op.torch_op, (x, x))
         torch.library.opcheck(swiglu.forward_op.torch_op, (x, None))
+        torch.library.opcheck(rows_op.forward_op.torch_op, (x,))
 
 
 def test_vmap_takes_slices():

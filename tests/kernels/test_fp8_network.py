@@ -1,6 +1,7 @@
 """`to_fp8`: which layers of a network are in 8 bits, how near the result is, what is refused."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from golden_files import relative_error
 from parity import BACKEND, DEVICE, noise
 from published import problem
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.torch_version import TorchVersion
 
-from tim_kernels import accelerate, explain, restore, to_fp8, use_backend
-from tim_kernels.fp8 import quantise_rows
+from tim_kernels import accelerate, explain, fp8, restore, to_fp8, use_backend
+from tim_kernels.fp8 import has_scaled_mm, quantise_rows
 from tim_kernels.network import fp8_linear
 from tim_kernels.network.fp8_linear import Fp8Linear, Fp8Tokens
 
@@ -65,8 +68,33 @@ def test_a_gpu_multiplies_where_it_can(monkeypatch):
 
 def test_only_whole_16s_go_to_the_gpu_s_product():
     fits = [fp8_linear._has_scaled_mm(Fp8Linear(linear(K, 48)).values) for K in (64, 72)]
-    has = DEVICE == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
-    assert fits == [has, False]
+    assert fits == [has_scaled_mm(torch.device(DEVICE)), False]
+
+
+@pytest.mark.parametrize(
+    "capability, version, expected",
+    [((8, 0), "2.13.0", False), ((8, 9), "2.11.0", False), ((8, 9), "2.12.0", True),
+     ((9, 0), "2.11.0", True), ((12, 0), "2.11.0", True)],
+)  # fmt: skip
+def test_which_gpus_multiply(monkeypatch, capability, version, expected):
+    """On sm_89 only where torch's kernel keeps to its stream."""
+    monkeypatch.setattr(fp8, "_capability", lambda device: capability)
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    assert has_scaled_mm(torch.device("cuda")) == expected
+    assert not has_scaled_mm(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 77])
+def test_torch_takes_the_gpu_s_call(tokens):
+    """Fake tensors of a GPU meet the checks of shapes, strides and dtypes that real ones do."""
+    with FakeTensorMode(), torch.device("cuda"):
+        values, weight = (torch.empty(n, 64, dtype=torch.float8_e4m3fn) for n in (tokens, 48))
+        scales, weight_scales = torch.empty(tokens, 1), torch.empty(48, 1)
+        for bias in (None, torch.empty(48, dtype=torch.bfloat16)):
+            out = fp8_linear._scaled_mm(values, scales, weight, weight_scales, bias)
+            assert out.shape == (tokens, 48) and out.dtype == torch.bfloat16
+        with pytest.raises(RuntimeError, match="scaling"):
+            fp8_linear._scaled_mm(values, scales.half(), weight, weight_scales, None)
 
 
 def test_casts_leave_what_is_quantised():
@@ -138,6 +166,23 @@ def test_an_accelerated_model(text):
         assert relative_error(model(*args), fp8) < ERROR
         restore(model)
         assert relative_error(model(*args), expected) < ERROR
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_of_an_accelerated_model(monkeypatch, copied):
+    """And what could save it is refused, also once it is restored."""
+    model, args = problem(False)
+    accelerate(model.eval())
+    kind = type(model).own
+    monkeypatch.setattr(kind, "save_pretrained", lambda model, folder: None, raising=False)
+    to_fp8(model)
+    other = copied(model)
+    with torch.no_grad():
+        assert torch.equal(other(*args), model(*args))
+    assert other.blocks[0].attn.qkv.values.dtype == torch.float8_e4m3fn
+    restore(other)
+    with pytest.raises(ValueError, match="save it before to_fp8"):
+        other.save_pretrained("nowhere")
 
 
 def test_layers_that_are_not_plain_stay():

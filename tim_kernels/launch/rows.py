@@ -20,6 +20,15 @@ def tile_rows(width: int, elements: int) -> int:
     return max(1, min(16, elements // pieces(width)[0]))
 
 
+def row_tile(width: int, elements: int, num_warps: int, widest: int) -> dict[str, int]:
+    """The constants of a kernel over whole rows. Elements and warps are chosen for rows of up to
+    `widest` channels; wider ones have more warps, 16 at most."""
+    A, B = pieces(width)
+    more = triton.next_power_of_2(triton.cdiv(A + B, widest))
+    rows = tile_rows(width, elements)
+    return dict(C=width, A=A, B=B, ROWS=rows, num_warps=min(16, num_warps * more))
+
+
 @triton.jit
 def locate(cu_ptr, length, tiles):
     """Which tokens a program has: its sample, its tile, the first row of the sample in an input

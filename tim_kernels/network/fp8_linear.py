@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dispatch.operators import refuse_derivatives
-from ..fp8 import has_fp8, quantise_rows
+from ..fp8 import has_scaled_mm
+from ..quantise_rows.fp8 import quantise_rows
 
 
 class Fp8Tokens(NamedTuple):
@@ -25,10 +26,10 @@ class Fp8Tokens(NamedTuple):
 class Fp8Linear(nn.Module):
     """What `linear` computes, (…, K) → (…, N), its weight quantised once, a row at a time.
 
-    It takes tokens as a tensor, which it quantises, or as `Fp8Tokens`. On GPUs of sm_89 and later
-    torch._scaled_mm multiplies, where K and N are multiples of 16; everywhere else the same is
-    computed in float32. Either way the result is rounded to bfloat16, and then has the tokens'
-    dtype.
+    It takes tokens as a tensor, which it quantises, or as `Fp8Tokens`. On GPUs of sm_89 (with torch
+    2.12 and later) and newer torch._scaled_mm multiplies, where K and N are multiples of 16;
+    everywhere else the same is computed in float32. Either way the result is rounded to bfloat16,
+    and then has the tokens' dtype.
 
     Raises:
         NotImplementedError: in training, or where a gradient or a tangent is needed.
@@ -69,6 +70,15 @@ class Fp8Linear(nn.Module):
                 self._buffers[name] = moved if is_same else buffer.to(moved.device)
         return self
 
+    def __getstate__(self) -> dict:
+        """Pickle does not read float8 back: the values are kept as bytes."""
+        buffers = self._buffers | dict(values=self.values.view(torch.uint8))
+        return self.__dict__ | dict(_buffers=buffers)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._buffers["values"] = self.values.view(torch.float8_e4m3fn)
+
     def extra_repr(self) -> str:
         N, K = self.values.shape
         return f"in_features={K}, out_features={N}, bias={self.bias is not None}"
@@ -76,7 +86,7 @@ class Fp8Linear(nn.Module):
 
 def _has_scaled_mm(weight: Tensor) -> bool:
     is_whole = weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
-    return weight.is_cuda and is_whole and has_fp8(weight.device)
+    return is_whole and has_scaled_mm(weight.device)
 
 
 def _scaled_mm(values, scales, weight, weight_scales, bias) -> Tensor:

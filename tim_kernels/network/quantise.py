@@ -1,5 +1,7 @@
 """`to_fp8`: a network's widest layers in 8 bits, for inference."""
 
+from typing import NoReturn
+
 import torch
 from torch import nn
 
@@ -21,7 +23,9 @@ def to_fp8(model: nn.Module) -> Report:
     Weights are quantised here, with a scale an output channel; tokens at every call, with a scale
     each, by the norm or SwiGLU before. Embedders, conditioning, the text's keys and values, and the
     last layer stay. It is for inference and cannot be undone: whoever needs the weights keeps them.
-    How much it changes what a network computes: docs/fp8.md.
+    Copies, pickles and state dicts are what they are for any module; `save_pretrained` is refused
+    from here on, as `from_pretrained` would make a network of other weights of it. How much it
+    changes what a network computes: docs/fp8.md.
 
     Args:
         model: of `tim.models`, or accelerated, in eval mode.
@@ -40,6 +44,8 @@ def to_fp8(model: nn.Module) -> Report:
         )
     if model.training:
         raise ValueError("to_fp8 needs a model for inference, got one in training: model.eval()")
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = refuse_to_save
     report = Report()
     for i, block in enumerate(model.blocks):
         for name in LAYERS:
@@ -53,3 +59,11 @@ def to_fp8(model: nn.Module) -> Report:
             else:
                 report.left[f"blocks.{i}.{name}"] = why_called(layer, nn.Linear)
     return report
+
+
+def refuse_to_save(*args, **options) -> NoReturn:
+    """What `save_pretrained` is of a network in FP8."""
+    raise ValueError(
+        "a network in FP8 cannot be loaded by from_pretrained: save it before to_fp8, which makes "
+        "the same of it again; torch.save and state_dict() keep it as it is"
+    )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..launch.calls import Made, Out, like
 from ..launch.grid import kernel, launch
-from ..launch.rows import load_rows, pieces, store_rows_fp8, tile_rows
+from ..launch.rows import load_rows, row_tile, store_rows_fp8
 from ..launch.shares import MOST, multiprocessors, share_of
 from ..launch.tuning import tuned
 from ..launch.views import In, view_matrix, view_vectors
@@ -186,15 +186,13 @@ def fp8(*args):
     """silu(gate)·value as FP8 values and scales: whole rows, since a row has one scale."""
     gate, value = args
     C, rows, _, _ = _grid(gate, value)
-    A, B = pieces(C)
-    num_warps = min(16, 4 * triton.next_power_of_2(triton.cdiv(A + B, 4096)))  # not timed
-    tile = tile_rows(C, 2048)
+    tile = row_tile(C, *tuned("swiglu.fp8", gate.device), widest=4096)
     return launch(
-        _swiglu_fp8_kernel, (triton.cdiv(rows, tile),),
+        _swiglu_fp8_kernel, (triton.cdiv(rows, tile["ROWS"]),),
         (rows, *_halves(args, 0, 1, C, value is None), Out(0), Out(1)),
         (Made((*gate.shape[:-1], C), torch.float8_e4m3fn),
          Made((*gate.shape[:-1], 1), torch.float32)),
-        args, C=C, A=A, B=B, ROWS=tile, num_warps=num_warps,
+        args, **tile,
     )  # fmt: skip
 
 
