@@ -4,6 +4,7 @@ The choice is made in C++ by shape and alignment; this says the same of calls in
 aligned. tests/csrc holds it to what the launchers really do.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,9 @@ import torch
 from tim_kernels.dispatch import backend
 
 TILE, TILE_BYTES = 32, 48  # STAGED_TOKENS and sizeof(Tile) of csrc/heads_staged.cuh
-LANES = {64: 2, 72: 2, 128: 4}  # of a head, and of a block in each direction:
-WARPS, TOKENS, ROWS = dict(forward=8, backward=4), dict(forward=2, backward=1), 2
+LANES = {64: 2, 72: 2, 128: 4}  # of a head
+WARPS, ROWS = 4, dict(forward=1, backward=2)  # of a token: x, or its gradient as well
+PERIOD = 9  # which argument
 ADA_THREADS = dict(forward=128, backward=288)
 
 
@@ -75,14 +77,16 @@ def _heads(kernel: str, direction: str, x: torch.Tensor, args: tuple) -> Launche
     lanes, is_alone = LANES[D], columns == 1
     a_side = H if is_alone else heads
     groups = (sides if is_alone else 1) * -(-a_side // (32 // lanes))
-    slots = WARPS[direction] // groups
+    slots = WARPS // groups
     while TILE % slots:
         slots -= 1
-    within = TILE // (TOKENS[direction] * slots), -(-D // 2 // (groups * slots))
-    row, floats = 32 * _stride(D // lanes * 2), _stride(D // lanes * 4)
-    stages = 2 if direction == "forward" or row > 2304 else 3
+    tiles, row, floats = -(-share // TILE), 32 * _stride(D // lanes * 2), _stride(D // lanes * 4)
+    period = args[PERIOD] or TILE + 1
+    new = tiles if TILE % period else 1  # tiles whose columns are not those of the one before
+    within = TILE // slots, math.ceil(D * (tiles + new) / (4 * tiles * groups * slots))
+    stages = 2 if direction == "backward" and row > 2304 else 3
     shared = (
-        TILE_BYTES + groups * slots * stages * ROWS * row + TILE * (lanes * floats + 16)
+        TILE_BYTES + groups * slots * stages * ROWS[direction] * row + TILE * (lanes * floats + 16)
         + (groups * 32 + 2 * (sides if is_alone else 1) * lanes) * floats
     )  # fmt: skip
     staged = Launched(f"{kernel}_staged", str(D), blocks, groups * slots, -(-share // TILE), within)

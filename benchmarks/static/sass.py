@@ -149,17 +149,18 @@ def _parse(sass: str) -> Code:
 def _longest_way(code: Code, span: Span, trips: dict[Span, int]) -> Executed:
     """From the start of a span to its end, by instructions."""
     start, stop = span
-    within = [loop for loop in code.loops if _is_in(loop, span)]
+    within = [loop for loop in code.loops if _is_in(loop, span) and trips[loop]]
     ends = {at: to for at, to in within if not any(_is_in((at, to), each) for each in within)}
+    backs = {to - 1 for at, to in code.loops if not trips[at, to]}
     before, length, inner = {start: None}, {start: 0}, {}
     for i in range(start, stop):
         if i not in length:  # nothing leads here
             continue
         steps, cost = [i + 1], length[i] + 1 + ACCESS * _is_wide(*code.code[i])
+        cost += AVOIDED * (i in backs)
         if i in ends:
             inner[i] = _longest_way(code, (i, ends[i]), trips)
-            times = trips[i, ends[i]]
-            steps, cost = [ends[i]], length[i] + (inner[i].instructions * times or AVOIDED)
+            steps, cost = [ends[i]], length[i] + inner[i].instructions * trips[i, ends[i]]
         elif i in code.jumps:
             to, is_certain = code.jumps[i]
             to = next((at for at, end in ends.items() if at < to < end), min(to, stop))
