@@ -275,26 +275,4 @@ __device__ __forceinline__ void turn_by(float (&x)[N], const float (&turn)[N]) {
   }
 }
 
-// Each x becomes x − mean(x) over its head, or not; of float, whose mean is rounded as x is, once
-// more.
-template <int LANES, typename T, int M, int N>
-__device__ __forceinline__ void centre(float (&x)[M][N], bool is_normed) {
-#pragma unroll
-  for (int again = 0; again <= std::is_same_v<T, float>; again++) {
-    float mean[M] = {};
-#pragma unroll
-    for (int m = 0; m < M; m++) {
-#pragma unroll
-      for (int i = 0; i < N; i++) mean[m] += x[m][i];
-    }
-    team_sum<LANES>(mean);
-#pragma unroll
-    for (int m = 0; m < M; m++) {
-      mean[m] = is_normed ? mean[m] * (1.f / (LANES * N)) : 0.f;
-#pragma unroll
-      for (int i = 0; i < N; i++) x[m][i] -= mean[m];
-    }
-  }
-}
-
 }  // namespace tim

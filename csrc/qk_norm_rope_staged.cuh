@@ -30,30 +30,26 @@ constexpr int FORWARD_STAGES = sizeof(T) == 2 ? 3 : 2;
 template <typename Row>
 constexpr int BACKWARD_STAGES = Row::BYTES <= 2304 ? 3 : 2;
 
-// Mean and variance of a head, of which a lane has x. One pass, if it loses at most four bits of
-// either; else x is first made x − mean, and the mean of that returned; so is all of float.
-template <int LANES, typename T, int N>
-__device__ __forceinline__ float2 moments(float (&x)[N]) {
-  constexpr float PER_CHANNEL = 1.f / (LANES * N), MOST = std::is_same_v<T, float> ? 0.f : 16.f;
-  float mean, variance;
-  const auto take = [&] {
-    float2 of_sum = at(x, 0), of_squares = mul2(of_sum, of_sum);
-#pragma unroll
-    for (int i = 2; i < N; i += 2)
-      of_sum = add2(of_sum, at(x, i)), of_squares = fma2(at(x, i), at(x, i), of_squares);
-    float sums[2] = {of_sum.x + of_sum.y, of_squares.x + of_squares.y};
-    team_sum<LANES>(sums);
-    mean = sums[0] * PER_CHANNEL, variance = sums[1] * PER_CHANNEL - mean * mean;
-  };
+// The mean of a head, of which a lane has x, by `take`, which sums x, x² and what else there is
+// over the lane. One pass, if that loses at most four bits, of float fewer; else x becomes x − mean
+// before it is squared, and the mean is what is then left.
+template <int LANES, typename T, int N, int M, typename Take>
+__device__ __forceinline__ float mean_of(float (&x)[N], float (&sums)[M], Take take) {
+  constexpr float PER_CHANNEL = 1.f / (LANES * N), MOST = std::is_same_v<T, float> ? 0.06f : 16.f;
   take();
+  team_sum<LANES>(sums);
+  float mean = sums[0] * PER_CHANNEL;
+  const auto is_far = [&] { return mean * mean * (1 + MOST) > MOST * PER_CHANNEL * sums[1]; };
 #pragma unroll 1
-  for (int i = 0; i < 2 && __any_sync(ALL_LANES, mean * mean > MOST * variance); i++) {
+  for (int i = 0; i < 2 && __any_sync(ALL_LANES, is_far()); i++) {
     const float2 less = make_float2(-mean, -mean);
 #pragma unroll
     for (int j = 0; j < N; j += 2) set(x, j, add2(at(x, j), less));
     take();
+    team_sum<LANES>(sums);
+    mean = sums[0] * PER_CHANNEL;
   }
-  return make_float2(mean, variance);
+  return mean;
 }
 
 template <int D, int LANES, typename T>
@@ -109,9 +105,16 @@ __global__ void __launch_bounds__(FORWARD_WARPS* WARP, FORWARD_BLOCKS<T>)
       for (int i = 0; i < N; i += 2) set(x, i, add2(tim::at(x, i), tim::at(shift, i)));
       float2 scale = make_float2(1.f, 1.f), rest = make_float2(0.f, 0.f);
       if (is_normed) {
-        const float2 of_head = moments<LANES, T>(x);
-        const float rstd = rsqrtf(of_head.y + layout.eps), less = -of_head.x * rstd;
-        scale = make_float2(rstd, rstd), rest = make_float2(less, less);
+        float sums[2];
+        const float mean = mean_of<LANES, T>(x, sums, [&] {
+          float2 sum = tim::at(x, 0), squares = mul2(sum, sum);
+#pragma unroll
+          for (int i = 2; i < N; i += 2)
+            sum = add2(sum, tim::at(x, i)), squares = fma2(tim::at(x, i), tim::at(x, i), squares);
+          sums[0] = sum.x + sum.y, sums[1] = squares.x + squares.y;
+        });
+        const float rstd = rsqrtf(sums[1] * (1.f / D) - mean * mean + layout.eps);
+        scale = make_float2(rstd, rstd), rest = make_float2(-mean * rstd, -mean * rstd);
       }
       constexpr int PART = Row::PART;
 #pragma unroll
@@ -201,47 +204,52 @@ __global__ void __launch_bounds__(BACKWARD_WARPS<T>* WARP, BACKWARD_BLOCKS<T>)
         turn_by<true>(reinterpret_cast<float (&)[PART]>(g[i]), turn);
       }
       if (is_normed) {
-        float x[1][N];
-        Row::Channels::take(piece + Row::BYTES, x[0]);
+        float x[N];
+        Row::Channels::take(piece + Row::BYTES, x);
 #pragma unroll
         for (int i = 0; i < N; i += PART) {
           float shift[PART];
           Row::Floats::load(tables.shift(own.group, own.lane) + i, shift);
 #pragma unroll
-          for (int j = 0; j < PART; j++) x[0][i + j] += shift[j];
+          for (int j = 0; j < PART; j += 2)
+            set(x, i + j, add2(tim::at(x, i + j), tim::at(shift, j)));
         }
-        centre<LANES, T>(x, true);
-        const float* weights = tables.weight(own.side, part);
-        float sum[3] = {};  // of squares, of g·w and of g·w·(x − mean)
+        float of_normal[N];  // its gradient, g·w
 #pragma unroll
         for (int i = 0; i < N; i += PART) {
           float weight[PART];
-          Row::Floats::load(weights + i, weight);
+          Row::Floats::load(tables.weight(own.side, part) + i, weight);
 #pragma unroll
-          for (int j = 0; j < PART; j++) {
-            const float of_normal = g[i + j] * weight[j], d = x[0][i + j];
-            sum[0] += d * d, sum[1] += of_normal, sum[2] += of_normal * d;
-          }
+          for (int j = 0; j < PART; j += 2)
+            set(of_normal, i + j, mul2(tim::at(g, i + j), tim::at(weight, j)));
         }
-        team_sum<LANES>(sum);
-        const float rstd = rsqrtf(sum[0] * (1.f / D) + layout.eps), scale = rstd * (1.f / D);
-        const float a = scale * rstd * sum[2], b = scale * sum[1];
-        weights += opaque(0);  // read again, as they are too many to keep
+        float sums[4];  // of x, of squares, of g·w and of g·w·x
+        const float mean = mean_of<LANES, T>(x, sums, [&] {
+          float2 sum[4] = {};
 #pragma unroll
-        for (int i = 0; i < N; i += PART) {
-          float weight[PART];
-          Row::Floats::load(weights + i, weight);
-#pragma unroll
-          for (int j = 0; j < PART; j++) {
-            const float normal = x[0][i + j] * rstd;
-            dweight[i + j] += g[i + j] * normal;
-            dbias[i + j] += g[i + j];
-            g[i + j] = g[i + j] * weight[j] * rstd - (normal * a + b);
+          for (int i = 0; i < N; i += 2) {
+            const float2 d = tim::at(x, i), of_d = tim::at(of_normal, i);
+            sum[0] = add2(sum[0], d), sum[1] = fma2(d, d, sum[1]);
+            sum[2] = add2(sum[2], of_d), sum[3] = fma2(of_d, d, sum[3]);
           }
+#pragma unroll
+          for (int i = 0; i < 4; i++) sums[i] = sum[i].x + sum[i].y;
+        });
+        const float rstd = rsqrtf(sums[1] * (1.f / D) - mean * mean + layout.eps);
+        const float scale = rstd * (1.f / D), along = scale * rstd * (sums[3] - mean * sums[2]);
+        const auto both = [](float x) { return make_float2(x, x); };
+        const float2 a = both(-along), b = both(-scale * sums[2]);
+        const float2 of_x = both(rstd), rest = both(-mean * rstd);
+#pragma unroll
+        for (int i = 0; i < N; i += 2) {
+          const float2 of_y = tim::at(g, i), normal = fma2(tim::at(x, i), of_x, rest);
+          set(dweight, i, fma2(of_y, normal, tim::at(dweight, i)));
+          set(dbias, i, add2(tim::at(dbias, i), of_y));
+          set(g, i, fma2(tim::at(of_normal, i), of_x, fma2(normal, a, b)));
         }
       }
 #pragma unroll
-      for (int i = 0; i < N; i++) dshift[i] += g[i];
+      for (int i = 0; i < N; i += 2) set(dshift, i, add2(tim::at(dshift, i), tim::at(g, i)));
       Row::Channels::put(piece, g);
       __syncwarp();
       Row::flush(row + place, of(in.dx, tile.offset[2], opaque(n)), own.lane, own.left, in.dx.h);
