@@ -5,8 +5,8 @@
 // comes to shared memory by asynchronous copies of 16 bytes, two steps ahead, a lane takes its part
 // of a head from there, and puts it back for whole accesses of 16 bytes to global memory. A head's
 // sums are one or two shuffles; warps meet every 32 tokens alone, whose angles the block then makes
-// together. Arithmetic is that of qk_norm_rope.cuh, in float32, two channels at a time; forward
-// takes the mean off before x is squared only where that is more exact than bfloat16 can tell.
+// together. Arithmetic is in float32, two channels at a time; the mean is taken off before x is
+// squared where it would cost digits not to.
 #pragma once
 
 #include "heads_staged.cuh"
@@ -39,7 +39,9 @@ __device__ __forceinline__ float mean_of(float (&x)[N], float (&sums)[M], Take t
   take();
   team_sum<LANES>(sums);
   float mean = sums[0] * PER_CHANNEL;
-  const auto is_far = [&] { return mean * mean * (1 + MOST) > MOST * PER_CHANNEL * sums[1]; };
+  const auto is_far = [&] {  // also where squares overflow
+    return !(mean * mean * (1 + MOST) <= fminf(MOST * PER_CHANNEL * sums[1], 3e38f));
+  };
 #pragma unroll 1
   for (int i = 0; i < 2 && __any_sync(ALL_LANES, is_far()); i++) {
     const float2 less = make_float2(-mean, -mean);

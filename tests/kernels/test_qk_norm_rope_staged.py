@@ -93,6 +93,17 @@ def test_a_mean_far_above_the_deviation(D):
         assert (found.double() - exact).norm() < 2**-8 * exact.norm()
 
 
+@pytest.mark.parametrize("D", [64, 72])
+def test_squares_that_overflow(D):
+    """Of a head of one large value nothing is left but the bias."""
+    fused, eager, (q, k, *rows) = problem("both_unshifted", D=D, dtype=torch.bfloat16)
+    with use_backend(BACKEND):
+        found = fused(torch.full_like(q, 2.0**70), k, *rows)
+    expected = eager(torch.zeros_like(q).double(), *(x.double() for x in (k, *rows)))
+    for out, exact in zip(found, expected, strict=True):
+        assert (out.double() - exact).norm() < 2**-8 * exact.norm()
+
+
 def test_what_copies_of_16_bytes_do_not_reach():
     """Views that begin a channel later, which the general kernels read."""
     fused, _, (q, k, *rows) = problem("both", D=72, dtype=torch.bfloat16)
