@@ -12,6 +12,7 @@
 #include <cuda_pipeline_primitives.h>
 
 #include "ada_layer_norm.cuh"
+#include "pairs.cuh"
 
 namespace tim {
 namespace {
@@ -154,12 +155,13 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, sizeof(T) + sizeof(S) == 4 ?
       float g[CHUNK], r[CHUNK];
       gated(storage.branch[stage].read(), gate, bias, column, g, r);
 #pragma unroll
-      for (int i = 0; i < CHUNK; i++) x[i] += g[i] * r[i];
+      for (int i = 0; i < CHUNK; i += 2)
+        set(x, i, fma2(tim::at(g, i), tim::at(r, i), tim::at(x, i)));
     }
-    float sum = x[0];
+    float2 sum = tim::at(x, 0);
 #pragma unroll
-    for (int i = 1; i < CHUNK; i++) sum += x[i];
-    return sum;
+    for (int i = 2; i < CHUNK; i += 2) sum = add2(sum, tim::at(x, i));
+    return sum.x + sum.y;
   };
 
   // Sums over tokens: of dy, dy·x̂, dx·branch and dx.
@@ -194,14 +196,18 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, sizeof(T) + sizeof(S) == 4 ?
       storage.made.read().widen(x);  // only now, for fewer registers
       storage.made.write(made);
       storage.dy[step % 2].read().widen(y);
+      const float2 less = make_float2(-mean, -mean);
+#pragma unroll
+      for (int i = 0; i < CHUNK; i += 2) {
+        set(x, i, add2(tim::at(x, i), less));
+        set(y, i, mul2(tim::at(y, i), tim::at(weight, i)));
+      }
 #pragma unroll
       for (int i = 0; i < CHUNK; i++) {
-        x[i] -= mean;
         sums[0] += x[i];
         sums[1] += x[i] * x[i];
-        const float normed = y[i] * weight[i];
-        sums[2] += normed;
-        sums[3] += normed * x[i];
+        sums[2] += y[i];
+        sums[3] += y[i] * x[i];
       }
       token_sums(sum, sums, storage.sums[step % 2]);
       mean = sum[0] * PER_CHANNEL;
@@ -209,18 +215,23 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, sizeof(T) + sizeof(S) == 4 ?
       rstd = rsqrtf(sums[1] * PER_CHANNEL - small * small + in.eps);
       along = (sums[3] - small * sums[2]) * rstd * PER_CHANNEL;
       level = sums[2] * PER_CHANNEL;
+      const float2 of_x = make_float2(rstd, rstd), shift = make_float2(-small, -small);
 #pragma unroll
-      for (int i = 0; i < CHUNK; i++) x[i] = (x[i] - small) * rstd;
+      for (int i = 0; i < CHUNK; i += 2) set(x, i, mul2(add2(tim::at(x, i), shift), of_x));
     }
     if (left > 0) {
       if (in.dout.data != nullptr) storage.dout[step % 2].read().widen(d);
       if (is_normed) {
         storage.dy[step % 2].read().widen(y);
+        const float2 of_d = make_float2(rstd, rstd), a = make_float2(-along, -along);
+        const float2 b = make_float2(-level, -level);
 #pragma unroll
-        for (int i = 0; i < CHUNK; i++) {
-          dshift[i] += y[i];
-          dscale[i] += y[i] * x[i];
-          d[i] += rstd * (y[i] * weight[i] - (level + x[i] * along));
+        for (int i = 0; i < CHUNK; i += 2) {
+          const float2 of_y = tim::at(y, i), normal = tim::at(x, i);
+          set(dshift, i, add2(tim::at(dshift, i), of_y));
+          set(dscale, i, fma2(of_y, normal, tim::at(dscale, i)));
+          const float2 inner = fma2(of_y, tim::at(weight, i), fma2(normal, a, b));
+          set(d, i, fma2(of_d, inner, tim::at(d, i)));
         }
       }
       store(in.dx + out, d);
@@ -229,10 +240,11 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, sizeof(T) + sizeof(S) == 4 ?
         storage.branch[now].read().widen(r);
         load(gate + column, g);
 #pragma unroll
-        for (int i = 0; i < CHUNK; i++) {
-          dgate[i] += d[i] * r[i];
-          dx[i] += d[i];
-          d[i] *= g[i];
+        for (int i = 0; i < CHUNK; i += 2) {
+          const float2 of_out = tim::at(d, i);
+          set(dgate, i, fma2(of_out, tim::at(r, i), tim::at(dgate, i)));
+          set(dx, i, add2(tim::at(dx, i), of_out));
+          set(d, i, mul2(of_out, tim::at(g, i)));
         }
         store(in.dbranch + out, d);
       }

@@ -5,10 +5,18 @@
 #include <cuda_pipeline_primitives.h>
 
 #include "heads_storage.cuh"
+#include "pairs.cuh"
 
 namespace tim {
 
 constexpr int STAGED_TOKENS = 32;  // whose angles a block has at a time
+
+// Where channel i of N is kept in registers and tables: of four, the evens come before the odds, so
+// that two of either are neighbours and sm_100 turns two pairs at once. Its own inverse.
+template <int N>
+__host__ __device__ constexpr int kept_at(int i) {
+  return N % 4 == 0 ? (i & ~3) + (i & 1) * 2 + (i >> 1 & 1) : i;
+}
 
 // N neighbouring channels in shared memory, which one lane reads and writes in accesses of WIDTH
 // bytes; those of the next lane are an odd number of accesses further, so that banks differ.
@@ -28,6 +36,21 @@ struct Piece {
     for (int i = 0; i < int(M * sizeof(T)) / WIDTH; i++)
       reinterpret_cast<Access*>(raw.value)[i] = static_cast<const Access*>(from)[i];
     raw.widen(x);
+  }
+  // Between memory and where they are kept.
+  template <int M>
+  __device__ __forceinline__ static void take(const void* from, float (&x)[M]) {
+    float y[M];
+    load(from, y);
+#pragma unroll
+    for (int i = 0; i < M; i++) x[kept_at<M>(i)] = y[i];
+  }
+  template <int M>
+  __device__ __forceinline__ static void put(void* to, const float (&x)[M]) {
+    float y[M];
+#pragma unroll
+    for (int i = 0; i < M; i++) y[i] = x[kept_at<M>(i)];
+    store(to, y);
   }
   template <int M>
   __device__ __forceinline__ static void store(void* to, const float (&x)[M]) {
@@ -194,20 +217,23 @@ struct Tables {
   }
 
   // cos and sin of the block's tokens from `begin` on, pair by pair; a lane has one of the tokens.
-  __device__ __forceinline__ void make_angles(
-      const Positions& positions, int begin, int end) const {
+  __device__ __forceinline__ void make_angles(const Positions& positions, int begin) const {
     constexpr int PAIRS = D / 2;
     static_assert(STAGED_TOKENS == WARP);
     const int token = threadIdx.x % WARP;
-    if (begin + token >= end) return;
+    if (begin + token >= tile().count) return;
     const float first = tile().position_of(positions, begin + token, false);
     const float second = tile().position_of(positions, begin + token, true);
-    for (int pair = threadIdx.x / WARP; pair < PAIRS; pair += warps(layout)) {
+    // Where 32 tokens are whole rows of a grid, their columns are those of the 32 before.
+    const bool is_again = begin > 0 && tile().is_grid && STAGED_TOKENS % tile().period == 0;
+    const int from = threadIdx.x / WARP + (is_again ? PAIRS / 2 : 0);
+    for (int pair = from; pair < PAIRS; pair += warps(layout)) {
       const bool is_second = pair >= PAIRS / 2;
       const float freq = positions.freq[is_second ? pair - PAIRS / 2 : pair];
       float cos, sin;
       cos_sin((is_second ? second : first) * freq, cos, sin);
-      *reinterpret_cast<float2*>(&channel(angles(token, 0), 2 * pair)) = make_float2(cos, sin);
+      float* const to = &channel(angles(token, 0), 2 * pair);
+      to[0] = cos, to[kept_at<Row::N>(1)] = sin;
     }
   }
 
@@ -216,7 +242,7 @@ struct Tables {
     return reinterpret_cast<float*>(pieces + i * Floats::STRIDE);
   }
   __device__ __forceinline__ static float& channel(float* piece, int at) {
-    return piece[at / Row::N * int(Floats::STRIDE / sizeof(float)) + at % Row::N];
+    return piece[at / Row::N * int(Floats::STRIDE / sizeof(float)) + kept_at<Row::N>(at % Row::N)];
   }
   __device__ __forceinline__ static void fill(
       float* piece, const AnyVector& vector, int64_t at, int channels, int lane,
@@ -227,35 +253,24 @@ struct Tables {
   }
 };
 
-// Pairs turned by (cos, sin) of each, or back.
+// Pairs turned by (cos, sin) of each, kept in the same order, or back.
 template <bool BACK, int N>
 __device__ __forceinline__ void turn_by(float (&x)[N], const float (&turn)[N]) {
+  if constexpr (N % 4 == 0) {
 #pragma unroll
-  for (int i = 0; i < N; i += 2) {
-    const float even = x[i], odd = x[i + 1], cos = turn[i], up = BACK ? -turn[i + 1] : turn[i + 1];
-    x[i] = even * cos - odd * up;
-    x[i + 1] = even * up + odd * cos;
-  }
-}
-
-// Each x becomes x − mean(x) over its head, or not; of float, whose mean is rounded as x is, once
-// more.
-template <int LANES, typename T, int M, int N>
-__device__ __forceinline__ void centre(float (&x)[M][N], bool is_normed) {
-#pragma unroll
-  for (int again = 0; again <= std::is_same_v<T, float>; again++) {
-    float mean[M] = {};
-#pragma unroll
-    for (int m = 0; m < M; m++) {
-#pragma unroll
-      for (int i = 0; i < N; i++) mean[m] += x[m][i];
+    for (int i = 0; i < N; i += 4) {
+      const float2 even = at(x, i), odd = at(x, i + 2), cos = at(turn, i), sin = at(turn, i + 2);
+      const float2 across = mul2(odd, sin), along = mul2(even, sin);
+      set(x, i, BACK ? fma2(even, cos, across) : fms2(even, cos, across));
+      set(x, i + 2, BACK ? fms2(odd, cos, along) : fma2(odd, cos, along));
     }
-    team_sum<LANES>(mean);
+  } else {
 #pragma unroll
-    for (int m = 0; m < M; m++) {
-      mean[m] = is_normed ? mean[m] * (1.f / (LANES * N)) : 0.f;
-#pragma unroll
-      for (int i = 0; i < N; i++) x[m][i] -= mean[m];
+    for (int i = 0; i < N; i += 2) {
+      const float even = x[i], odd = x[i + 1], cos = turn[i],
+                  sin = BACK ? -turn[i + 1] : turn[i + 1];
+      x[i] = even * cos - odd * sin;
+      x[i + 1] = even * sin + odd * cos;
     }
   }
 }

@@ -21,14 +21,16 @@ struct Positions {
 struct alignas(16) Tile {
   int64_t offset[3];  // of the first, in up to three tensors of heads
   int64_t position;   // and in those given
-  int begin;          // and in its sample
+  int begin, count;   // the first in its sample, and how many
   int period;
+  bool is_grid;  // positions are not given
 
   // One thread of the block writes all but the offsets.
   __device__ __forceinline__ void locate(const Positions& positions, const Range& at) {
     if (threadIdx.x != 0) return;
     position = at.sample * positions.b + 2 * (at.first + at.begin);
-    begin = at.begin;
+    begin = at.begin, count = at.end - at.begin;
+    is_grid = positions.as_int32 == nullptr && positions.as_int64 == nullptr;
     const int32_t* periods = positions.periods;
     period = max(periods ? periods[at.sample * positions.periods_s] : positions.period, 1);
   }

@@ -148,7 +148,7 @@ void forward(
         heads_of<const T>(q, k, cu.has_value()), heads_of<T>(q_out, k_out, cu.has_value()),
         vectors_of(q_weight, k_weight), vectors_of(q_bias, k_bias), vectors_of(q_shift, k_shift)};
     const auto is_run = [&](auto dim, auto lanes) {
-      using Tables = tim::Tables<Row<dim, lanes, T>, 2, FORWARD_TOKENS<T>>;
+      using Tables = tim::Tables<Row<dim, lanes, T>, FORWARD_STAGES<T>, 1>;
       const Staged staged = staged_of(layout, WARP / lanes, FORWARD_WARPS);
       if (staged.slots == 0 || where.freq == nullptr) return false;
       if (!is_aligned(in.x) || !is_aligned(in.y)) return false;

@@ -2,10 +2,11 @@
 // memory: index arithmetic is the compiler's.
 //
 // A warp has up to 16 or 8 heads of a token's q or k at a time, two or four lanes a head. The row
-// comes to shared memory by asynchronous copies of 16 bytes, a step ahead, a lane takes its part of
-// a head from there, and puts it back for whole accesses of 16 bytes to global memory. A head's
+// comes to shared memory by asynchronous copies of 16 bytes, two steps ahead, a lane takes its part
+// of a head from there, and puts it back for whole accesses of 16 bytes to global memory. A head's
 // sums are one or two shuffles; warps meet every 32 tokens alone, whose angles the block then makes
-// together. Arithmetic is that of qk_norm_rope.cuh: float32, x − mean before it is squared.
+// together. Arithmetic is in float32, two channels at a time; the mean is taken off before x is
+// squared where it would cost digits not to.
 #pragma once
 
 #include "heads_staged.cuh"
@@ -15,107 +16,129 @@ namespace tim {
 namespace {
 
 // Warps of a block, at most, and blocks of a multiprocessor.
-constexpr int FORWARD_WARPS = 8, FORWARD_BLOCKS = 2;
+constexpr int FORWARD_WARPS = 4;
+template <typename T>
+constexpr int FORWARD_BLOCKS = sizeof(T) == 2 ? 3 : 2;
 template <typename T>
 constexpr int BACKWARD_WARPS = sizeof(T) == 2 ? 4 : 8;
 template <typename T>
 constexpr int BACKWARD_BLOCKS = sizeof(T) == 2 ? 2 : 1;
 
-// Of a warp at a time, so that they share what is read of tables.
+// Tokens of a warp, on their way and the one it has: so many blocks fit into the 164 KB of sm_80.
 template <typename T>
-constexpr int FORWARD_TOKENS = sizeof(T) == 2 ? 2 : 1;
-
-// Tokens on their way to a warp, and the one it has: two blocks fit into the 164 KB of sm_80.
+constexpr int FORWARD_STAGES = sizeof(T) == 2 ? 3 : 2;
 template <typename Row>
 constexpr int BACKWARD_STAGES = Row::BYTES <= 2304 ? 3 : 2;
 
+// The mean of a head, of which a lane has x, by `take`, which sums x, x² and what else there is
+// over the lane. One pass, if that loses at most four bits, of float fewer; else x becomes x − mean
+// before it is squared, and the mean is what is then left.
+template <int LANES, typename T, int N, int M, typename Take>
+__device__ __forceinline__ float mean_of(float (&x)[N], float (&sums)[M], Take take) {
+  constexpr float PER_CHANNEL = 1.f / (LANES * N), MOST = std::is_same_v<T, float> ? 0.06f : 16.f;
+  take();
+  team_sum<LANES>(sums);
+  float mean = sums[0] * PER_CHANNEL;
+  const auto is_far = [&] {  // also where squares overflow
+    return !(mean * mean * (1 + MOST) <= fminf(MOST * PER_CHANNEL * sums[1], 3e38f));
+  };
+#pragma unroll 1
+  for (int i = 0; i < 2 && __any_sync(ALL_LANES, is_far()); i++) {
+    const float2 less = make_float2(-mean, -mean);
+#pragma unroll
+    for (int j = 0; j < N; j += 2) set(x, j, add2(at(x, j), less));
+    take();
+    team_sum<LANES>(sums);
+    mean = sums[0] * PER_CHANNEL;
+  }
+  return mean;
+}
+
 template <int D, int LANES, typename T>
-__global__ void __launch_bounds__(FORWARD_WARPS* WARP, FORWARD_BLOCKS)
+__global__ void __launch_bounds__(FORWARD_WARPS* WARP, FORWARD_BLOCKS<T>)
     qk_norm_rope_forward_staged_kernel(
         Forward<T> in, Positions positions, Staged layout, Grid grid) {
   using Row = tim::Row<D, LANES, T>;
-  constexpr int N = Row::N, TOKENS = FORWARD_TOKENS<T>;
-  const Tables<Row, 2, TOKENS> tables{layout};
+  constexpr int N = Row::N, STAGES = FORWARD_STAGES<T>;
+  using Tables = tim::Tables<Row, STAGES, 1>;
+  const Tables tables{layout};
   const Own<Row> own(layout);
   const Range at = grid.locate(blockIdx.x / layout.columns);
-  const int end = at.end - at.begin, part = own.lane % LANES, step = TOKENS * layout.slots;
-  const T* from = in.x.data.of(own.is_k) + offset(in.x, at) + own.begin(in.x.h);
-  T* to = in.y.data.of(own.is_k) + offset(in.y, at) + own.begin(in.y.h);
-  char* const rows = tables.rows(threadIdx.x / WARP);  // of the warp
-  const int place = Row::place(own.lane);
-  const auto fetch = [&](int n, char* to) {
-#pragma unroll
-    for (int t = 0; t < TOKENS; t++)
-      if (n + t < end)
-        Row::fetch(
-            to + t * Row::BYTES + place, opaque(from + (n + t) * in.x.n), own.lane, own.left,
-            in.x.h);
-    __pipeline_commit();
+  const int end = at.end - at.begin, part = own.lane % LANES;
+  const auto first = [&](const auto& x) {
+    return x.data.of(own.is_k) + offset(x, at) + (own.begin(x.h) + own.slot * x.n);
   };
-  fetch(own.slot * TOKENS, rows);
+  const T* from = first(in.x);
+  T* to = first(in.y);
+  char* const rows = tables.rows(threadIdx.x / WARP);  // of the warp
+  char* const copies = rows + Row::place(own.lane);
+  char* const pieces = rows + own.lane * Row::Channels::STRIDE;
+  const auto fetch = [&](bool is_any, int stage) {  // the next token
+    if (is_any) Row::fetch(copies + stage, from, own.lane, own.left, in.x.h);
+    __pipeline_commit();
+    from += opaque(layout.slots) * in.x.n;
+  };
+#pragma unroll
+  for (int i = 0; i < STAGES; i++) fetch(own.slot + i * layout.slots < end, i * Row::BYTES);
   tables.tile().locate(positions, at);
-  const bool is_normed = in.weight.of(own.is_k).data != nullptr;
+  const int is_normed = opaque(int(in.weight.of(own.is_k).data != nullptr));
   tables.fill(own, in.shift.of(own.is_k), at.sample, in.weight.of(own.is_k), in.bias.of(own.is_k));
   __syncthreads();
+  float shift[N], weight[N], bias[N];
+  Row::Floats::load(tables.shift(own.group, own.lane), shift);
+  Row::Floats::load(tables.weight(own.side, part), weight);
+  Row::Floats::load(tables.bias(own.side, part), bias);
 
-  int stage = 0;  // bytes into the rows
-  for (int begin = 0; begin < end; begin += STAGED_TOKENS) {
+  int stage = 0;              // bytes into the rows
+  int left = end - own.slot;  // tokens, from the warp's on
+  const float* angles = tables.angles(own.slot, part);
+  for (int begin = 0; begin < tables.tile().count; begin += STAGED_TOKENS) {
     if (begin > 0) __syncthreads();
-    tables.make_angles(positions, begin, end);
+    tables.make_angles(positions, begin);
     __syncthreads();
-    const int stop = min(begin + STAGED_TOKENS, end);
-    for (int n = begin + own.slot * TOKENS; n < stop; n += step) {
-      char* const row = rows + stage;
-      stage = TOKENS * Row::BYTES - stage;
-      __pipeline_wait_prior(0);
-      __syncwarp();  // the tokens are there, those before them gone
-      fetch(n + step, rows + stage);
-      char* const piece = row + own.lane * Row::Channels::STRIDE;
-      float x[TOKENS][N];
+    const int after = max(tables.tile().count - begin - STAGED_TOKENS, 0);
+    for (; left > after; left -= layout.slots) {
+      __pipeline_wait_prior(STAGES - 1);
+      __syncwarp();
+      char* const piece = pieces + stage;
+      float x[N];
+      Row::Channels::take(piece, x);
 #pragma unroll
-      for (int t = 0; t < TOKENS; t++) Row::Channels::load(piece + t * Row::BYTES, x[t]);
-      float of_shift[N];
-      Row::Floats::load(tables.shift(own.group, own.lane), of_shift);
+      for (int i = 0; i < N; i += 2) set(x, i, add2(tim::at(x, i), tim::at(shift, i)));
+      float2 scale = make_float2(1.f, 1.f), rest = make_float2(0.f, 0.f);
+      if (is_normed) {
+        float sums[2];
+        const float mean = mean_of<LANES, T>(x, sums, [&] {
+          float2 sum = tim::at(x, 0), squares = mul2(sum, sum);
 #pragma unroll
-      for (int i = 0; i < N; i++) {
-#pragma unroll
-        for (int t = 0; t < TOKENS; t++) x[t][i] += of_shift[i];
+          for (int i = 2; i < N; i += 2)
+            sum = add2(sum, tim::at(x, i)), squares = fma2(tim::at(x, i), tim::at(x, i), squares);
+          sums[0] = sum.x + sum.y, sums[1] = squares.x + squares.y;
+        });
+        const float rstd = rsqrtf(sums[1] * (1.f / D) - mean * mean + layout.eps);
+        scale = make_float2(rstd, rstd), rest = make_float2(-mean * rstd, -mean * rstd);
       }
-      centre<LANES, T>(x, is_normed);
-      float rstd[TOKENS] = {};
-#pragma unroll
-      for (int t = 0; t < TOKENS; t++) {
-#pragma unroll
-        for (int i = 0; i < N; i++) rstd[t] += x[t][i] * x[t][i];
-      }
-      team_sum<LANES>(rstd);
-#pragma unroll
-      for (int t = 0; t < TOKENS; t++)
-        rstd[t] = is_normed ? rsqrtf(rstd[t] * (1.f / D) + layout.eps) : 1.f;
       constexpr int PART = Row::PART;
 #pragma unroll
       for (int i = 0; i < N; i += PART) {
-        float weight[PART], bias[PART];
-        Row::Floats::load(tables.weight(own.side, part) + i, weight);
-        Row::Floats::load(tables.bias(own.side, part) + i, bias);
+        float turn[PART], y[PART];
+        Row::Floats::load(angles + i, turn);
 #pragma unroll
-        for (int t = 0; t < TOKENS; t++) {
-          float y[PART], turn[PART];
-          Row::Floats::load(tables.angles(n - begin + t, part) + i, turn);
-#pragma unroll
-          for (int j = 0; j < PART; j++) y[j] = x[t][i + j] * rstd[t] * weight[j] + bias[j];
-          turn_by<false>(y, turn);
-          Row::Channels::store(piece + t * Row::BYTES + i * sizeof(T), y);
+        for (int j = 0; j < PART; j += 2) {
+          const float2 normal = fma2(tim::at(x, i + j), scale, rest);
+          set(y, j, fma2(normal, tim::at(weight, i + j), tim::at(bias, i + j)));
         }
+        turn_by<false>(y, turn);
+        Row::Channels::put(piece + i * sizeof(T), y);
       }
+      angles += layout.slots * (Tables::A_TOKEN / int(sizeof(float)));
       __syncwarp();
-#pragma unroll
-      for (int t = 0; t < TOKENS; t++)
-        if (n + t < end)
-          Row::flush(
-              row + t * Row::BYTES + place, to + opaque((n + t) * in.y.n), own.lane, own.left,
-              in.y.h);
+      Row::flush(copies + stage, to, own.lane, own.left, in.y.h);
+      to += layout.slots * in.y.n;
+      fetch(left > STAGES * layout.slots, stage);
+      stage = stage == (STAGES - 1) * Row::BYTES ? 0 : stage + Row::BYTES;
     }
+    angles -= STAGED_TOKENS * (Tables::A_TOKEN / int(sizeof(float)));  // if there is a next tile
   }
 }
 
@@ -160,7 +183,7 @@ __global__ void __launch_bounds__(BACKWARD_WARPS<T>* WARP, BACKWARD_BLOCKS<T>)
   int stage = 0;  // bytes into the rows
   for (int begin = 0; begin < end; begin += STAGED_TOKENS) {
     if (begin > 0) __syncthreads();
-    tables.make_angles(positions, begin, end);
+    tables.make_angles(positions, begin);
     __syncthreads();
     const int stop = min(begin + STAGED_TOKENS, end);
     for (int n = begin + own.slot; n < stop; n += layout.slots) {
@@ -175,7 +198,7 @@ __global__ void __launch_bounds__(BACKWARD_WARPS<T>* WARP, BACKWARD_BLOCKS<T>)
       char* const piece = row + own.lane * Row::Channels::STRIDE;
       constexpr int PART = Row::PART;
       float g[N];
-      Row::Channels::load(piece, g);
+      Row::Channels::take(piece, g);
 #pragma unroll
       for (int i = 0; i < N; i += PART) {
         float turn[PART];
@@ -183,48 +206,53 @@ __global__ void __launch_bounds__(BACKWARD_WARPS<T>* WARP, BACKWARD_BLOCKS<T>)
         turn_by<true>(reinterpret_cast<float (&)[PART]>(g[i]), turn);
       }
       if (is_normed) {
-        float x[1][N];
-        Row::Channels::load(piece + Row::BYTES, x[0]);
+        float x[N];
+        Row::Channels::take(piece + Row::BYTES, x);
 #pragma unroll
         for (int i = 0; i < N; i += PART) {
           float shift[PART];
           Row::Floats::load(tables.shift(own.group, own.lane) + i, shift);
 #pragma unroll
-          for (int j = 0; j < PART; j++) x[0][i + j] += shift[j];
+          for (int j = 0; j < PART; j += 2)
+            set(x, i + j, add2(tim::at(x, i + j), tim::at(shift, j)));
         }
-        centre<LANES, T>(x, true);
-        const float* weights = tables.weight(own.side, part);
-        float sum[3] = {};  // of squares, of g·w and of g·w·(x − mean)
+        float of_normal[N];  // its gradient, g·w
 #pragma unroll
         for (int i = 0; i < N; i += PART) {
           float weight[PART];
-          Row::Floats::load(weights + i, weight);
+          Row::Floats::load(tables.weight(own.side, part) + i, weight);
 #pragma unroll
-          for (int j = 0; j < PART; j++) {
-            const float of_normal = g[i + j] * weight[j], d = x[0][i + j];
-            sum[0] += d * d, sum[1] += of_normal, sum[2] += of_normal * d;
-          }
+          for (int j = 0; j < PART; j += 2)
+            set(of_normal, i + j, mul2(tim::at(g, i + j), tim::at(weight, j)));
         }
-        team_sum<LANES>(sum);
-        const float rstd = rsqrtf(sum[0] * (1.f / D) + layout.eps), scale = rstd * (1.f / D);
-        const float a = scale * rstd * sum[2], b = scale * sum[1];
-        weights += opaque(0);  // read again, as they are too many to keep
+        float sums[4];  // of x, of squares, of g·w and of g·w·x
+        const float mean = mean_of<LANES, T>(x, sums, [&] {
+          float2 sum[4] = {};
 #pragma unroll
-        for (int i = 0; i < N; i += PART) {
-          float weight[PART];
-          Row::Floats::load(weights + i, weight);
-#pragma unroll
-          for (int j = 0; j < PART; j++) {
-            const float normal = x[0][i + j] * rstd;
-            dweight[i + j] += g[i + j] * normal;
-            dbias[i + j] += g[i + j];
-            g[i + j] = g[i + j] * weight[j] * rstd - (normal * a + b);
+          for (int i = 0; i < N; i += 2) {
+            const float2 d = tim::at(x, i), of_d = tim::at(of_normal, i);
+            sum[0] = add2(sum[0], d), sum[1] = fma2(d, d, sum[1]);
+            sum[2] = add2(sum[2], of_d), sum[3] = fma2(of_d, d, sum[3]);
           }
+#pragma unroll
+          for (int i = 0; i < 4; i++) sums[i] = sum[i].x + sum[i].y;
+        });
+        const float rstd = rsqrtf(sums[1] * (1.f / D) - mean * mean + layout.eps);
+        const float scale = rstd * (1.f / D), along = scale * rstd * (sums[3] - mean * sums[2]);
+        const auto both = [](float x) { return make_float2(x, x); };
+        const float2 a = both(-along), b = both(-scale * sums[2]);
+        const float2 of_x = both(rstd), rest = both(-mean * rstd);
+#pragma unroll
+        for (int i = 0; i < N; i += 2) {
+          const float2 of_y = tim::at(g, i), normal = fma2(tim::at(x, i), of_x, rest);
+          set(dweight, i, fma2(of_y, normal, tim::at(dweight, i)));
+          set(dbias, i, add2(tim::at(dbias, i), of_y));
+          set(g, i, fma2(tim::at(of_normal, i), of_x, fma2(normal, a, b)));
         }
       }
 #pragma unroll
-      for (int i = 0; i < N; i++) dshift[i] += g[i];
-      Row::Channels::store(piece, g);
+      for (int i = 0; i < N; i += 2) set(dshift, i, add2(tim::at(dshift, i), tim::at(g, i)));
+      Row::Channels::put(piece, g);
       __syncwarp();
       Row::flush(row + place, of(in.dx, tile.offset[2], opaque(n)), own.lane, own.left, in.dx.h);
     }
@@ -236,7 +264,7 @@ __global__ void __launch_bounds__(BACKWARD_WARPS<T>* WARP, BACKWARD_BLOCKS<T>)
   const auto publish = [&](const float (&x)[N]) {
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < N; i++) sums[threadIdx.x * N + i] = x[i];
+    for (int i = 0; i < N; i++) sums[threadIdx.x * N + i] = x[kept_at<N>(i)];
     __syncthreads();
   };
   if (in.dshift.q != nullptr) {

@@ -11,6 +11,7 @@ running it. What cannot be compiled here is listed with the reason.
 import argparse
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what users get; Triton 3.10 will not
@@ -19,12 +20,12 @@ import torch
 import triton
 
 from tim_kernels import use_backend
-from tim_kernels.dispatch import backend
 from tim_kernels.launch import tuning
 
 from ..cases.calls import calls
 from ..record.table import Column, text
 from ..static import extension
+from ..static.blocks import launched
 from ..static.cubin import ARCHITECTURES, Compiled, in_processes
 from ..static.launches import record_cuda, record_launches, through_launchers
 from ..static.sass import executed
@@ -126,45 +127,21 @@ def _recorded(goal: Goal, arch: int, record: Callable) -> list:
 
 
 def _read_cuda(goal: Goal, arch: int, compiled: Sequence[tuple[Compiled, str]]) -> Line:
-    own = [(kernel, sass) for kernel, sass in compiled if kernel.kernel == goal.kernel]
-    best = max(own, key=lambda pair: fitness(pair[0].call), default=None)
-    if best is None or not fitness(best[0].call):
-        return Line(goal, arch, refusal=f"csrc/ has no {goal.kernel} for 16-byte accesses")
-    kernel, sass = best
-    args = dict(_recorded(goal, arch, record_cuda)).get(goal.kernel.replace(".", "_"))
+    operator = goal.kernel.replace(".", "_")
+    args = dict(_recorded(goal, arch, record_cuda)).get(operator)
     if args is None:
         return Line(goal, arch, refusal="the call does not launch it")
+    launch = launched(operator, args)
+    own = [each for each in compiled if launch.is_of(each[0].kernel, each[0].call)]
+    if not own:
+        return Line(goal, arch, refusal=f"csrc/ has no {launch.kernel} of {launch.size}")
+    ((kernel, sass),) = own
     moved = sum(x.nbytes for x in args if isinstance(x, torch.Tensor))
-    blocks, trips, resident = shape_of(goal, args)
-    run = executed(sass, trips, others=1)
-    blocks = blocks or round(moved / (32 * kernel.num_warps * (run.loaded + run.stored)))
-    found = reading(moved, blocks, kernel.num_warps, kernel.resources, run, arch)
-    found = found._replace(resident=min(found.resident, resident))
+    run = executed(sass, launch.trips, 0 if launch.within else 1, launch.within)
+    blocks = launch.blocks or round(moved / (32 * launch.warps * (run.loaded + run.stored)))
+    resources = replace(kernel.resources, shared=launch.shared)
+    found = reading(moved, blocks, launch.warps, resources, run, arch)
     return Line(goal, arch, None if found.refusal else found, found.refusal)
-
-
-def fitness(call: str) -> int:
-    """How well template arguments fit: bfloat16, the width, and accesses of 16 bytes."""
-    words = set(call.strip("<>").replace(",", " ").split())
-    other = {"fp16", "fp32", "fp64", "false", "1", "768", "64"} & words
-    return 0 if other else len({"1152", "72", "8", "true"} & words)
-
-
-def shape_of(goal: Goal, args: tuple) -> tuple[int | None, int, int]:
-    """Blocks, None if each thread has its bytes once; trips of the longest loop; most resident."""
-    op, _, direction = goal.kernel.partition(".")
-    launcher = backend.OPS[op].cuda
-    x = next(arg for arg in args if isinstance(arg, torch.Tensor))
-    if op == "swiglu":
-        return None, 1, 32
-    resident = getattr(launcher, f"{direction.upper()}_BLOCKS")
-    if op == "ada_layer_norm":
-        share, columns, is_forward = args[-1], 1, direction == "forward"
-        step = launcher.FORWARD_STEP if is_forward else launcher.BACKWARD_STEP[WIDTH]
-    else:
-        share, heads, slots = args[-3:]
-        columns, step = -(-2 * x.shape[-2] // heads), launcher.TOKENS * slots
-    return x.shape[0] * -(-x.shape[1] // share) * columns, -(-share // step), resident
 
 
 COLUMNS = (

@@ -7,7 +7,8 @@ by a smooth maximum:
 - issue: the instructions that its warps execute, four a clock and multiprocessor;
 - latency: what one program takes alone (its rounds of loads, each a latency; its instructions in
   turn; its barriers), as often as a multiprocessor has to take new programs. The latency is that of
-  memory for the first read of a byte, that of the cache for what programs read again.
+  memory for the first read of a byte, that of the cache for what programs read again. Copies ahead
+  into shared memory, each byte's first read, pass while the program works: the longer of the two.
   That is Little's law: too few bytes in flight, and latency is the longest;
 - the units behind issue: load and store (128 bytes or 32 lanes a clock, so that an access of fewer
   than 4 bytes a lane wastes the rest), special functions, float32, integers and float64.
@@ -76,12 +77,17 @@ class Reading(NamedTuple):
     fma: int = 0
     alu: int = 0
     double: int = 0
+    copied: int = 0  # of the bytes loaded, by copies ahead into shared memory, and waits for those
+    waits: float = 0
 
     @property
     def first(self) -> float:
-        """The share of its accesses that is not of bytes which were accessed before."""
-        moved = self.programs * self.warps * 32 * (self.loaded + self.stored)
-        return min(1, self.bytes / moved) if moved else 1
+        """The share of its accesses that is not of bytes which were accessed before; beside copies,
+        which are of each byte once as stores are, of its loads alone."""
+        lanes = self.programs * self.warps * 32
+        once = lanes * (self.copied + self.stored) if self.copied else 0
+        moved = lanes * (self.loaded + self.stored) - once
+        return min(1, max(0, self.bytes - once) / moved) if moved else 1
 
     @property
     def width(self) -> float:
@@ -91,7 +97,10 @@ class Reading(NamedTuple):
     @property
     def in_flight(self) -> float:
         """Bytes that a multiprocessor waits for at a time, if all its programs do."""
-        return self.resident * self.warps * 32 * self.loaded / max(1, self.rounds)
+        lanes = self.resident * self.warps * 32
+        if self.copied:
+            return lanes * self.copied / max(1, self.waits)
+        return lanes * self.loaded / max(1, self.rounds)
 
 
 class Seconds(NamedTuple):
@@ -116,7 +125,7 @@ def limits(reading: Reading, chip: Chip) -> Seconds:
     share = reading.programs / chip.multiprocessors
     serial = reading.instructions * INTERVAL + reading.barriers * BARRIER
     wait = reading.first * LATENCY + (1 - reading.first) * CACHED / chip.clock
-    alone = reading.rounds * wait + serial / chip.clock
+    alone = reading.rounds * wait + max(serial / chip.clock, reading.waits * LATENCY)
     clocks = (
         reading.lsu, reading.mufu * 32 / MUFU, reading.fma * 32 / chip.fma,
         reading.alu * 32 / ALU, reading.double * 32 / chip.double,
@@ -168,4 +177,5 @@ def reading(
         resources.registers, resources.spills, run.instructions, run.barriers, run.rounds,
         resources.wide_loads, refusal(resources, arch), run.loaded, run.stored,
         run.wide + run.narrow, run.lsu, run.mufu, run.fma, run.alu, run.double,
+        run.copied, run.waits,
     )  # fmt: skip

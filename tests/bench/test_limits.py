@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.report import limits as report
-from benchmarks.report.limits import GOALS, Goal, Line, fitness, lines, shape_of
+from benchmarks.report.limits import GOALS, Goal, Line, lines
 from benchmarks.static import extension
+from benchmarks.static.blocks import launched
 from benchmarks.static.cubin import Compiled, Resources
 from benchmarks.static.launches import record_cuda, record_launches
 from benchmarks.static.sass import executed
@@ -90,12 +91,57 @@ def test_nothing_runs_after_an_exit():
     assert (run.instructions, run.mufu) == (3, 1)
 
 
-@pytest.mark.parametrize("groups, rounds", [(0, 8), (1, 4), (3, 2)])
-def test_copies_ahead_share_a_wait(groups, rounds):
-    copy = ("LDGSTS.E.BYPASS.LTC128B.128 [R2], desc[UR4][R4.64]", "LDGDEPBAR")
-    loop = (".L_1:", f"DEPBAR.LE SB0, {groups:#x}", *copy, "@P0 BRA `(.L_1)")
-    run = executed(sass(*loop, "EXIT"), trips=8)
-    assert run.rounds == rounds and run.loaded == 8 * 16
+def test_a_loop_that_leaves_by_an_exit():
+    loop = ".L_1:", "FADD R0, R0, R0", "@P0 EXIT", "BRA `(.L_1)"
+    run = executed(sass("S2R R0, SR_TID.X", *loop, "MUFU.EX2 R0, R0"), trips=5)
+    assert (run.instructions, run.fma, run.mufu) == (1 + 5 * 3, 5, 0)
+
+
+COPY = "LDGSTS.E.BYPASS.LTC128B.128 [R2], desc[UR4][R4.64]", "LDGDEPBAR"
+
+
+@pytest.mark.parametrize("groups, waits", [(0, 8), (1, 4), (3, 2)])
+def test_copies_ahead_share_a_wait(groups, waits):
+    loop = (".L_1:", f"DEPBAR.LE SB0, {groups:#x}", *COPY, "@P0 BRA `(.L_1)")
+    run = executed(sass(*COPY, *loop, "EXIT"), trips=8)
+    assert (run.waits, run.rounds, run.copied) == (waits, 0, 8 * 16) and run.loaded == 9 * 16
+
+
+def test_copies_that_are_waited_for_at_once_are_loads():
+    run = executed(sass(".L_1:", *COPY, "DEPBAR.LE SB0, 0x0", "@P0 BRA `(.L_1)", "EXIT"), trips=8)
+    assert (run.rounds, run.waits, run.copied, run.loaded) == (8, 0, 0, 8 * 16)
+
+
+TILES = sass(
+    ".L_1:",  # over tiles
+    ".L_2:",  # angles
+    "DFMA R4, R4, R4, R4",
+    "@P0 BRA `(.L_2)",
+    ".L_3:",  # tokens
+    "DEPBAR.LE SB0, 0x0",
+    "@P1 BRA `(.L_4)",
+    COPY[0],
+    "BRA `(.L_5)",
+    ".L_4:",  # a slow way, longer
+    "IADD3 R0, R0, 0x1, RZ",
+    "IADD3 R0, R0, 0x1, RZ",
+    "IADD3 R0, R0, 0x1, RZ",
+    ".L_6:",
+    COPY[0],
+    "@P2 BRA `(.L_6)",
+    ".L_5:",
+    "FADD R0, R0, R0",
+    "@P3 BRA `(.L_3)",
+    "@P4 BRA `(.L_1)",
+    "EXIT",
+)
+
+
+def test_tokens_and_angles_of_tiles():
+    """Whole accesses are on the way of a launch, the loop of single ones is not."""
+    run = executed(TILES, trips=2, others=0, within=(4, 5))
+    assert (run.double, run.fma, run.waits) == (2 * 5, 2 * 4, 2 * 4)
+    assert run.copied == 2 * 4 * 16 and run.instructions == 2 * (5 * 2 + 4 * 6 + 1) + 1
 
 
 def kernel(
@@ -162,6 +208,18 @@ def test_what_programs_read_again_comes_from_a_cache():
     assert limits(again, H100).latency < limits(once, H100).latency
 
 
+def test_copies_ahead_pass_while_a_program_works():
+    """They are of each byte once, so loads beside them are of what is in a cache."""
+    ahead = kernel(16)._replace(loaded=48, copied=32, waits=8, rounds=0)
+    assert ahead.first == 0 and ahead.in_flight == ahead.resident * 4 * 32 * 32 / 8
+    of, working = (limits(ahead._replace(instructions=n), H100) for n in (0, 10**5))
+    turns = ahead.programs / H100.multiprocessors / ahead.resident
+    assert of.latency == pytest.approx(turns * 8 * LATENCY)
+    assert working.latency == pytest.approx(turns * 2 * 10**5 / H100.clock)
+    cached = limits(ahead._replace(instructions=0, rounds=1), H100).latency
+    assert of.latency < cached < 1.01 * of.latency
+
+
 def test_an_estimate_is_a_share_of_copy():
     found = kernel(16)
     slowdown = estimated(found) / limits(found, H100).memory
@@ -188,16 +246,50 @@ def test_every_aim_has_a_launch(goal):
         return
     found = report._recorded(goal, 90, record_cuda)
     (args,) = [args for name, args in found if name == goal.kernel.replace(".", "_")]
-    blocks, trips, resident = shape_of(goal, args)
-    assert 1 <= resident <= 32 and trips >= 1
-    if blocks is not None:
-        assert blocks * trips >= 132 and blocks * args[-1 if "ada" in goal.kernel else -3] >= 256**2
+    launch = launched(goal.kernel.replace(".", "_"), args)
+    step = 1 if launch.within is None else 32
+    assert launch.blocks is None or launch.blocks * launch.trips * step >= 256 * 256 / 8
 
 
-def test_fast_kernels_are_preferred():
-    calls = "<768, bf16, bf16>", "<1152, bf16, fp32>", "<false, bf16>", "<1, bf16>", "<bf16>"
-    assert not any(map(fitness, calls))
-    assert all(map(fitness, ("<1152, bf16, bf16>", "<true, bf16>", "<8, bf16>")))
+def test_the_kernel_is_read_that_is_launched(monkeypatch):
+    """The general one has the same op and direction."""
+    resources = Resources(32, 0, 0, 0, 2, 0, 2, 0)
+    names = ["<true, {}>", "<false, {}>"], ["<64, 2, {}>", "<72, 2, {}>", "<128, 4, {}>"]
+    goals = [goal for goal in GOALS if (goal.backend, goal.call) == ("cuda", report.QK)]
+    compiled = [
+        (Compiled(backend="cuda", kernel=f"{goal.kernel}{suffix}", call=call.format(dtype), arch=90,
+                  num_warps=8, resources=resources), "")
+        for goal in goals for suffix, calls in zip(("", "_staged"), names, strict=True)
+        for call in calls for dtype in ("bf16", "fp16", "fp32")
+    ]  # fmt: skip
+    seen = []
+    monkeypatch.setattr(report, "reading", lambda *args: seen.append(args) or kernel(16))
+    monkeypatch.setattr(report, "executed", lambda sass, *trips: trips)
+    for goal in goals:
+        args = dict(report._recorded(goal, 90, record_cuda))[goal.kernel.replace(".", "_")]
+        launch = launched(goal.kernel.replace(".", "_"), args)
+        (own,) = [each for each, _ in compiled if launch.is_of(each.kernel, each.call)]
+        assert (own.kernel, own.call) == (f"{goal.kernel}_staged", "<72, 2, bf16>")
+        assert report._read_cuda(goal, 90, compiled).reading
+        general = [each for each in compiled if "staged" not in each[0].kernel]
+        assert "_staged of 72" in report._read_cuda(goal, 90, general).refusal
+    forward, backward = seen
+    assert [each[4] for each in seen] == [(2, 0, (16, 7))] * 2  # tiles, tokens, angles
+    assert [each[1:3] for each in seen] == [(1024, 4)] * 2
+    assert (forward[3].shared, backward[3].shared) == (47_792, 75_440)  # 3 and 2 fit in 164 KB
+
+
+def test_adaln_is_read_at_its_width():
+    launch = launched("ada_layer_norm_backward", _adaln(1152))
+    fits = "<1152, bf16, bf16>", "<768, bf16, bf16>", "<1152, bf16, fp32>", "<1152, fp16, fp16>"
+    assert [launch.is_of("ada_layer_norm.backward", call) for call in fits] == [True, *[False] * 3]
+    assert not launch.is_of("ada_layer_norm.backward_any", "<bf16, bf16>")
+    assert (launch.blocks, launch.warps, launch.trips) == (1024, 9, 32)
+
+
+def _adaln(width: int) -> tuple:
+    goal = next(goal for goal in GOALS if (goal.backend, goal.direction) == ("cuda", "backward"))
+    return dict(report._recorded(goal, 90, record_cuda))["ada_layer_norm_backward"]
 
 
 def test_what_cannot_be_compiled_is_named(monkeypatch):

@@ -32,6 +32,16 @@ def compile_op(op: str, folder: Path, source: Path = ROOT / "csrc") -> Path:
 def run_tests(library: Path, *arguments: str) -> subprocess.CompletedProcess:
     """pytest in a process of its own, the extension emulated by `library`; a sanitizer that ends it
     has had its say, as nothing is captured there."""
+    command = ["-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *arguments]
+    return _run(command, TIM_KERNELS_TEST_BACKEND="cuda", TIM_KERNELS_EMULATION=str(library))
+
+
+def run_python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Python code that emulates the extension by libraries of `compile_op`."""
+    return _run(["-c", code, *arguments], **environment)
+
+
+def _run(command: list[str], **more: str) -> subprocess.CompletedProcess:
     runtimes = (
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout
         for name in ("libasan.so", "libubsan.so")
@@ -41,12 +51,9 @@ def run_tests(library: Path, *arguments: str) -> subprocess.CompletedProcess:
         "ASAN_OPTIONS": "detect_leaks=0,alloc_dealloc_mismatch=0",  # torch's own
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "CUDA_VISIBLE_DEVICES": "",
-        "TIM_KERNELS_TEST_BACKEND": "cuda",
-        "TIM_KERNELS_EMULATION": str(library),
     }
     for name in [name for name in environment if name.startswith("PYTEST_")]:
         del environment[name]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider"]
     return subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, *command], cwd=ROOT, env=environment | more, capture_output=True, text=True
     )

@@ -74,6 +74,36 @@ def test_packed_segments(order):
     assert_parity(packed, apart, [qkv, *rows])
 
 
+@pytest.mark.parametrize("D", [72, 128])
+def test_a_mean_far_above_the_deviation(D):
+    """Shifts of float32 make it so for some heads: one pass over a head would lose all digits."""
+    fused, eager, (q, k, *rows) = problem("both", D=D, dtype=torch.bfloat16)
+    rows = [row.float() for row in rows]
+    rows[4][..., :D] += 3e4
+    dy = [noise(*q.shape, dtype=q.dtype, device=DEVICE) for _ in range(2)]
+    made = []
+    for op, dtype in ((fused, torch.float32), (eager, torch.float64)):
+        inputs = [x if op is fused else x.to(dtype) for x in (q, k, *rows)]
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        with use_backend(BACKEND):
+            out = op(*leaves)
+        gradients = [y.to(x.dtype) for x, y in zip(out, dy, strict=True)]
+        made.append([*out, *torch.autograd.grad(out, leaves, gradients)])
+    for found, exact in zip(*made, strict=True):
+        assert (found.double() - exact).norm() < 2**-8 * exact.norm()
+
+
+@pytest.mark.parametrize("D", [64, 72])
+def test_squares_that_overflow(D):
+    """Of a head of one large value nothing is left but the bias."""
+    fused, eager, (q, k, *rows) = problem("both_unshifted", D=D, dtype=torch.bfloat16)
+    with use_backend(BACKEND):
+        found = fused(torch.full_like(q, 2.0**70), k, *rows)
+    expected = eager(torch.zeros_like(q).double(), *(x.double() for x in (k, *rows)))
+    for out, exact in zip(found, expected, strict=True):
+        assert (out.double() - exact).norm() < 2**-8 * exact.norm()
+
+
 def test_what_copies_of_16_bytes_do_not_reach():
     """Views that begin a channel later, which the general kernels read."""
     fused, _, (q, k, *rows) = problem("both", D=72, dtype=torch.bfloat16)

@@ -17,7 +17,7 @@ THREADS, TOKENS, CHUNK = 288, 2, 8  # as in csrc/heads.cuh and common.cuh
 FORWARD_BLOCKS, BACKWARD_BLOCKS = 3, 2  # that a multiprocessor holds
 WIDEST = THREADS * CHUNK  # channels of a head that a block has threads for
 STAGED = (64, 72, 128)  # head_dims with kernels of their own, csrc/qk_norm_rope_staged.cuh
-STAGED_BLOCKS, STAGED_STEP = 2, 8  # that a multiprocessor holds; tokens of all warps at once
+STAGED_STEP = 8  # tokens of all warps at once, at most
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
@@ -71,9 +71,7 @@ def _plan(q, sides, blocks, cu, max_length) -> tuple[int, int, int, int]:
     heads = -(-sides * H // columns)
     samples, length = samples_and_length(q, cu, max_length)
     slots = min(THREADS // (heads * chunks), MOST // TOKENS, max(1, -(-length // TOKENS)))
-    step = TOKENS * slots
-    if D in STAGED:
-        blocks, step = min(blocks, STAGED_BLOCKS), STAGED_STEP
+    step = STAGED_STEP if D in STAGED else TOKENS * slots
     share = tokens_per_block(q, samples * columns, length, blocks, MOST, step)
     return share, heads, slots, columns
 

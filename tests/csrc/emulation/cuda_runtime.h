@@ -5,6 +5,7 @@
 // ones, so that a missing barrier lets somebody read what is not yet there. Shared memory is as
 // large as asked for, on the heap, and starts as NaN; AddressSanitizer sees every access. A
 // barrier that not all threads reach, or a warp operation that not all its lanes reach, aborts.
+// Launches are noted in the file TIM_KERNELS_EMULATED_LAUNCHES, if there is one.
 #pragma once
 
 #include <math.h>
@@ -14,6 +15,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -292,6 +294,11 @@ cudaError_t cudaLaunchKernelEx(
   if (config->gridDim.x == 0 || threads == 0 || threads > 1024) return cudaErrorInvalidValue;
   if (config->dynamicSmemBytes > emulation::allowed_shared()) return cudaErrorInvalidValue;
   emulation::allowed_shared() = emulation::SHARED_WITHOUT_ASKING;
+  if (const char* path = std::getenv("TIM_KERNELS_EMULATED_LAUNCHES")) {
+    std::ofstream(path, std::ios::app)
+        << config->gridDim.x << ' ' << threads << ' ' << config->dynamicSmemBytes << ' '
+        << __PRETTY_FUNCTION__ << '\n';
+  }
   if (b.fibers.size() < threads) b.fibers = std::vector<emulation::Fiber>(threads);
   b.threads = threads;
   b.kernel = [=] { kernel(arguments...); };
