@@ -135,7 +135,7 @@ def test_the_fused_model_meets_its_targets(name):
     assert budget.floor[1] <= rest.bytes / budget.tokens / 1e3 <= kilobytes
 
 
-@pytest.mark.parametrize("mode", traffic.MODES)
+@pytest.mark.parametrize("mode", traffic.CONTENDERS)
 def test_products_that_end_in_what_follows_move_less(mode, monkeypatch):
     """In all: what leaves the rest and what products are charged for."""
 
