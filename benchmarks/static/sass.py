@@ -41,6 +41,7 @@ class Executed(NamedTuple):
     fma: int = 0
     alu: int = 0
     double: int = 0
+    answers: int = 0  # how often it waits for tcgen05 products that are then all under way
 
     def plus(self, other: "Executed", times: int) -> "Executed":
         return Executed(*(a + times * b for a, b in zip(self, other, strict=True)))
@@ -149,6 +150,7 @@ def _longest_way(code: Code, span: Span, trips: dict[Span, int]) -> Executed:
 
 def _straight(code: list[tuple[str, str]]) -> Executed:
     barriers = rounds = wide = narrow = loaded = stored = lsu = mufu = fma = alu = double = 0
+    answers, is_multiplying = 0, False
     coming: set[int] = set()  # registers that a load under way will write
     is_copying = any(operation.startswith("LDGSTS") for operation, _ in code)  # by cp.async
     for operation, operands in code:
@@ -168,14 +170,19 @@ def _straight(code: list[tuple[str, str]]) -> Executed:
             loaded, stored = loaded + size * is_load, stored + size * (not is_load)
             if name == "LDG":
                 coming.update(range(registers[0], registers[0] + -(-size // 4)))
+        if name == "UTCBAR":  # a commit
+            is_multiplying = True
+        if is_multiplying and name == "SYNCS" and "PHASECHK" in modifiers:
+            answers, is_multiplying = answers + 1, False
         barriers += name == "BAR"
         mufu += name in SPECIAL
         fma += (name in FMA) * (2 if name.endswith("2") else 1)
         alu += name in ALU
         double += name in DOUBLE
     return Executed(
-        len(code), barriers, rounds, wide, narrow, loaded, stored, lsu, mufu, fma, alu, double
-    )
+        len(code), barriers, rounds, wide, narrow, loaded, stored, lsu, mufu, fma, alu, double,
+        answers + is_multiplying,
+    )  # fmt: skip
 
 
 def _size(name: str, modifiers: list[str]) -> int:

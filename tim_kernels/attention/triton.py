@@ -38,7 +38,7 @@ from ..launch.calls import Made, Out, like
 from ..launch.grid import kernel, launch
 from ..launch.rows import locate
 from ..launch.shares import token_grid
-from ..launch.tuning import architecture, configuration
+from ..launch.tuning import configuration, has_tensor_memory
 from ..launch.views import In, view_heads
 from .backward import lse_shape
 
@@ -241,9 +241,7 @@ def _tile(q: Tensor, lanes: int) -> dict[str, int]:
 
 def _ones(q: Tensor) -> int:
     """Columns of ones, the hardware's least; 0 where sums are not products."""
-    own = architecture(q.device)
-    is_serial = own is not None and own // 10 in (10, 11)  # tcgen05: a wait for every product
-    return 0 if q.dtype == torch.float32 or is_serial else 8
+    return 0 if q.dtype == torch.float32 or has_tensor_memory(q.device) else 8
 
 
 def jvp(
