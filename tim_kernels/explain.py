@@ -8,6 +8,7 @@ from torch import nn
 from .attention import choice
 from .attention.packed import has_varlen
 from .dispatch.backend import OPS, BackendUnavailable, choose, obstacle, requested
+from .launch.tuning import has_tensor_memory
 from .linear import choice as linear
 from .network.explanation import explain_model
 
@@ -38,6 +39,8 @@ def _machine() -> Iterator[str]:
             for backend in ("cuda", "triton")
             if (reason := obstacle(backend, name, device))
         )
+        if name == "attention" and chosen == "triton" and has_tensor_memory(torch.device(device)):
+            others = f"{others}; {SERIAL}" if others else SERIAL
         label = "attention, its tangent" if name == "attention" else name
         yield f"{label:<32}{chosen:<12}{others}"
     try:
@@ -60,6 +63,7 @@ def _linear() -> str:
     return f"PyTorch   not quack: {reason}"
 
 
+SERIAL = "about a tenth of this GPU's peak by an estimate, as products wait for each other"
 NAMES = {"cudnn": "PyTorch's cuDNN attention", "flash": "PyTorch's flash attention"}
 
 

@@ -47,6 +47,7 @@ class Executed(NamedTuple):
     double: int = 0
     copied: int = 0  # of the bytes loaded, by copies ahead into shared memory that are waited for
     waits: float = 0  # for these
+    answers: int = 0  # how often it waits for tcgen05 products that are then all under way
 
     def plus(self, other: "Executed", times: int) -> "Executed":
         return Executed(*(a + times * b for a, b in zip(self, other, strict=True)))
@@ -185,6 +186,7 @@ def _longest_way(code: Code, span: Span, trips: dict[Span, int]) -> Executed:
 def _straight(code: list[tuple[str, str]]) -> Executed:
     barriers = rounds = wide = narrow = loaded = stored = lsu = mufu = fma = alu = double = 0
     copied = waits = begun = 0  # bytes: `begun` here
+    answers, is_multiplying = 0, False
     coming: set[int] = set()  # registers that a load under way will write
     is_copying = any(operation.startswith("LDGSTS") for operation, _ in code)  # by cp.async
     for operation, operands in code:
@@ -209,6 +211,10 @@ def _straight(code: list[tuple[str, str]]) -> Executed:
             copied += size * (name == "LDGSTS")
             if name == "LDG":
                 coming.update(range(registers[0], registers[0] + -(-size // 4)))
+        if name == "UTCBAR":  # a commit
+            is_multiplying = True
+        if is_multiplying and name == "SYNCS" and "PHASECHK" in modifiers:
+            answers, is_multiplying = answers + 1, False
         barriers += name == "BAR"
         mufu += name in SPECIAL
         fma += (name in FMA) * (2 if name.endswith("2") else 1)
@@ -217,6 +223,7 @@ def _straight(code: list[tuple[str, str]]) -> Executed:
     return Executed(
         len(code), barriers, rounds, wide, narrow, loaded, stored, lsu, mufu, fma, alu, double,
         copied if waits else 0, waits,
+        answers + is_multiplying,
     )  # fmt: skip
 
 

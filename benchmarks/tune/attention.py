@@ -3,16 +3,16 @@
 A program holds a tile of queries and walks over tiles of keys. What a tile of keys takes is about
 the longest of these things, joined by a smooth maximum as in estimate.py, in clocks:
 
-- products: six of rows × columns × lanes over what the tensor cores multiply. On sm_90 the operands
-  of q·kᵀ come from shared memory, at 128 bytes a clock: fewer than 64 columns wait for q;
+- products: six of rows × columns × lanes over what the tensor cores multiply, and two with columns
+  of ones that sum. On sm_90 the operands of q·kᵀ come from shared memory, at 128 bytes a clock:
+  fewer than 64 columns wait for q; and a product with few lanes takes as long as one with 32;
 - issue: the instructions of a trip through the loop, four a clock;
 - lsu, mufu: those of the load and store units and of the special functions, as in estimate.py;
-- loads: the tiles of k, v and their tangents at what the second-level cache gives, an assumption.
-
-The choice knows no latency: not how well warps of a program hide each other's waits. `latency` is
-the other bound, as if they did not: a program's products, its other instructions and its barriers
-in turn, hidden by the other programs on the multiprocessor alone. What sm_100's tensor cores take
-for a commit is not in it.
+- loads: the tiles of k, v and their tangents at what the second-level cache gives, an assumption;
+- latency: what a warp does in turn, its products, its other instructions and its barriers, hidden
+  by the other programs on the multiprocessor alone. A warp of sm_80 waits for its own products; on
+  sm_90 and sm_100 for those of the whole program, whose warps meet at a barrier behind them, and
+  on sm_100 for the answer that they are done, besides.
 """
 
 from collections.abc import Iterable
@@ -35,6 +35,8 @@ HEAD_DIMS = {"attention.jvp.64": 64, "attention.jvp.80": 72, "attention.jvp.128"
 MULTIPLIED = {80: 1024, 90: 2048, 100: 4096}  # bfloat16 a clock and multiprocessor, by datasheets
 LOADED = 24  # bytes a clock and multiprocessor from the second-level cache, about
 READ = 128  # bytes a clock from shared memory
+NARROWEST = {80: 8, 90: 32, 100: 32}  # lanes that a product takes the time of, about
+ANSWER = 250  # clocks from tcgen05's last product to whoever waits for it, about
 PAIRS = 4096  # of a query and a key, that clocks are told for
 LIMITS = "products", "issue", "loads", "lsu", "mufu", "latency"  # fields of Reading
 SHAPE = dict(batch=32, grid=(16, 16), heads=16)
@@ -70,8 +72,7 @@ class Reading(NamedTuple):
 
     @property
     def clocks(self) -> float:
-        """By all but latency."""
-        return together((self.products, self.issue, self.loads, self.lsu, self.mufu))
+        return together(getattr(self, name) for name in LIMITS)
 
 
 def configured(kernel: str, arch: int | None) -> Tile:
@@ -97,9 +98,13 @@ def read(launch: Launch, arch: int) -> Reading:
     a, warps = launch.arguments, launch.options["num_warps"]
     rows, columns, lanes = a["ROWS"], a["COLUMNS"], a["A"] + a["B"]
     share, trip = PAIRS / (rows * columns), of_a_trip(sass)
-    product = rows * columns * lanes / MULTIPLIED[arch]
+    rate = MULTIPLIED[arch] / (2 if arch == 100 and rows < 128 else 1)  # tcgen05 has 128 rows
+    lane = rows * columns / rate
     wait = (rows + columns * rows / 64) * lanes * 2 / READ if arch == 90 else 0  # 64 rows of wgmma
-    products = 3 * (product + max(product, wait))
+    wide, narrow, ones = (max(n, NARROWEST[arch]) if n else 0 for n in (a["A"], a["B"], a["ONES"]))
+    products = 3 * max(lanes * lane, wait) + (3 * (wide + narrow) + 2 * ones) * lane
+    awaited = products / (warps / 4) if arch == 80 else products
+    serial = trip.instructions * INTERVAL + trip.barriers * BARRIER + trip.answers * ANSWER
     resident = occupancy(resources, warps, arch)
     return Reading(
         resources.registers, resources.spills, resources.shared,
@@ -107,8 +112,7 @@ def read(launch: Launch, arch: int) -> Reading:
         share * products, share * trip.instructions * warps / 4,
         share * 4 * columns * a["D"] * 2 / LOADED,
         share * trip.lsu * warps, share * trip.mufu * warps * 32 / MUFU,
-        share * (products + trip.instructions * INTERVAL + trip.barriers * BARRIER)
-        / max(1, resident // warps),
+        share * (awaited + serial) / max(1, resident // warps),
     )  # fmt: skip
 
 
@@ -141,7 +145,7 @@ def table(kernel: str, arch: int, readings: dict[Tile, Reading], chosen: Tile | 
         *(Column(name, lambda pair, name=name: getattr(pair[1], name), "{}")
           for name in ("registers", "spills", "shared", "warps", "instructions")),
         *(Column(name, lambda pair, name=name: getattr(pair[1], name), "{:,.0f}")
-          for name in ("products", "issue", "loads", "clocks")),
+          for name in ("products", "issue", "loads", "latency", "clocks")),
         Column("", lambda pair: "<" if pair[0] == chosen else pair[1].refusal),
     ]  # fmt: skip
     title = (

@@ -237,6 +237,25 @@ def test_attention_waits_for_its_products():
     assert hidden < most
 
 
+def outside_the_interpreter(code: str, *options: str) -> subprocess.CompletedProcess:
+    """A process without the interpreter that the rest of the suite sets."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code, *options]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_attention_s_tangent_reaches_its_aim():
+    """And rounds p and w in pairs: one at a time takes the special functions, which are few."""
+    done = outside_the_interpreter("""
+from benchmarks.report.limits import GOALS, lines
+(line,) = lines(90, [goal for goal in GOALS if goal.call == "attention"])
+assert line.estimate >= line.goal.aim and not line.reading.spills, line
+assert line.parts["mufu"] < 0.4, line
+print("done")
+""")
+    assert done.stdout == "done\n", done.stderr
+
+
 @pytest.mark.parametrize("goal", GOALS, ids=lambda goal: f"{goal.kernel} {goal.backend}")
 def test_every_aim_has_a_launch(goal):
     """Blocks and trips have every token of the call."""
@@ -339,8 +358,7 @@ def test_the_interpreter_is_refused(monkeypatch):
 @pytest.mark.nightly
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
 def test_every_kernel_has_an_estimate(arch):
-    """In a process without the interpreter that the rest of the suite sets. What a launch accesses
-    is at least what it touches, else its shape was misread."""
+    """What a launch accesses is at least what it touches, else its shape was misread."""
     code = """
 import sys
 from benchmarks.report.limits import GOALS, lines
@@ -352,9 +370,7 @@ for line in lines(int(sys.argv[1])):
         assert moved >= 0.99 * found.bytes and 20 < line.estimate < 100, line
 print(len(GOALS))
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", code, arch]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = outside_the_interpreter(code, arch)
     if reason := extension.why_not():
         assert f"not compiled: {reason}" in done.stderr
     else:

@@ -271,6 +271,7 @@ PRESENT, FASTER = Tile(128, 32, 8, 2), Tile(128, 64, 8, 2)
         (dict(), False),  # as fast: what is there stays
         (dict(products=800.0), True),
         (dict(products=800.0, loads=2000.0), False),
+        (dict(products=800.0, latency=2000.0), False),
         (dict(products=800.0, spills=8), False),
         (dict(products=800.0, refusal="a trap"), False),
     ],

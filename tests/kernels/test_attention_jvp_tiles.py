@@ -25,6 +25,15 @@ def test_tiles_of_larger_gpus(architecture, head_dim):
         check(attention, eager, inputs(20, 100, head_dim, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("architecture", [90, 100])
+def test_values_that_share_a_constant(architecture, dtype):
+    """Sums by the tensor cores, and without them, are of p and w as they were rounded."""
+    q, k, v, *tangents = inputs(33, 100, head_dim=72, dtype=dtype)
+    with tuning.as_architecture(architecture):
+        check(attention, eager, [q, k, v + 30, *tangents])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_keys_that_share_a_constant_behind_a_mask(dtype):
     """A query's first key may be in any tile: it is there that the mean of ds is taken."""

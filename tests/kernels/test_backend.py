@@ -7,6 +7,7 @@ import torch
 
 import tim_kernels
 from tim_kernels.dispatch import backend
+from tim_kernels.launch import tuning
 
 
 def rows(device="cpu"):
@@ -128,3 +129,14 @@ def test_explain_names_every_op(capsys):
     assert capsys.readouterr().out.strip() == text
     for op in backend.OPS:
         assert op in text
+
+
+def test_explain_says_that_products_wait_for_each_other():
+    def said() -> str:
+        with tim_kernels.use_backend("triton"):
+            lines = tim_kernels.explain().splitlines()
+        return next(line for line in lines if "its tangent" in line)
+
+    for architecture, is_slow in ((90, False), (100, True), (103, True), (120, False)):
+        with tuning.as_architecture(architecture):
+            assert ("a tenth of this GPU's peak" in said()) == is_slow

@@ -14,15 +14,18 @@ GROUP heads of queries in a row share one of keys and values; where the mask is 
 no keys after its own place, and a tile of queries reads none after its last.
 
 Products take p and w in the values' dtype and accumulate in float32. Σ p and Σ w are sums of the
-rounded p and w, so that what all values share leaves no error. float32 is multiplied as three
-products of TF32, which keeps its accuracy; plain multiply-adds spill, or crash the compiler.
+rounded p and w, so that what all values share leaves no error; the tensor cores make them, as
+products with ONES columns of ones, and p and w are rounded in pairs as nobody else looks at one.
+float32 is multiplied as three products of TF32, which keeps its accuracy; plain multiply-adds
+spill, or crash the compiler.
 
 A head of D channels is kept as two pieces of A and B lanes: 72 = 64 + 16 half empty costs 80 lanes
 of a product, where one piece would pay for 128. B is 0 where one piece wastes no more. Where q and
 tq do not fit the registers they are read anew for each tile of keys, CHUNK channels at a time. In
 the kernel m_i, l_i and alpha are online softmax's maximum, sum and rescaling, w_i is Σ w; qa, qb
 are the two pieces of a tile, t tangents; what is None is compiled away. On sm_100
-Triton waits for every product of a tile in turn, which leaves the tensor cores idle for most of it.
+Triton waits for every product of a tile in turn, which leaves the tensor cores idle for most of it;
+there, and in float32, ONES is 0 and Σ p and Σ w are not products.
 """
 
 import torch
@@ -35,7 +38,7 @@ from ..launch.calls import Made, Out, like
 from ..launch.grid import kernel, launch
 from ..launch.rows import locate
 from ..launch.shares import token_grid
-from ..launch.tuning import configuration
+from ..launch.tuning import configuration, has_tensor_memory
 from ..launch.views import In, view_heads
 from .backward import lse_shape
 
@@ -49,7 +52,7 @@ def _attention_jvp_kernel(
     tq_ptr, tq_b, tq_n, tq_h, tk_ptr, tk_b, tk_n, tk_h, tv_ptr, tv_b, tv_n, tv_h,
     mask_ptr, k_cu_ptr, k_length, heads, scale, out_ptr, tout_ptr, lse_ptr, lse_n, lse_h,
     D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr, WIDEN: tl.constexpr, ALIGN: tl.constexpr,
+    CHUNK: tl.constexpr, ONES: tl.constexpr, WIDEN: tl.constexpr, ALIGN: tl.constexpr,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
@@ -74,7 +77,8 @@ def _attention_jvp_kernel(
             qb = _load(q, n, is_row, A, B, D, ALIGN)
             tqb = _load(tq, n, is_row, A, B, D, ALIGN)
     m_i = tl.full((ROWS,), float("-inf"), tl.float32)
-    l_i, w_i = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    l_i = tl.zeros((ROWS, ONES) if ONES else (ROWS,), tl.float32)
+    w_i = l_i
     centre = tl.zeros((ROWS,), tl.float32)
     oa, ta = tl.zeros((ROWS, A), tl.float32), tl.zeros((ROWS, A), tl.float32)
     if B:
@@ -110,22 +114,25 @@ def _attention_jvp_kernel(
         alpha = tl.exp2(tl.fma(before, unit, reference))
         exact = tl.exp2(tl.fma(s, unit, reference[:, None]))
         p = exact.to(v_ptr.dtype.element_ty)
-        p_sum, w = tl.sum(p.to(tl.float32), 1), p
+        w = p
         if HAS_DS:
             if mask_ptr is not None:  # a query's first key may be in any tile
-                mean = tl.sum(exact * ds, 1) * (scale / tl.where(p_sum == 0.0, 1.0, p_sum))
-                centre = tl.where(l_i == 0.0, mean, centre)
+                sums = tl.sum(exact, 1)
+                mean = tl.sum(exact * ds, 1) * (scale / tl.where(sums == 0.0, 1.0, sums))
+                centre = tl.where(before == float("-inf"), mean, centre)
             elif begin == 0:
-                centre = tl.sum(exact * ds, 1) * (scale / p_sum)
+                centre = tl.sum(exact * ds, 1) * (scale / tl.sum(exact, 1))
             w = (exact * tl.fma(ds, scale, -centre[:, None])).to(p.dtype)
-            w_i = w_i * alpha + tl.sum(w.to(tl.float32), 1)
-        l_i = l_i * alpha + p_sum
+            w_i = _sum(w_i, alpha, w, COLUMNS, ONES, WIDEN)
+        l_i = _sum(l_i, alpha, p, COLUMNS, ONES, WIDEN)
         if B:  # before A: else each warp of a small tile computes all channels of A, and spills
             ob, tb = ob * alpha[:, None], tb * alpha[:, None]
             ob, tb = _values(ob, tb, p, w, v, tv, keys, A, B, HAS_DS, D, WIDEN, ALIGN)
         oa, ta = oa * alpha[:, None], ta * alpha[:, None]
         oa, ta = _values(oa, ta, p, w, v, tv, keys, 0, A, HAS_DS, D, WIDEN, ALIGN)
 
+    if ONES:  # equal columns
+        l_i, w_i = tl.max(l_i, 1), tl.max(w_i, 1)
     inverse = 1.0 / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
     w_mean = w_i[:, None] * inverse
     if lse_ptr is not None:
@@ -195,6 +202,16 @@ def _values(
 
 
 @triton.jit
+def _sum(sums, alpha, x, COLUMNS: tl.constexpr, ONES: tl.constexpr, WIDEN: tl.constexpr):
+    """sums·alpha + Σ x over the keys, (ROWS,), or ONES columns of it."""
+    if ONES:
+        ones = tl.full((COLUMNS, ONES), 1.0, x.dtype)
+        return _dot(x, ones, sums * alpha[:, None], WIDEN)
+    else:
+        return sums * alpha + tl.sum(x.to(tl.float32), 1)
+
+
+@triton.jit
 def _dot(x, y, sums, WIDEN: tl.constexpr):
     """sums + x·y, accumulated in float32."""
     if WIDEN:  # Triton's interpreter cannot multiply bfloat16
@@ -222,6 +239,11 @@ def _tile(q: Tensor, lanes: int) -> dict[str, int]:
     return configuration(name, q.device)
 
 
+def _ones(q: Tensor) -> int:
+    """Columns of ones, the hardware's least; 0 where sums are not products."""
+    return 0 if q.dtype == torch.float32 or has_tensor_memory(q.device) else 8
+
+
 def jvp(
     q, k, v, tq, tk, tv, key_mask, cu, k_cu, max_length, k_max_length, scale=None, causal=False,
     has_lse=False,
@@ -241,7 +263,7 @@ def jvp(
          k_max_length if is_packed else k.shape[1], heads, scale or D**-0.5, Out(0), Out(1),
          Out(2), 1 if is_packed else heads, q.shape[-3]),
         (like(q), like(q), lse), args, D=D, A=A, B=B, ROWS=tile["rows"], COLUMNS=tile["columns"],
-        CHUNK=tile["chunk"], WIDEN=interpreting() and q.dtype == torch.bfloat16,
+        CHUNK=tile["chunk"], ONES=_ones(q), WIDEN=interpreting() and q.dtype == torch.bfloat16,
         GROUP=heads // max(1, k.shape[-2]), CAUSAL=causal,
         num_warps=tile["num_warps"], num_stages=tile["num_stages"],
     )  # fmt: skip

@@ -5,10 +5,10 @@ timings on a GPU that it names, or the resources of the compiled code under a st
 is a guess until somebody times it. `python -m benchmarks tune --write` makes both kinds. "default"
 serves CPUs and GPUs older than every section.
 
-A kernel without an entry for an architecture takes that of the nearest lower one: sm_86 and sm_89
-are served as sm_80, sm_103 as sm_100, and sm_120 where it has none of its own. All of them compile
-without spills within the 99 KiB of shared memory that a program of sm_86, sm_89 and sm_120 has;
-whether any of them is the fastest there, nobody has looked.
+A kernel without an entry for an architecture takes that of the nearest lower one: sm_89 is served
+as sm_86, sm_86 as sm_80, sm_103 and sm_120 as sm_100, each where it has none of its own. All of
+them compile without spills within the 99 KiB of shared memory that a program of sm_86, sm_89 and
+sm_120 has; whether any of them is the fastest there, nobody has looked.
 
 A configuration depends on the kernel and the architecture alone, never on a length, so nothing is
 tuned at run time.
@@ -55,6 +55,11 @@ def architecture(device: torch.device) -> int | None:
     if _forced is not None:
         return _forced
     return _capability(device) if device.type == "cuda" else None
+
+
+def has_tensor_memory(device: torch.device) -> bool:
+    """Whether its tensor cores take products one by one, by tcgen05: sm_100 to sm_119."""
+    return (architecture(device) or 0) // 10 in (10, 11)
 
 
 @functools.cache
