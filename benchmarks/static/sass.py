@@ -222,8 +222,7 @@ def _straight(code: list[tuple[str, str]]) -> Executed:
         double += name in DOUBLE
     return Executed(
         len(code), barriers, rounds, wide, narrow, loaded, stored, lsu, mufu, fma, alu, double,
-        copied if waits else 0, waits,
-        answers + is_multiplying,
+        copied if waits else 0, waits, answers + is_multiplying,
     )  # fmt: skip
 
 
