@@ -1,6 +1,6 @@
 """What is chosen by name: each list once, for type checkers and at run time."""
 
-from typing import Literal, get_args
+from typing import Literal, TypeVar, cast, get_args
 
 Backend = Literal["auto", "reference", "triton", "cuda"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -18,3 +18,15 @@ ORDERS: tuple[RopeOrder, ...] = get_args(RopeOrder)
 
 Condition = Literal["t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r"]  # of the delta embedding
 CONDITIONS: tuple[Condition, ...] = get_args(Condition)
+
+Name = TypeVar("Name", bound=str)
+
+
+def checked(name: str, names: tuple[Name, ...], source: str) -> Name:
+    """
+    Raises:
+        ValueError: it is none of `names`; `source` says whose it is.
+    """
+    if name not in names:
+        raise ValueError(f"{source} must be one of {', '.join(names)}; got {name!r}")
+    return cast(Name, name)

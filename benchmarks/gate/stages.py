@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -63,6 +63,14 @@ class Run:
 
     def leave_out(self, what: str, why: str = "no time was left") -> None:
         self.emit(LeftOut(what, why))
+
+    def emit_all(self, rows: Iterable[Row], rest: str) -> None:
+        """While there is time; `rest` is what is left out then."""
+        for row in rows:
+            self.emit(row)
+            if self.seconds_left < 0:
+                self.leave_out(rest)
+                return
 
     def limits(self) -> Limits:
         """Those that an earlier stage of this run measured, else measured now."""
@@ -211,33 +219,21 @@ def derivative(run: Run) -> None:
     except ImportError as error:  # a bare machine
         run.leave_out("derivative", str(error))
         return
-    for row in rows(run.device, run.dry_run):
-        run.emit(row)
-        if run.seconds_left < 0:
-            run.leave_out("the rest of the derivative")
-            return
+    run.emit_all(rows(run.device, run.dry_run), "the rest of the derivative")
 
 
 def attention(run: Run) -> None:
     """The kernels that attention without a tangent could be: see compare/attention.py."""
     from ..compare.attention import rows
 
-    for row in rows(run.device, run.dry_run):
-        run.emit(row)
-        if run.seconds_left < 0:
-            run.leave_out("the rest of attention's kernels")
-            return
+    run.emit_all(rows(run.device, run.dry_run), "the rest of attention's kernels")
 
 
 def products(run: Run) -> None:
     """Linear layers that take up what follows them: see compare/products.py."""
     from ..compare.products import rows
 
-    for row in rows(run.device, run.dry_run):
-        run.emit(row)
-        if run.seconds_left < 0:
-            run.leave_out("the rest of the products")
-            return
+    run.emit_all(rows(run.device, run.dry_run), "the rest of the products")
 
 
 def fp8(run: Run) -> None:

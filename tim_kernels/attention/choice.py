@@ -12,7 +12,6 @@ import importlib.util
 import os
 import sys
 from types import ModuleType
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from torch.backends import cuda, cudnn
 from ..dispatch.backend import BackendUnavailable
 from ..dispatch.torch_private import constant_when_compiled
 from ..launch.tuning import architecture
-from ..names import ATTENTIONS, Attention
+from ..names import ATTENTIONS, Attention, checked
 
 NEWEST: tuple[Attention, ...] = "flash_attn.cute", "flash_attn_interface", "flash_attn"
 ORDER: dict[int, tuple[Attention, ...]] = {}  # the fastest first, by architectures that were timed
@@ -29,13 +28,9 @@ CAN = {"cudnn": cuda.can_use_cudnn_attention, "flash": cuda.can_use_flash_attent
 WIDEST = {"cudnn": 128, "flash": 256}  # head_dim
 
 
-def _checked(name: str, source: str) -> Attention:
-    if name not in ATTENTIONS:
-        raise ValueError(f"{source} must be one of {', '.join(ATTENTIONS)}; got {name!r}")
-    return cast(Attention, name)
-
-
-_process = _checked(os.environ.get("TIM_KERNELS_ATTENTION", "auto"), "TIM_KERNELS_ATTENTION")
+_process = checked(
+    os.environ.get("TIM_KERNELS_ATTENTION", "auto"), ATTENTIONS, "TIM_KERNELS_ATTENTION"
+)
 
 
 def set_attention(name: Attention) -> None:
@@ -49,7 +44,7 @@ def set_attention(name: Attention) -> None:
         BackendUnavailable: it cannot run here; the message says why.
     """
     global _process
-    name = _checked(name, "the attention")
+    name = checked(name, ATTENTIONS, "the attention")
     if reason := obstacle(name):
         raise BackendUnavailable(f"attention by {name!r} cannot run: {reason}")
     _process = name

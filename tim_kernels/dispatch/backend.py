@@ -17,11 +17,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import cast
 
 import torch
 
-from ..names import BACKENDS, Backend
+from ..names import BACKENDS, Backend, checked
 from . import extension
 from .torch_private import constant_when_compiled
 
@@ -46,27 +45,21 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
-def _checked(name: str, source: str) -> Backend:
-    if name not in BACKENDS:
-        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}; got {name!r}")
-    return cast(Backend, name)
-
-
-_process = _checked(os.environ.get("TIM_KERNELS_BACKEND", "auto"), "TIM_KERNELS_BACKEND")
+_process = checked(os.environ.get("TIM_KERNELS_BACKEND", "auto"), BACKENDS, "TIM_KERNELS_BACKEND")
 _thread = threading.local()
 
 
 def set_backend(name: Backend) -> None:
     """Choose "auto", "reference", "triton" or "cuda" for the whole process."""
     global _process
-    _process = _checked(name, "the backend")
+    _process = checked(name, BACKENDS, "the backend")
 
 
 @contextlib.contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
     """Choose a backend for the enclosed code, in this thread only."""
     before = getattr(_thread, "backend", None)
-    _thread.backend = _checked(name, "the backend")
+    _thread.backend = checked(name, BACKENDS, "the backend")
     try:
         yield
     finally:

@@ -8,27 +8,20 @@ SwiGLU, its derivative, or the gated residual, so that what they feed is never w
 import functools
 import os
 from types import ModuleType
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..dispatch.backend import BackendUnavailable
 from ..dispatch.torch_private import is_forward_mode, is_functorch_active
-from ..names import LINEARS, Linear
+from ..names import LINEARS, Linear, checked
 
 HALVES = torch.bfloat16, torch.float16
 AUTOCAST = "cpu", "cuda"
 UNIT = 8  # channels: rows begin at multiples of 16 bytes
 
 
-def _checked(name: str, source: str) -> Linear:
-    if name not in LINEARS:
-        raise ValueError(f"{source} must be one of {', '.join(LINEARS)}; got {name!r}")
-    return cast(Linear, name)
-
-
-_process = _checked(os.environ.get("TIM_KERNELS_LINEAR", "torch"), "TIM_KERNELS_LINEAR")
+_process = checked(os.environ.get("TIM_KERNELS_LINEAR", "torch"), LINEARS, "TIM_KERNELS_LINEAR")
 
 
 def set_linear(name: Linear) -> None:
@@ -45,7 +38,7 @@ def set_linear(name: Linear) -> None:
         BackendUnavailable: it cannot run here; the message says why.
     """
     global _process
-    name = _checked(name, "the library of linear layers")
+    name = checked(name, LINEARS, "the library of linear layers")
     if reason := obstacle(name):
         raise BackendUnavailable(f"linear layers by {name!r} cannot run: {reason}")
     _process = name
