@@ -14,6 +14,7 @@ from torch.backends import cuda
 import tim_kernels
 from tim_kernels import BackendUnavailable, attention, set_attention
 from tim_kernels.attention import choice, op, packed
+from tim_kernels.linear import choice as linear
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +22,7 @@ def automatic():
     """Before and after, whatever a test chose or changed."""
     choice._module.cache_clear()
     yield
-    for each in (choice._module, packed.has_varlen):
+    for each in (choice._module, packed.has_varlen, linear.obstacle):  # explain() asks them all
         each.cache_clear()
     set_attention("auto")
 
