@@ -36,7 +36,7 @@ def load_heads(
     ALIGN: tl.constexpr,
 ):  # fmt: skip
     if view[0] is None:
-        return None
+        return
     else:
         start, offset = _offset(view, at, ALIGN)
         return load_chunks(view[0] + start, offset, at[5], D, K, P, B)
@@ -49,7 +49,7 @@ def load_shift(
 ):  # fmt: skip
     shift_ptr, shift_s = shift
     if shift_ptr is None:
-        return None
+        return
     else:
         return load_chunks(shift_ptr + at[0] * shift_s * ALIGN, at[4] * D, at[5], D, K, P, B)
 
@@ -60,7 +60,7 @@ def load_weight(
 ):  # fmt: skip
     """(D,) for each row, so that threads have it where they have the rows."""
     if ptr is None:
-        return None
+        return
     else:
         return load_chunks(ptr, at[4] * 0, at[5], D, K, P, B)
 
@@ -157,10 +157,8 @@ def backward_heads(
         at = sample, first + begin, first_out + begin, token, head, is_row
         gradient = load_heads(dy, at, D, K, P, B, ALIGN)
         if weight_ptr is not None:
-            rows, row = (
-                load_heads(x, at, D, K, P, B, ALIGN),
-                load_shift(shift, at, D, K, P, B, ALIGN),
-            )
+            rows = load_heads(x, at, D, K, P, B, ALIGN)
+            row = load_shift(shift, at, D, K, P, B, ALIGN)
             xa, xb = _add(rows, row)
             weight = load_weight(weight_ptr, at, D, K, P, B)
         turn = axial_turn(frequencies, positions, sample, first, n, n < stop)

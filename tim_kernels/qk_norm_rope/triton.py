@@ -36,7 +36,9 @@ from .heads import backward_heads, forward_heads, jvp_heads, load_heads, load_sh
 from .positions import is_rotated, period_of, periods_of
 from .rotation import axial_turn, load_frequencies
 
-REGISTERS = 168  # of a thread in backward, so that a multiprocessor holds 12 warps
+# The most of a thread with both q and k, so that a multiprocessor holds 12 and 16 warps; without
+# these compilers take more, or fewer and spill.
+REGISTERS = {"backward": 168, "jvp": 128}
 
 
 @kernel
@@ -135,31 +137,42 @@ def _qk_norm_rope_jvp_kernel(
     token, begin = row // HB, tile * T
     for head in range(0, H, HB):
         at = sample, first + begin, first_out + begin, token, head + row % HB, begin + token < span
+        # what only these rows have first
+        q_rows = load_heads(q, at, D, K, P, B, ALIGN)
+        tq_rows = load_heads(tq, at, D, K, P, B, ALIGN)
+        k_rows = load_heads(k, at, D, K, P, B, ALIGN)
+        tk_rows = load_heads(tk, at, D, K, P, B, ALIGN)
         jvp_heads(
-            load_heads(q, at, D, K, P, B, ALIGN), load_shift(q_shift, at, D, K, P, B, ALIGN),
-            load_weight(q_weight_ptr, at, D, K, P, B), load_heads(tq, at, D, K, P, B, ALIGN),
-            load_shift(tq_shift, at, D, K, P, B, ALIGN),
+            q_rows, load_shift(q_shift, at, D, K, P, B, ALIGN),
+            load_weight(q_weight_ptr, at, D, K, P, B),
+            tq_rows, load_shift(tq_shift, at, D, K, P, B, ALIGN),
             load_weight(tq_weight_ptr, at, D, K, P, B), load_weight(tq_bias_ptr, at, D, K, P, B),
             eps, turn, tq_out_ptr, at, H, D, K, P, B, LANES, T,
         )  # fmt: skip
         if k_ptr is not None:
             jvp_heads(
-                load_heads(k, at, D, K, P, B, ALIGN), load_shift(k_shift, at, D, K, P, B, ALIGN),
-                load_weight(k_weight_ptr, at, D, K, P, B), load_heads(tk, at, D, K, P, B, ALIGN),
-                load_shift(tk_shift, at, D, K, P, B, ALIGN),
+                k_rows, load_shift(k_shift, at, D, K, P, B, ALIGN),
+                load_weight(k_weight_ptr, at, D, K, P, B),
+                tk_rows, load_shift(tk_shift, at, D, K, P, B, ALIGN),
                 load_weight(tk_weight_ptr, at, D, K, P, B),
                 load_weight(tk_bias_ptr, at, D, K, P, B),
                 eps, turn, tk_out_ptr, at, H, D, K, P, B, LANES, T,
             )  # fmt: skip
 
 
-def _tile(direction: str, x) -> dict[str, int]:
+def _tile(direction: str, q, k) -> dict[str, int]:
     """The constants of a kernel over tiles of tokens × heads."""
-    elements, num_warps = tuned(f"qk_norm_rope.{direction}", x.device)
-    H, D = x.shape[-2:]
+    elements, num_warps = tuned(f"qk_norm_rope.{direction}", q.device)
+    if direction == "forward" and k is None:  # half the registers
+        num_warps = max(1, num_warps // 2)
+    H, D = q.shape[-2:]
     rows = 2 ** min(6, max(0, (elements // sum(pieces(D))).bit_length() - 1))
     HB = min(H & -H, 16, rows)  # the heads of a tile: a power of two that divides H
-    return dict(H=H, D=D, **chunks(D, x.element_size()), T=rows // HB, HB=HB, num_warps=num_warps)
+    tile = dict(H=H, D=D, **chunks(D, q.element_size()), T=rows // HB, HB=HB, num_warps=num_warps)
+    a_thread = rows * sum(pieces(D)) / (32 * num_warps)
+    if direction in REGISTERS and k is not None and q.element_size() == 2 and a_thread <= 18:
+        tile["maxnreg"] = REGISTERS[direction]
+    return tile
 
 
 def _positions(args: tuple, first: int) -> list:
@@ -179,7 +192,7 @@ def _positions(args: tuple, first: int) -> list:
 def forward(*args):
     """(q', k'), an empty tensor for k' if there is no k."""
     q, k, *_, eps, cu, max_length = args
-    tile = _tile("forward", q)
+    tile = _tile("forward", q, k)
     programs, length, tiles = token_grid(q, cu, max_length, tile["T"])
     return launch(
         _qk_norm_rope_forward_kernel, (programs,),
@@ -195,11 +208,8 @@ def _backward(args: tuple, q_and_k: list[In], targets: list, made: tuple, of: tu
     pointer and three strides, which are of those `made`. The sums of the rows' gradients come last:
     shifts (2, samples, heads·head_dim) for q and k, affine (4, head_dim) for q's weight and bias
     and k's, both float32. What nobody asked for is empty or unset."""
-    _, _, q, _, q_weight, k_weight, q_shift, k_shift, *_, eps, cu, max_length = args
-    (H, D), tile, is_packed = q.shape[-2:], _tile("backward", q), cu is not None
-    a_thread = tile["T"] * tile["HB"] * (tile["K"] * tile["P"] + tile["B"]) / tile["num_warps"] / 32
-    if a_thread <= 18 and q.element_size() == 2:
-        tile["maxnreg"] = REGISTERS
+    _, _, q, k, q_weight, k_weight, q_shift, k_shift, *_, eps, cu, max_length = args
+    (H, D), tile, is_packed = q.shape[-2:], _tile("backward", q, k), cu is not None
     columns = H // tile["HB"]
     tokens = tokens_to_reduce(q, cu, max_length, tile["num_warps"], tile["T"], columns)
     programs, length, tiles = token_grid(q, cu, max_length, tokens)
@@ -255,7 +265,7 @@ def packed_backward(*args):
 def jvp(*args):
     """Tangents of (q', k'); a tangent that is None is zero."""
     q, k, *_, eps, cu, max_length = args[:15]
-    tile, is_packed = _tile("jvp", q), cu is not None
+    tile, is_packed = _tile("jvp", q, k), cu is not None
     programs, length, tiles = token_grid(q, cu, max_length, tile["T"])
     return launch(
         _qk_norm_rope_jvp_kernel, (programs,),
