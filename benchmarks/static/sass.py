@@ -189,6 +189,7 @@ def _straight(code: list[tuple[str, str]]) -> Executed:
     answers, is_multiplying = 0, False
     coming: set[int] = set()  # registers that a load under way will write
     is_copying = any(operation.startswith("LDGSTS") for operation, _ in code)  # by cp.async
+    groups = max(1, sum(operation == "LDGDEPBAR" for operation, _ in code))  # of copies, a trip
     for operation, operands in code:
         name, *modifiers = operation.split(".")
         registers = [int(number) for number in REGISTER.findall(operands)]
@@ -199,7 +200,7 @@ def _straight(code: list[tuple[str, str]]) -> Executed:
             if begun and not left:  # nothing ahead: as loads
                 copied, begun, rounds = copied - begun, 0, rounds + 1
             else:
-                waits += 1 / (1 + left)
+                waits += 1 / (1 + left / groups)
         if name in GLOBAL | SHARED:
             size = _size(name, modifiers)
             lsu += max(1, size / LANE)

@@ -21,6 +21,15 @@ from torch import Tensor
 
 from ..launch.calls import Made, Out, like
 from ..launch.grid import kernel, launch
+from ..launch.lanes import (
+    chunks,
+    load_chunks,
+    normalise_chunks,
+    normalise_chunks_linear,
+    store_chunks,
+    store_vector,
+    sum_of_rows,
+)
 from ..launch.rows import (
     load_row,
     load_rows,
@@ -29,16 +38,16 @@ from ..launch.rows import (
     normalise_linear,
     only_channels,
     pieces,
-    store_row,
     store_rows,
     store_rows_fp8,
-    sum_rows,
     tile_rows,
 )
 from ..launch.shares import samples_and_length, token_grid, tokens_to_reduce
 from ..launch.tuning import tuned
 from ..launch.views import In, view_cond, view_modulation, view_tokens, view_vectors
 from .forms import is_of_token, sums
+
+COPIES = 96 * 1024  # bytes of shared memory that a program of backward may take
 
 
 @triton.jit
@@ -100,6 +109,22 @@ def _ada_layer_norm_forward_kernel(
             store_rows_fp8(y_ptr, fp8_scale_ptr, row_out, is_row, ya, yb, C, A, B)
 
 
+@triton.jit
+def _load_float(
+    ptr, sample, stride_b, row, stride_n, is_row, ALIGN: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, P: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Rows of a sample's view in the chunks of lanes.py, or its one row for each of them where
+    stride_n is None; zeros if ptr is None."""
+    R: tl.constexpr = row.shape[0]
+    if ptr is None:
+        return tl.zeros((K, R, P), tl.float32), tl.zeros((R, B), tl.float32)
+    else:
+        offset = row * 0 if stride_n is None else row * stride_n * ALIGN
+        a, b = load_chunks(ptr + sample * stride_b * ALIGN, offset, is_row, C, K, P, B)
+        return a.to(tl.float32), b.to(tl.float32)
+
+
 @kernel
 def _ada_layer_norm_backward_kernel(
     cu_ptr, length, tiles, tokens_per_program,
@@ -107,92 +132,93 @@ def _ada_layer_norm_backward_kernel(
     gate_ptr, gate_s, gate_n, bias_ptr, bias_s, scale_ptr, scale_s, scale_n,
     weight_ptr, norm_bias_ptr,
     dx_ptr, dbranch_ptr, dgate_ptr, dscale_ptr, partial_ptr, partial_step, eps,
-    IS_RMS: tl.constexpr,
-    C: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
+    IS_RMS: tl.constexpr, C: tl.constexpr, K: tl.constexpr, P: tl.constexpr, B: tl.constexpr,
+    LANES: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     GATE_OF_TOKEN: tl.constexpr = gate_n is not None
     SCALE_OF_TOKEN: tl.constexpr = scale_n is not None
     sample, tile, first, first_out, span = locate(cu_ptr, length, tiles)
     start = tile * tokens_per_program
     stop = min(start + tokens_per_program, span)
+    lane = tl.arange(0, ROWS)
+    always = lane >= 0
     if not SCALE_OF_TOKEN:
-        scale_a, scale_b = load_row(scale_ptr, sample, scale_s, ALIGN, C, A, B)
+        scale_a, scale_b = _load_float(
+            scale_ptr, sample, scale_s, lane, None, always, ALIGN, C, K, P, B
+        )
     if gate_ptr is None:
         ga, gb = 1.0, 1.0
     elif not GATE_OF_TOKEN:
-        ga, gb = load_row(gate_ptr, sample, gate_s, ALIGN, C, A, B)
-    bias_a, bias_b = load_row(bias_ptr, sample, bias_s, ALIGN, C, A, B)
+        ga, gb = _load_float(gate_ptr, sample, gate_s, lane, None, always, ALIGN, C, K, P, B)
+    bias_a, bias_b = _load_float(bias_ptr, sample, bias_s, lane, None, always, ALIGN, C, K, P, B)
     if weight_ptr is None:
         wa, wb = 1.0, 1.0
     else:
-        wa, wb = _load_vector(weight_ptr, C, A, B)
-    total_a, total_b = tl.zeros((A,), tl.float32), tl.zeros((B,), tl.float32)
-    along_a, along_b = tl.zeros((A,), tl.float32), tl.zeros((B,), tl.float32)
-    dgate_a, dgate_b = tl.zeros((A,), tl.float32), tl.zeros((B,), tl.float32)
-    dbias_a, dbias_b = tl.zeros((A,), tl.float32), tl.zeros((B,), tl.float32)
-    dnorm_a, dnorm_b = tl.zeros((A,), tl.float32), tl.zeros((B,), tl.float32)
-    for begin in range(start, stop, ROWS):
-        n = begin + tl.arange(0, ROWS)
-        is_row = n < stop
-        row, row_out = first + n, first_out + n
-        # loads before the first use: half the waits, a fifth fewer registers (but for scale)
-        ra, rb = load_rows(branch_ptr, sample, branch_b, row, branch_n, is_row, ALIGN, C, A, B)
+        wa, wb = _load_float(weight_ptr, 0, 0, lane, None, always, 1, C, K, P, B)
+    za, zb = tl.zeros((K, P), tl.float32), tl.zeros((B,), tl.float32)
+    total_a, total_b, along_a, along_b, dgate_a, dgate_b = za, zb, za, zb, za, zb
+    dbias_a, dbias_b, dnorm_a, dnorm_b = za, zb, za, zb
+    for begin in tl.range(start, stop, ROWS, num_stages=STAGES):
+        is_row = always if ROWS == 1 else begin + lane < stop
+        row, row_out = first + begin + lane, (first_out + begin + lane) * C
+        ra, rb = _load_float(branch_ptr, sample, branch_b, row, branch_n, is_row, ALIGN, C, K, P, B)
         if dy_ptr is not None:
-            xa, xb = load_rows(x_ptr, sample, x_b, row, x_n, is_row, ALIGN, C, A, B)
-            ya, yb = load_rows(dy_ptr, sample, dy_b, row, dy_n, is_row, ALIGN, C, A, B)
-        da, db = load_rows(dout_ptr, sample, dout_b, row, dout_n, is_row, ALIGN, C, A, B)
+            xa, xb = _load_float(x_ptr, sample, x_b, row, x_n, is_row, ALIGN, C, K, P, B)
+            ya, yb = _load_float(dy_ptr, sample, dy_b, row, dy_n, is_row, ALIGN, C, K, P, B)
+        da, db = _load_float(dout_ptr, sample, dout_b, row, dout_n, is_row, ALIGN, C, K, P, B)
         if GATE_OF_TOKEN:
-            ga, gb = load_rows(gate_ptr, sample, gate_s, row, gate_n, is_row, ALIGN, C, A, B)
+            ga, gb = _load_float(gate_ptr, sample, gate_s, row, gate_n, is_row, ALIGN, C, K, P, B)
         ra, rb = ra + bias_a, rb + bias_b
         if dy_ptr is not None:
-            xa, xb, rstd = normalise(xa + ga * ra, xb + gb * rb, eps, C, A, B, IS_RMS=IS_RMS)
-            sum_a, sum_b = sum_rows(is_row, ya, yb)
+            xa, xb = xa + ga * ra, xb + gb * rb
+            xa, xb, rstd = normalise_chunks(xa, xb, eps, C, LANES, IS_RMS)
+            sum_a, sum_b = sum_of_rows(is_row, ya, yb)
             total_a, total_b = total_a + sum_a, total_b + sum_b
             if SCALE_OF_TOKEN:
-                scale_a, scale_b = load_rows(
-                    scale_ptr, sample, scale_s, row, scale_n, is_row, ALIGN, C, A, B
+                scale_a, scale_b = _load_float(
+                    scale_ptr, sample, scale_s, row, scale_n, is_row, ALIGN, C, K, P, B
                 )
-                na, nb = _load_vector(norm_bias_ptr, C, A, B)
+                na, nb = _load_float(norm_bias_ptr, 0, 0, lane, None, always, 1, C, K, P, B)
                 sa, sb = ya * (xa * wa + na), yb * (xb * wb + nb)
-                store_rows(dscale_ptr, row_out, is_row, sa, sb, C, A, B)
+                store_chunks(dscale_ptr, row_out, is_row, sa, sb, C, K, P, B)
                 ya, yb = ya * (1 + scale_a), yb * (1 + scale_b)
                 if norm_bias_ptr is not None:
-                    sum_a, sum_b = sum_rows(is_row, ya, yb)
+                    sum_a, sum_b = sum_of_rows(is_row, ya, yb)
                     dnorm_a, dnorm_b = dnorm_a + sum_a, dnorm_b + sum_b
             if not SCALE_OF_TOKEN or weight_ptr is not None:
-                sum_a, sum_b = sum_rows(is_row, ya * xa, yb * xb)
+                sum_a, sum_b = sum_of_rows(is_row, ya * xa, yb * xb)
                 along_a, along_b = along_a + sum_a, along_b + sum_b
             if not SCALE_OF_TOKEN:
                 ya, yb = ya * (1 + scale_a), yb * (1 + scale_b)
             if weight_ptr is not None:
                 ya, yb = ya * wa, yb * wb
-            ya, yb = normalise_linear(xa, xb, rstd, ya, yb, C, IS_RMS=IS_RMS)
+            ya, yb = normalise_chunks_linear(xa, xb, rstd, ya, yb, C, LANES, IS_RMS)
             da, db = da + ya, db + yb
-        store_rows(dx_ptr, row_out, is_row, da, db, C, A, B)
+        store_chunks(dx_ptr, row_out, is_row, da, db, C, K, P, B)
         if branch_ptr is not None:
-            store_rows(dbranch_ptr, row_out, is_row, da * ga, db * gb, C, A, B)
+            store_chunks(dbranch_ptr, row_out, is_row, da * ga, db * gb, C, K, P, B)
             if GATE_OF_TOKEN:
-                store_rows(dgate_ptr, row_out, is_row, da * ra, db * rb, C, A, B)
+                store_chunks(dgate_ptr, row_out, is_row, da * ra, db * rb, C, K, P, B)
             elif gate_ptr is not None:
-                sum_a, sum_b = sum_rows(is_row, da * ra, db * rb)
+                sum_a, sum_b = sum_of_rows(is_row, da * ra, db * rb)
                 dgate_a, dgate_b = dgate_a + sum_a, dgate_b + sum_b
             if bias_ptr is not None:
-                sum_a, sum_b = sum_rows(is_row, da * ga, db * gb)
+                sum_a, sum_b = sum_of_rows(is_row, da * ga, db * gb)
                 dbias_a, dbias_b = dbias_a + sum_a, dbias_b + sum_b
 
     partial_ptr += tl.program_id(0).to(tl.int64) * C  # (4 or 5, programs, C), in this order:
     step = tl.cast(partial_step, tl.int64) * C
     if dy_ptr is not None:
-        store_row(partial_ptr, total_a, total_b, C, A, B)
+        store_vector(partial_ptr, total_a, total_b, C, K, P, B)
         if not SCALE_OF_TOKEN or weight_ptr is not None:
-            store_row(partial_ptr + step, along_a, along_b, C, A, B)
+            store_vector(partial_ptr + step, along_a, along_b, C, K, P, B)
     if branch_ptr is not None:
         if gate_ptr is not None and not GATE_OF_TOKEN:
-            store_row(partial_ptr + 2 * step, dgate_a, dgate_b, C, A, B)
+            store_vector(partial_ptr + 2 * step, dgate_a, dgate_b, C, K, P, B)
         if bias_ptr is not None:
-            store_row(partial_ptr + 3 * step, dbias_a, dbias_b, C, A, B)
+            store_vector(partial_ptr + 3 * step, dbias_a, dbias_b, C, K, P, B)
     if SCALE_OF_TOKEN and norm_bias_ptr is not None:
-        store_row(partial_ptr + 4 * step, dnorm_a, dnorm_b, C, A, B)
+        store_vector(partial_ptr + 4 * step, dnorm_a, dnorm_b, C, K, P, B)
 
 
 @kernel
@@ -263,6 +289,18 @@ def _tile(direction: str, x: Tensor, norm: str | None) -> dict[str, int]:
     return dict(C=C, A=A, B=B, ROWS=tile_rows(C, elements), IS_RMS=is_rms, num_warps=num_warps)
 
 
+def _backward_tile(x: Tensor, branch: Tensor | None, norm: str | None) -> dict[str, int]:
+    """Rows in the chunks of lanes.py, two trips ahead where their copies fit into shared memory."""
+    tile = _tile("backward", x, norm)
+    width = tile.pop("A") + tile.pop("B")
+    tile |= chunks(x.shape[-1], x.element_size(), 32 * tile["num_warps"])
+    copies = 6 * width * tile["ROWS"] * x.element_size()  # of rows and their conditioning
+    tile["STAGES"] = max(1, min(3, COPIES // copies))
+    if norm == "rms" and branch is None and x.element_size() == 2:
+        tile["maxnreg"] = 168  # by itself a compiler takes fewer and spills
+    return tile
+
+
 def forward(*args):
     """(x', y), either of them an empty tensor where the op does not make it."""
     x, *_, norm, _, _ = args
@@ -298,9 +336,7 @@ def backward(*args):
     and loses nothing to its rounding. Gradients nobody has are empty or unset.
     """
     _, _, x, branch, gate, _, scale, _, norm_bias, eps, norm, cu, max_length = args
-    tile = _tile("backward", x, norm)
-    if is_of_token(scale) and tile["A"] + tile["B"] <= 3072:  # as 16 warps these spill
-        tile["num_warps"] = min(8, tile["num_warps"])
+    tile = _backward_tile(x, branch, norm)
     tokens = tokens_to_reduce(x, cu, max_length, tile["num_warps"], tile["ROWS"])
     programs, length, tiles = token_grid(x, cu, max_length, tokens)
     samples, _ = samples_and_length(x, cu, max_length)

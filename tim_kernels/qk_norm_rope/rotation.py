@@ -8,6 +8,11 @@ HALF_PI = tl.constexpr(1.5707963267948966)
 
 
 @triton.jit
+def _apart(x):
+    return tl.sum(tl.expand_dims(x, -1), len(x.shape))
+
+
+@triton.jit
 def _cos_sin(angle):
     """cos and sin of a float32 angle to float32 accuracy, at any angle that a position can make.
 
@@ -30,52 +35,73 @@ def _cos_sin(angle):
     new_cos, new_sin = tl.where(is_odd, sin, cos), tl.where(is_odd, cos, sin)
     new_cos = tl.where(((turns + 1) & 2) != 0, -new_cos, new_cos)
     new_sin = tl.where((turns & 2) != 0, -new_sin, new_sin)
-    return tl.sum(new_cos[:, :, None], 2), tl.sum(new_sin[:, :, None], 2)
+    return _apart(new_cos), _apart(new_sin)
 
 
 @triton.jit
-def axial_turn(
-    positions, sample, first, n, is_n,
-    D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr,
+def load_frequencies(
+    freq_ptr, D: tl.constexpr, K: tl.constexpr, P: tl.constexpr, B: tl.constexpr
 ):  # fmt: skip
-    """(cos, sin, cos, sin) of the pairs of both pieces, (T, A/2) and (T, B/2), of tokens n."""
-    position_ptr, position_b, period, periods_ptr, periods_s, freq_ptr = positions
-    if position_ptr is not None:
-        at = position_ptr + sample * position_b + (first + n) * 2
-        p0 = tl.load(at, mask=is_n, other=0).to(tl.float32)
-        p1 = tl.load(at + 1, mask=is_n, other=0).to(tl.float32)
+    """(pairs, frequencies) of both pieces, (K, 1, P/2) and (1, B/2); None without RoPE."""
+    if freq_ptr is None:
+        return None
     else:
-        if periods_ptr is not None:
-            period = tl.load(periods_ptr + sample * periods_s).to(tl.int32)
-        period = tl.maximum(period, 1)
-        p0, p1 = (n % period).to(tl.float32), (n // period).to(tl.float32)
-    F: tl.constexpr = D // 4
-    pair_a, pair_b = tl.arange(0, A // 2), A // 2 + tl.arange(0, B // 2)
-    freq_a, freq_b = tl.load(freq_ptr + pair_a % F), tl.load(freq_ptr + pair_b % F)
-    p0, p1 = p0[:, None], p1[:, None]
-    angle_a = tl.where((pair_a < F)[None, :], p0, p1) * freq_a[None, :]
-    angle_b = tl.where((pair_b < F)[None, :], p0, p1) * freq_b[None, :]
-    cos_a, sin_a = _cos_sin(angle_a)
-    cos_b, sin_b = _cos_sin(angle_b)
-    return cos_a, sin_a, cos_b, sin_b
+        F: tl.constexpr = D // 4
+        pair_a = tl.arange(0, K)[:, None, None] * (P // 2) + tl.arange(0, P // 2)[None, None, :]
+        pair_b = (K * P // 2 + tl.arange(0, B // 2))[None, :]
+        return (
+            pair_a < F,
+            tl.load(freq_ptr + pair_a % F),
+            pair_b < F,
+            tl.load(freq_ptr + pair_b % F),
+        )
 
 
 @triton.jit
-def _rotate_piece(x, cos, sin, T: tl.constexpr, HB: tl.constexpr, P: tl.constexpr):
-    even, odd = tl.split(tl.reshape(x, (T, HB, P // 2, 2)))
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (T * HB, P))
+def axial_turn(frequencies, positions, sample, first, n, is_n):
+    """(cos, sin, cos, sin) of the pairs of both pieces, (K, T, P/2) and (T, B/2), of tokens n."""
+    if frequencies is None:
+        return None
+    else:
+        position_ptr, position_b, period, periods_ptr, periods_s, _ = positions
+        if position_ptr is not None:
+            at = position_ptr + sample * position_b + (first + n) * 2
+            p0 = tl.load(at, mask=is_n, other=0).to(tl.float32)
+            p1 = tl.load(at + 1, mask=is_n, other=0).to(tl.float32)
+        else:
+            if periods_ptr is not None:
+                period = tl.load(periods_ptr + sample * periods_s).to(tl.int32)
+            period = tl.maximum(period, 1)
+            p0, p1 = (n % period).to(tl.float32), (n // period).to(tl.float32)
+        is_first_a, freq_a, is_first_b, freq_b = frequencies
+        angle_a = tl.where(is_first_a, p0[None, :, None], p1[None, :, None]) * freq_a
+        angle_b = tl.where(is_first_b, p0[:, None], p1[:, None]) * freq_b
+        cos_a, sin_a = _cos_sin(angle_a)
+        cos_b, sin_b = _cos_sin(angle_b)
+        return cos_a, sin_a, cos_b, sin_b
 
 
 @triton.jit
-def rotate(
-    xa, xb, turn, sign,
-    T: tl.constexpr, HB: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
-    """Rows turned by their token's angles, or back if sign is −1; as they are if turn is None."""
+def _turned(x, cos, sin):
+    """Pairs of the last axis."""
+    even, odd = tl.split(x)
+    return tl.join(even * cos - odd * sin, even * sin + odd * cos)
+
+
+@triton.jit
+def rotate(xa, xb, turn, sign, T: tl.constexpr):
+    """Rows (K, T·heads, P) and (T·heads, B) turned by their token's angles, or back if sign is −1;
+    as they are if turn is None."""
     if turn is None:
         return xa, xb
     else:
         cos_a, sin_a, cos_b, sin_b = turn
-        xa = _rotate_piece(xa, cos_a, sin_a * sign, T, HB, A)
-        return xa, _rotate_piece(xb, cos_b, sin_b * sign, T, HB, B)
+        K: tl.constexpr = xa.shape[0]
+        HB: tl.constexpr = xa.shape[1] // T
+        P: tl.constexpr = xa.shape[2]
+        B: tl.constexpr = xb.shape[1]
+        ya = tl.reshape(xa, (K, T, HB, P // 2, 2))
+        ya = _turned(ya, cos_a[:, :, None, :], sign * sin_a[:, :, None, :])
+        yb = tl.reshape(xb, (T, HB, B // 2, 2))
+        yb = _turned(yb, cos_b[:, None, :], sign * sin_b[:, None, :])
+        return tl.reshape(ya, xa.shape), tl.reshape(yb, xb.shape)

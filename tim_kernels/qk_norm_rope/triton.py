@@ -25,15 +25,20 @@ import triton.language as tl
 
 from ..launch.calls import Made, Out, like
 from ..launch.grid import kernel, launch
+from ..launch.lanes import chunks
 from ..launch.rows import locate, pieces
 from ..launch.shares import samples_and_length, token_grid, tokens_to_reduce
 from ..launch.tuning import tuned
 from ..launch.views import In, contiguous_strides, view_cond, view_heads, view_vectors
 from .frequencies import frequencies
 from .gradients import QKV, as_backward, filled, of_qkv, slot
-from .heads import backward_heads, forward_heads, jvp_heads, locate_tokens
+from .heads import backward_heads, forward_heads, jvp_heads, load_heads, load_shift, load_weight
 from .positions import is_rotated, period_of, periods_of
-from .rotation import axial_turn
+from .rotation import axial_turn, load_frequencies
+
+# The most of a thread with both q and k, so that a multiprocessor holds 12 and 16 warps; without
+# these compilers take more, or fewer and spill.
+REGISTERS = {"backward": 168, "jvp": 128}
 
 
 @kernel
@@ -42,24 +47,37 @@ def _qk_norm_rope_forward_kernel(
     q_weight_ptr, q_bias_ptr, k_weight_ptr, k_bias_ptr,
     q_shift_ptr, q_shift_s, k_shift_ptr, k_shift_s,
     position_ptr, position_b, period, periods_ptr, periods_s, freq_ptr,
-    q_out_ptr, k_out_ptr, eps, H: tl.constexpr, D: tl.constexpr, A: tl.constexpr,
-    B: tl.constexpr, T: tl.constexpr, HB: tl.constexpr, ALIGN: tl.constexpr,
+    q_out_ptr, k_out_ptr, eps, H: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
+    P: tl.constexpr, B: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr, HB: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     positions = position_ptr, position_b, period, periods_ptr, periods_s, freq_ptr
     q, q_shift = (q_ptr, q_b, q_n, q_h), (q_shift_ptr, q_shift_s)
     k, k_shift = (k_ptr, k_b, k_n, k_h), (k_shift_ptr, k_shift_s)
-    q_norm, k_norm = (q_weight_ptr, q_bias_ptr, eps), (k_weight_ptr, k_bias_ptr, eps)
     sample, tile, first, first_out, span = locate(cu_ptr, length, tiles)
-    n, row, row_out, is_row = locate_tokens(first, first_out, tile * T, span, T, HB)
-    if freq_ptr is None:
-        turn = None
-    else:
-        turn = axial_turn(positions, sample, first, n, n < span, D, A, B, ALIGN)
-    for begin in range(0, H, HB):
-        at = sample, row, row_out, begin + tl.arange(0, T * HB) % HB, is_row
-        forward_heads(q, q_shift, q_norm, turn, q_out_ptr, at, H, D, A, B, T, HB, ALIGN)
+    n = tile * T + tl.arange(0, T)
+    frequencies = load_frequencies(freq_ptr, D, K, P, B)
+    turn = axial_turn(frequencies, positions, sample, first, n, n < span)
+    row = tl.arange(0, T * HB)
+    token, begin = row // HB, tile * T
+    for head in range(0, H, HB):
+        at = sample, first + begin, first_out + begin, token, head + row % HB, begin + token < span
+        # all loads before the first use
+        q_rows = load_heads(q, at, D, K, P, B, ALIGN)
+        q_row = load_shift(q_shift, at, D, K, P, B, ALIGN)
+        q_weight = load_weight(q_weight_ptr, at, D, K, P, B)
+        q_bias = load_weight(q_bias_ptr, at, D, K, P, B)
+        k_rows = load_heads(k, at, D, K, P, B, ALIGN)
+        k_row = load_shift(k_shift, at, D, K, P, B, ALIGN)
+        k_weight = load_weight(k_weight_ptr, at, D, K, P, B)
+        k_bias = load_weight(k_bias_ptr, at, D, K, P, B)
+        forward_heads(
+            q_rows, q_row, q_weight, q_bias, eps, turn, q_out_ptr, at, H, D, K, P, B, LANES, T
+        )
         if k_ptr is not None:
-            forward_heads(k, k_shift, k_norm, turn, k_out_ptr, at, H, D, A, B, T, HB, ALIGN)
+            forward_heads(
+                k_rows, k_row, k_weight, k_bias, eps, turn, k_out_ptr, at, H, D, K, P, B, LANES, T
+            )
 
 
 @kernel
@@ -71,8 +89,8 @@ def _qk_norm_rope_backward_kernel(
     position_ptr, position_b, period, periods_ptr, periods_s, freq_ptr,
     dq_ptr, dq_b, dq_n, dq_h, dk_ptr, dk_b, dk_n, dk_h,
     q_dshift_ptr, k_dshift_ptr, q_affine_ptr, k_affine_ptr, step, eps,
-    H: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
-    HB: tl.constexpr, ALIGN: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, K: tl.constexpr, P: tl.constexpr, B: tl.constexpr,
+    LANES: tl.constexpr, T: tl.constexpr, HB: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     positions = position_ptr, position_b, period, periods_ptr, periods_s, freq_ptr
     sample, tile, first, first_out, span = locate(cu_ptr, length, tiles)
@@ -82,13 +100,15 @@ def _qk_norm_rope_backward_kernel(
         backward_heads(
             (dq_out_ptr, dq_out_b, dq_out_n, dq_out_h), (q_ptr, q_b, q_n, q_h),
             (q_shift_ptr, q_shift_s), (q_weight_ptr, eps), positions, (dq_ptr, dq_b, dq_n, dq_h),
-            q_dshift_ptr, q_affine_ptr, step, tokens, H, D, A, B, T, HB, ALIGN,
+            q_dshift_ptr, q_affine_ptr, step, tokens,
+            H, D, K, P, B, LANES, T, HB, ALIGN,
         )  # fmt: skip
     if dk_out_ptr is not None:
         backward_heads(
             (dk_out_ptr, dk_out_b, dk_out_n, dk_out_h), (k_ptr, k_b, k_n, k_h),
             (k_shift_ptr, k_shift_s), (k_weight_ptr, eps), positions, (dk_ptr, dk_b, dk_n, dk_h),
-            k_dshift_ptr, k_affine_ptr, step, tokens, H, D, A, B, T, HB, ALIGN,
+            k_dshift_ptr, k_affine_ptr, step, tokens,
+            H, D, K, P, B, LANES, T, HB, ALIGN,
         )  # fmt: skip
 
 
@@ -100,42 +120,59 @@ def _qk_norm_rope_jvp_kernel(
     tq_weight_ptr, tq_bias_ptr, tk_weight_ptr, tk_bias_ptr,
     tq_shift_ptr, tq_shift_s, tk_shift_ptr, tk_shift_s,
     position_ptr, position_b, period, periods_ptr, periods_s, freq_ptr,
-    tq_out_ptr, tk_out_ptr, eps, H: tl.constexpr, D: tl.constexpr, A: tl.constexpr,
-    B: tl.constexpr, T: tl.constexpr, HB: tl.constexpr, ALIGN: tl.constexpr,
+    tq_out_ptr, tk_out_ptr, eps, H: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
+    P: tl.constexpr, B: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr, HB: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     positions = position_ptr, position_b, period, periods_ptr, periods_s, freq_ptr
-    q, q_shift, q_norm = (q_ptr, q_b, q_n, q_h), (q_shift_ptr, q_shift_s), (q_weight_ptr, eps)
-    k, k_shift, k_norm = (k_ptr, k_b, k_n, k_h), (k_shift_ptr, k_shift_s), (k_weight_ptr, eps)
+    q, q_shift = (q_ptr, q_b, q_n, q_h), (q_shift_ptr, q_shift_s)
+    k, k_shift = (k_ptr, k_b, k_n, k_h), (k_shift_ptr, k_shift_s)
     tq, tq_shift = (tq_ptr, tq_b, tq_n, tq_h), (tq_shift_ptr, tq_shift_s)
     tk, tk_shift = (tk_ptr, tk_b, tk_n, tk_h), (tk_shift_ptr, tk_shift_s)
-    tq_norm, tk_norm = (tq_weight_ptr, tq_bias_ptr), (tk_weight_ptr, tk_bias_ptr)
     sample, tile, first, first_out, span = locate(cu_ptr, length, tiles)
-    n, row, row_out, is_row = locate_tokens(first, first_out, tile * T, span, T, HB)
-    if freq_ptr is None:
-        turn = None
-    else:
-        turn = axial_turn(positions, sample, first, n, n < span, D, A, B, ALIGN)
-    for begin in range(0, H, HB):
-        at = sample, row, row_out, begin + tl.arange(0, T * HB) % HB, is_row
+    n = tile * T + tl.arange(0, T)
+    frequencies = load_frequencies(freq_ptr, D, K, P, B)
+    turn = axial_turn(frequencies, positions, sample, first, n, n < span)
+    row = tl.arange(0, T * HB)
+    token, begin = row // HB, tile * T
+    for head in range(0, H, HB):
+        at = sample, first + begin, first_out + begin, token, head + row % HB, begin + token < span
+        # what only these rows have first
+        q_rows = load_heads(q, at, D, K, P, B, ALIGN)
+        tq_rows = load_heads(tq, at, D, K, P, B, ALIGN)
+        k_rows = load_heads(k, at, D, K, P, B, ALIGN)
+        tk_rows = load_heads(tk, at, D, K, P, B, ALIGN)
         jvp_heads(
-            q, q_shift, q_norm, tq, tq_shift, tq_norm, turn, tq_out_ptr, at,
-            H, D, A, B, T, HB, ALIGN,
+            q_rows, load_shift(q_shift, at, D, K, P, B, ALIGN),
+            load_weight(q_weight_ptr, at, D, K, P, B),
+            tq_rows, load_shift(tq_shift, at, D, K, P, B, ALIGN),
+            load_weight(tq_weight_ptr, at, D, K, P, B), load_weight(tq_bias_ptr, at, D, K, P, B),
+            eps, turn, tq_out_ptr, at, H, D, K, P, B, LANES, T,
         )  # fmt: skip
         if k_ptr is not None:
             jvp_heads(
-                k, k_shift, k_norm, tk, tk_shift, tk_norm, turn, tk_out_ptr, at,
-                H, D, A, B, T, HB, ALIGN,
+                k_rows, load_shift(k_shift, at, D, K, P, B, ALIGN),
+                load_weight(k_weight_ptr, at, D, K, P, B),
+                tk_rows, load_shift(tk_shift, at, D, K, P, B, ALIGN),
+                load_weight(tk_weight_ptr, at, D, K, P, B),
+                load_weight(tk_bias_ptr, at, D, K, P, B),
+                eps, turn, tk_out_ptr, at, H, D, K, P, B, LANES, T,
             )  # fmt: skip
 
 
-def _tile(direction: str, x) -> dict[str, int]:
+def _tile(direction: str, q, k) -> dict[str, int]:
     """The constants of a kernel over tiles of tokens × heads."""
-    elements, num_warps = tuned(f"qk_norm_rope.{direction}", x.device)
-    H, D = x.shape[-2:]
-    A, B = pieces(D)
-    rows = 2 ** min(6, max(0, (elements // (A + B)).bit_length() - 1))
+    elements, num_warps = tuned(f"qk_norm_rope.{direction}", q.device)
+    if direction == "forward" and k is None:  # half the registers
+        num_warps = max(1, num_warps // 2)
+    H, D = q.shape[-2:]
+    rows = 2 ** min(6, max(0, (elements // sum(pieces(D))).bit_length() - 1))
     HB = min(H & -H, 16, rows)  # the heads of a tile: a power of two that divides H
-    return dict(H=H, D=D, A=A, B=B, T=rows // HB, HB=HB, num_warps=num_warps)
+    tile = dict(H=H, D=D, **chunks(D, q.element_size()), T=rows // HB, HB=HB, num_warps=num_warps)
+    a_thread = rows * sum(pieces(D)) / (32 * num_warps)
+    if direction in REGISTERS and k is not None and q.element_size() == 2 and a_thread <= 18:
+        tile["maxnreg"] = REGISTERS[direction]
+    return tile
 
 
 def _positions(args: tuple, first: int) -> list:
@@ -155,7 +192,7 @@ def _positions(args: tuple, first: int) -> list:
 def forward(*args):
     """(q', k'), an empty tensor for k' if there is no k."""
     q, k, *_, eps, cu, max_length = args
-    tile = _tile("forward", q)
+    tile = _tile("forward", q, k)
     programs, length, tiles = token_grid(q, cu, max_length, tile["T"])
     return launch(
         _qk_norm_rope_forward_kernel, (programs,),
@@ -171,8 +208,8 @@ def _backward(args: tuple, q_and_k: list[In], targets: list, made: tuple, of: tu
     pointer and three strides, which are of those `made`. The sums of the rows' gradients come last:
     shifts (2, samples, heads·head_dim) for q and k, affine (4, head_dim) for q's weight and bias
     and k's, both float32. What nobody asked for is empty or unset."""
-    _, _, q, _, q_weight, k_weight, q_shift, k_shift, *_, eps, cu, max_length = args
-    (H, D), tile, is_packed = q.shape[-2:], _tile("backward", q), cu is not None
+    _, _, q, k, q_weight, k_weight, q_shift, k_shift, *_, eps, cu, max_length = args
+    (H, D), tile, is_packed = q.shape[-2:], _tile("backward", q, k), cu is not None
     columns = H // tile["HB"]
     tokens = tokens_to_reduce(q, cu, max_length, tile["num_warps"], tile["T"], columns)
     programs, length, tiles = token_grid(q, cu, max_length, tokens)
@@ -228,7 +265,7 @@ def packed_backward(*args):
 def jvp(*args):
     """Tangents of (q', k'); a tangent that is None is zero."""
     q, k, *_, eps, cu, max_length = args[:15]
-    tile, is_packed = _tile("jvp", q), cu is not None
+    tile, is_packed = _tile("jvp", q, k), cu is not None
     programs, length, tiles = token_grid(q, cu, max_length, tile["T"])
     return launch(
         _qk_norm_rope_jvp_kernel, (programs,),
