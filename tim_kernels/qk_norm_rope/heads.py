@@ -158,8 +158,7 @@ def backward_heads(
         gradient = load_heads(dy, at, D, K, P, B, ALIGN)
         if weight_ptr is not None:
             rows = load_heads(x, at, D, K, P, B, ALIGN)
-            row = load_shift(shift, at, D, K, P, B, ALIGN)
-            xa, xb = _add(rows, row)
+            xa, xb = _add(rows, load_shift(shift, at, D, K, P, B, ALIGN))
             weight = load_weight(weight_ptr, at, D, K, P, B)
         turn = axial_turn(frequencies, positions, sample, first, n, n < stop)
         ga, gb = _float(gradient)

@@ -44,7 +44,7 @@ def load_frequencies(
 ):  # fmt: skip
     """(pairs, frequencies) of both pieces, (K, 1, P/2) and (1, B/2); None without RoPE."""
     if freq_ptr is None:
-        return None
+        return
     else:
         F: tl.constexpr = D // 4
         pair_a = tl.arange(0, K)[:, None, None] * (P // 2) + tl.arange(0, P // 2)[None, None, :]
@@ -61,7 +61,7 @@ def load_frequencies(
 def axial_turn(frequencies, positions, sample, first, n, is_n):
     """(cos, sin, cos, sin) of the pairs of both pieces, (K, T, P/2) and (T, B/2), of tokens n."""
     if frequencies is None:
-        return None
+        return
     else:
         position_ptr, position_b, period, periods_ptr, periods_s, _ = positions
         if position_ptr is not None:
