@@ -163,8 +163,11 @@ def _qk_norm_rope_jvp_kernel(
 def _tile(direction: str, q, k) -> dict[str, int]:
     """The constants of a kernel over tiles of tokens × heads."""
     elements, num_warps = tuned(f"qk_norm_rope.{direction}", q.device)
-    if direction == "forward" and k is None:  # half the registers
-        num_warps = max(1, num_warps // 2)
+    if direction == "forward":  # tuned for what q and k of two bytes take of the registers
+        if k is None:
+            num_warps = max(1, num_warps // 2)
+        elif q.element_size() > 2:
+            num_warps = max(2, num_warps)
     H, D = q.shape[-2:]
     rows = 2 ** min(6, max(0, (elements // sum(pieces(D))).bit_length() - 1))
     HB = min(H & -H, 16, rows)  # the heads of a tile: a power of two that divides H
