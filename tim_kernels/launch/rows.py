@@ -106,33 +106,9 @@ def load_row(
 
 
 @triton.jit
-def store_row(ptr, a, b, C: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    """Write one row from pieces (A,), (B,)."""
-    column_a, column_b = tl.arange(0, A), A + tl.arange(0, B)
-    tl.store(ptr + column_a, a, mask=column_a < C)
-    tl.store(ptr + column_b, b, mask=column_b < C)
-
-
-@triton.jit
-def sum_rows(is_row, a, b):
-    """Sum over the tokens of a tile, pieces (A,), (B,)."""
-    return (
-        tl.sum(tl.where(is_row[:, None], a, 0.0), 0),
-        tl.sum(tl.where(is_row[:, None], b, 0.0), 0),
-    )
-
-
-@triton.jit
-def row_sum(a, b, APART: tl.constexpr = False):
-    """Sum over channels, (ROWS, 1).
-
-    APART lets each piece keep the layout of its own loads: only sums then change layout between
-    the two, as the compiler does not see through a reduction over another dimension.
-    """
-    sum_b = tl.sum(b, 1)
-    if APART:
-        sum_b = tl.sum(sum_b[None, :], 0)
-    return (tl.sum(a, 1) + sum_b)[:, None]
+def row_sum(a, b):
+    """Sum over channels, (ROWS, 1)."""
+    return (tl.sum(a, 1) + tl.sum(b, 1))[:, None]
 
 
 @triton.jit
@@ -147,8 +123,7 @@ def only_channels(a, b, C: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def normalise(
-    a, b, eps, C: tl.constexpr, A: tl.constexpr, B: tl.constexpr, APART: tl.constexpr = False,
-    IS_RMS: tl.constexpr = False,
+    a, b, eps, C: tl.constexpr, A: tl.constexpr, B: tl.constexpr, IS_RMS: tl.constexpr = False
 ):  # fmt: skip
     """x̂ = (x − mean)·rstd of each row, and rstd; masked lanes stay zero. RMSNorm has no mean.
 
@@ -156,18 +131,17 @@ def normalise(
     nothing to the rounding of a large sum.
     """
     if not IS_RMS:
-        mean = row_sum(a, b, APART) / C
+        mean = row_sum(a, b) / C
         a, b = only_channels(a - mean, b - mean, C, A, B)
-        rest = row_sum(a, b, APART) / C
+        rest = row_sum(a, b) / C
         a, b = only_channels(a - rest, b - rest, C, A, B)
-    rstd = 1.0 / tl.sqrt_rn(row_sum(a * a, b * b, APART) / C + eps)
+    rstd = 1.0 / tl.sqrt_rn(row_sum(a * a, b * b) / C + eps)
     return a * rstd, b * rstd, rstd
 
 
 @triton.jit
 def normalise_linear(
-    xa, xb, rstd, ta, tb, C: tl.constexpr, APART: tl.constexpr = False,
-    IS_RMS: tl.constexpr = False,
+    xa, xb, rstd, ta, tb, C: tl.constexpr, IS_RMS: tl.constexpr = False
 ):  # fmt: skip
     """The derivative of `normalise` at x̂ applied to t; it is its own transpose.
 
@@ -175,8 +149,8 @@ def normalise_linear(
     no mean(t).
     """
     if not IS_RMS:
-        mean = row_sum(ta, tb, APART) / C
-    along = row_sum(xa * ta, xb * tb, APART) / C
+        mean = row_sum(ta, tb) / C
+    along = row_sum(xa * ta, xb * tb) / C
     if not IS_RMS:
         ta, tb = ta - mean, tb - mean
     return rstd * (ta - xa * along), rstd * (tb - xb * along)

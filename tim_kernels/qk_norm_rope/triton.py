@@ -4,17 +4,17 @@ Per token and head, for q and for k if there is one:
 
     y = RoPE(LN(x + shift)·weight + bias)      each part left out when its tensor is None
 
-A tile is T tokens × HB heads, flattened to rows of D channels in two power-of-two pieces (rows.py),
-so that head_dim 72 costs 64 + 8 lanes; both pieces are even and no pair straddles them. The angles
-of a token are formed once, as (T, pairs), and shared by all heads of a tile, in forward and tangent
-by q and k as well (backward takes q and k in turn, for half the registers). Pairs are taken apart
-by tl.reshape and tl.split, which is renaming of registers where a thread holds whole pairs: 928
-instructions of a forward at head_dim 72, against 1216 with partners swapped by an exclusive-or
-reduction.
+A tile is T tokens × HB heads, flattened to rows of D channels in the chunks of lanes.py, so that
+head_dim 72 costs 64 + 8 channels, of which four threads have 18 each; pieces are even and no pair
+straddles them. The angles of a token are formed once and shared by all heads of a tile, in forward
+and tangent by q and k as well (backward takes q and k in turn, for half the registers). Pairs are
+taken apart by tl.reshape and tl.split, which is renaming of registers where a thread holds whole
+pairs.
 
 LayerNorm statistics are recomputed in backward and tangent, as the rows are in registers anyway.
 In backward each thread keeps its rows' sums over the tokens in registers, and a program has
-columns of HB heads; sums over programs are torch.sum's.
+columns of HB heads; sums over programs are torch.sum's. It copies the rows of two trips ahead into
+shared memory, and has weights and shifts from there too, which leaves registers for the sums.
 
 In the kernels xa, xb are the two pieces of a row, g gradients, t tangents, and `turn` is
 (cos, sin, cos, sin) of the pairs of the two pieces.
