@@ -25,6 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from tim_kernels.dispatch.operators import OPERATORS
+from tim_kernels.linear.op import LibraryOperator
+
 from ..clock.machine import Limits
 from .launches import Launch, launch_operator, record_launches
 
@@ -32,7 +35,7 @@ RULE = "each launch reads every distinct input element once and writes every out
 GEMM, ATTENTION, REST = "GEMM", "attention", "rest"
 FP8_GEMM, FP8_RATE = "_scaled_mm", 2  # times that of a GEMM in bfloat16, where there is FP8
 GEMMS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", FP8_GEMM)
-PRODUCTS = ("linear_swiglu", "linear_swiglu_backward", "linear_gated_residual")  # a library's
+PRODUCTS = tuple(name for name, op in OPERATORS.items() if isinstance(op, LibraryOperator))
 OVERWRITING = ("copy_", "fill_", "zero_")
 
 

@@ -256,6 +256,7 @@ def test_environment_variable(name, code):
 def joined(monkeypatch):
     """Networks here take these products, and the names of those that ran."""
     ran = []
+    monkeypatch.setattr(layers, "requested", lambda: "quack")
     monkeypatch.setattr(layers, "takes", lambda x, *weights: not torch.compiler.is_compiling())
     monkeypatch.setattr(layers, "HALVES", (torch.float32, torch.float64, torch.bfloat16))
     monkeypatch.setattr(op, "is_worth", lambda x: x.shape[:-1].numel() > 4)  # not of rows

@@ -152,7 +152,7 @@ class Operator:
     def _launch(self, args: tuple) -> Callable:
         """The launcher for arguments like these, with their device current."""
         device = _first_tensor(args).device
-        launch = plan(self.op, self.launcher, args, fused(self.op, args, device.type))
+        launch = self._launcher(args, device.type)
         if device.type != "cuda" or torch.cuda.device_count() == 1:
             return launch
 
@@ -161,6 +161,9 @@ class Operator:
                 return launch(*args)
 
         return on_its_device
+
+    def _launcher(self, args: tuple, device: str) -> Callable:
+        return plan(self.op, self.launcher, args, fused(self.op, args, device))
 
     def _run(self, *args):
         return self.plans.find((requested(), signature(args)), self._launch, args)(*args)

@@ -38,10 +38,7 @@ def set_linear(name: Linear) -> None:
         BackendUnavailable: it cannot run here; the message says why.
     """
     global _process
-    name = checked(name, LINEARS, "the library of linear layers")
-    if reason := obstacle(name):
-        raise BackendUnavailable(f"linear layers by {name!r} cannot run: {reason}")
-    _process = name
+    _process = _able(checked(name, LINEARS, "the library of linear layers"))
 
 
 def requested() -> Linear:
@@ -54,9 +51,13 @@ def chosen() -> Linear:
     Raises:
         BackendUnavailable: what was asked for cannot run.
     """
-    if _process != "torch" and (reason := obstacle(_process)):
-        raise BackendUnavailable(f"linear layers by {_process!r} cannot run: {reason}")
-    return _process
+    return _able(_process)
+
+
+def _able(name: Linear) -> Linear:
+    if reason := obstacle(name):
+        raise BackendUnavailable(f"linear layers by {name!r} cannot run: {reason}")
+    return name
 
 
 @functools.cache

@@ -34,17 +34,8 @@ class LibraryOperator(Operator):
         super().__init__(Name(""), schema, fake)
         self.own = on_cpu
 
-    def _launch(self, args: tuple) -> Callable:
-        device = next(x.device for x in args if isinstance(x, Tensor))
-        if device.type != "cuda":
-            return self.own
-        launch = getattr(launchers(), self.name)
-
-        def on_its_device(*args):
-            with torch.cuda.device(device):
-                return launch(*args)
-
-        return on_its_device
+    def _launcher(self, args: tuple, device: str) -> Callable:
+        return getattr(launchers(), self.name) if device == "cuda" else self.own
 
 
 def _swiglu_fake(x, weight, bias, keep):

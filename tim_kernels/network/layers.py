@@ -14,7 +14,7 @@ from ..checks import FLOATS
 from ..dispatch.backend import choose
 from ..dispatch.torch_private import has_global_hooks
 from ..linear import op as products
-from ..linear.choice import HALVES, takes
+from ..linear.choice import HALVES, requested, takes
 from ..segments import Segments
 from ..swiglu.fp8 import swiglu_fp8
 from ..swiglu.op import swiglu, swiglu_with_paths
@@ -132,6 +132,8 @@ def swiglu_hidden(mlp: nn.Module, x: Tensor) -> Tensor:
 
 def ends_in_swiglu(mlp: nn.Module, x: Tensor) -> bool:
     """Whether fc1's products end in SwiGLU, and with gradients fc2's in its derivative."""
+    if requested() == "torch":  # before anything is asked of layers, at every call
+        return False
     layers = mlp.fc1_g, mlp.fc1_x, mlp.fc2
     are_plain = all(map(is_plain, layers))
     return are_plain and takes(x, *(layer.weight for layer in layers)) and products.is_worth(x)
@@ -142,7 +144,7 @@ def ends_in_residual(
 ) -> bool:
     """Whether `layer`, the last product of `owner`, whose call is function(owner, …), is added to
     x as it ends: nobody asks for a gradient or looks on."""
-    if torch.is_grad_enabled() or x.dtype not in HALVES:
+    if requested() == "torch" or torch.is_grad_enabled() or x.dtype not in HALVES:
         return False
     is_own = computes(owner, function) and is_plain(layer)
     is_own = is_own and all(map(is_quiet, owner.children()))  # those that are not called, too
@@ -168,12 +170,9 @@ def swiglu_branch(mlp: nn.Module, x: Tensor, paths: bool) -> tuple[Tensor, Tenso
     if not (paths and is_own) or takes_fp8(mlp, "fc2"):
         return mlp(x), None
     if ends_in_swiglu(mlp, x):
-        path = bias_path(mlp.fc2)
-        fc2 = (
-            _weights(mlp.fc2)
-            if path is None
-            else products.Layer(mlp.fc2.weight, mlp.fc2.bias.detach())
-        )
+        path, fc2 = bias_path(mlp.fc2), _weights(mlp.fc2)
+        if path is not None:
+            fc2 = fc2._replace(bias=fc2.bias.detach())
         out = products.mlp(x, _weights(mlp.fc1_g), _weights(mlp.fc1_x), fc2)
         return out, None if path is None else path.to(out.dtype)
     (gate, of_gate), (value, of_value) = with_path(mlp.fc1_g, x), with_path(mlp.fc1_x, x)
