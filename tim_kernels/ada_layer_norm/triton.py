@@ -289,15 +289,18 @@ def _tile(direction: str, x: Tensor, norm: str | None) -> dict[str, int]:
     return dict(C=C, A=A, B=B, ROWS=tile_rows(C, elements), IS_RMS=is_rms, num_warps=num_warps)
 
 
-def _backward_tile(x: Tensor, branch: Tensor | None, norm: str | None) -> dict[str, int]:
+def _backward_tile(
+    x: Tensor, branch: Tensor | None, scale: Tensor | None, norm: str | None
+) -> dict[str, int]:
     """Rows in the chunks of lanes.py, two trips ahead where their copies fit into shared memory."""
     tile = _tile("backward", x, norm)
     width = tile.pop("A") + tile.pop("B")
     tile |= chunks(x.shape[-1], x.element_size(), 32 * tile["num_warps"])
     copies = 6 * width * tile["ROWS"] * x.element_size()  # of rows and their conditioning
     tile["STAGES"] = max(1, min(3, COPIES // copies))
-    if norm == "rms" and branch is None and x.element_size() == 2:
-        tile["maxnreg"] = 168  # by itself a compiler takes fewer and spills
+    is_small = (norm == "rms" and branch is None) or is_of_token(scale)
+    if is_small and x.element_size() == 2:
+        tile["maxnreg"] = 168  # by themselves some compilers take fewer and spill
     return tile
 
 
@@ -336,7 +339,7 @@ def backward(*args):
     and loses nothing to its rounding. Gradients nobody has are empty or unset.
     """
     _, _, x, branch, gate, _, scale, _, norm_bias, eps, norm, cu, max_length = args
-    tile = _backward_tile(x, branch, norm)
+    tile = _backward_tile(x, branch, scale, norm)
     tokens = tokens_to_reduce(x, cu, max_length, tile["num_warps"], tile["ROWS"])
     programs, length, tiles = token_grid(x, cu, max_length, tokens)
     samples, _ = samples_and_length(x, cu, max_length)

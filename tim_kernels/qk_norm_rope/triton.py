@@ -175,8 +175,8 @@ def _tile(direction: str, q, k) -> dict[str, int]:
     a_thread = rows * sum(pieces(D)) / (32 * num_warps)
     if direction in REGISTERS and k is not None and q.element_size() == 2 and a_thread <= 18:
         tile["maxnreg"] = REGISTERS[direction]
-        if direction == "backward" and a_thread <= 16 and has_tensor_memory(q.device):
-            tile["maxnreg"] += 8  # Triton 3.6 would spill there
+        if direction == "backward" and has_tensor_memory(q.device):
+            tile["maxnreg"] += 8  # Triton 3.6 and 3.8 would spill there
     return tile
 
 
