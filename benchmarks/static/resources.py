@@ -45,7 +45,7 @@ COLUMNS = (
     Column("instr", "resources.instructions", "{}"),
     Column("ld 16 B", lambda of: _wide(of.resources.wide_loads, of.resources.narrow_loads), "{}"),
     Column("st 16 B", lambda of: _wide(of.resources.wide_stores, of.resources.narrow_stores), "{}"),
-    Column("", lambda of: "trap" if of.resources.is_trap else None),
+    Column("", lambda of: refusal(of.resources, of.arch, of.num_warps)),
 )  # fmt: skip
 
 
@@ -56,20 +56,27 @@ def _wide(wide: int, narrow: int) -> str:
 def occupancy(resources: Resources, num_warps: int, arch: int) -> int:
     """Estimate of the warps that a multiprocessor holds, in programs of num_warps."""
     most_warps, most_blocks = FEWER.get(arch, (WARPS, BLOCKS))
-    per_warp = -(-resources.registers // 8) * 8 * 32
-    by_registers = REGISTERS // 4 // per_warp * 4  # each quarter has its own registers
+    by_registers = REGISTERS // 4 // _of_a_warp(resources) * 4  # each quarter has its own registers
     by_shared = SHARED.get(arch, 100) * 1024 // (resources.shared + 1024)  # 1 KiB is CUDA's
     blocks = min(most_warps // num_warps, by_registers // num_warps, by_shared, most_blocks)
     return blocks * num_warps
 
 
-def refusal(resources: Resources, arch: int) -> str | None:
+def _of_a_warp(resources: Resources) -> int:
+    """Its registers; a thread has them by eight."""
+    return -(-resources.registers // 8) * 8 * 32
+
+
+def refusal(resources: Resources, arch: int, num_warps: int) -> str | None:
     """Why a GPU cannot run it; None if it can. sm_86, sm_89 and sm_120 have 100 KiB."""
     most = (SHARED.get(arch, 100) - 1) * 1024
     if resources.is_trap:
         return "the compiler left a trap of it: it asks for more than there is"
     if resources.shared > most:
         return f"it needs {resources.shared} bytes of shared memory, a program has {most}"
+    registers = -(-num_warps // 4) * 4 * _of_a_warp(resources)
+    if registers > REGISTERS:
+        return f"it needs {registers} registers, a program has {REGISTERS}"
     return None
 
 

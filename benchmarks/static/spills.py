@@ -67,8 +67,9 @@ def cell(head_dim: int, tile: Tile, arch: int) -> str:
         return "trap"
     if found.is_trap:
         return "trap"
-    mark = " *" if tile == configured(head_dim, arch) else ""
-    return f"{found.shared // 1024} KiB" if refusal(found, arch) else f"{found.spills}{mark}"
+    if refusal(found, arch, tile.num_warps):
+        return f"{found.shared // 1024} KiB"
+    return f"{found.spills} *" if tile == configured(head_dim, arch) else f"{found.spills}"
 
 
 def rows(head_dims: Iterable[int], architectures: Sequence[int], processes: int) -> list[dict]:

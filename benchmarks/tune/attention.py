@@ -93,9 +93,9 @@ def read(launch: Launch, arch: int) -> Reading:
         resources, sass = compile_and_read(launch, arch)
     except PTXASError:
         return Reading(refusal="the assembler gave up on it")
-    if reason := refusal(resources, arch):
-        return Reading(resources.registers, resources.spills, resources.shared, refusal=reason)
     a, warps = launch.arguments, launch.options["num_warps"]
+    if reason := refusal(resources, arch, warps):
+        return Reading(resources.registers, resources.spills, resources.shared, refusal=reason)
     rows, columns, lanes = a["ROWS"], a["COLUMNS"], a["A"] + a["B"]
     share, trip = PAIRS / (rows * columns), of_a_trip(sass)
     rate = MULTIPLIED[arch] / (2 if arch == 100 and rows < 128 else 1)  # tcgen05 has 128 rows

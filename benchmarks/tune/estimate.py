@@ -175,7 +175,7 @@ def reading(
     return Reading(
         touched, programs, warps, resident,
         resources.registers, resources.spills, run.instructions, run.barriers, run.rounds,
-        resources.wide_loads, refusal(resources, arch), run.loaded, run.stored,
+        resources.wide_loads, refusal(resources, arch, warps), run.loaded, run.stored,
         run.wide + run.narrow, run.lsu, run.mufu, run.fma, run.alu, run.double,
         run.copied, run.waits,
     )  # fmt: skip

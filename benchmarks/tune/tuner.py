@@ -294,7 +294,7 @@ def why_not(launch: Launch, device: torch.device) -> str | None:
     if arch is None:  # the interpreter
         return None
     try:
-        return refusal(compile_launch(launch, arch), arch)
+        return refusal(compile_launch(launch, arch), arch, launch.options["num_warps"])
     except PTXASError as error:
         return f"{error}"[:200]
 

@@ -255,10 +255,13 @@ def test_a_trip_has_no_mean_of_the_first_tile():
 
 def test_refusals():
     fits = Resources(64, 0, 99 * 1024, 500, 4, 0, 4, 0)
-    assert all(refusal(fits, arch) is None for arch in (80, 86, 90, 120))
-    assert "trap" in refusal(Resources(4, 0, 0, 16, 0, 0, 0, 0, is_trap=True), 90)
+    assert all(refusal(fits, arch, 4) is None for arch in (80, 86, 90, 120))
+    assert "trap" in refusal(Resources(4, 0, 0, 16, 0, 0, 0, 0, is_trap=True), 90, 4)
     larger = Resources(64, 0, 100 * 1024, 500, 4, 0, 4, 0)
-    assert refusal(larger, 80) is None and "a program has 101376" in refusal(larger, 86)
+    assert refusal(larger, 80, 4) is None and "a program has 101376" in refusal(larger, 86, 4)
+    most = Resources(128, 0, 0, 500, 4, 0, 4, 0)
+    assert refusal(most, 90, 16) is None
+    assert "69632 registers" in refusal(Resources(129, 0, 0, 500, 4, 0, 4, 0), 90, 16)
 
 
 FAST = attention.Reading(registers=200, products=1000.0, issue=900.0, loads=700.0)

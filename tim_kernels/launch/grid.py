@@ -32,6 +32,7 @@ class Elements(int):
     """A number of elements that reaches a kernel in units of ALIGN."""
 
 
+REGISTERS = 65536  # of a multiprocessor
 _interpreter = threading.RLock()  # it changes triton.language while it runs
 _is_dry = False
 
@@ -69,6 +70,8 @@ def launch(
     if "ALIGN" in function.arg_names:
         align = next(unit for unit in units if all(n % unit == 0 for n in lengths))
         options["ALIGN"] = align
+    if "maxnreg" in options:  # no more than so many threads can have
+        options["maxnreg"] = min(options["maxnreg"], REGISTERS // (32 * options["num_warps"]))
     flat = []
     for argument in arguments:
         if isinstance(argument, (In, Out)):
