@@ -17,7 +17,7 @@ from benchmarks.cases.shapes import SMALL
 from benchmarks.static import extension
 from benchmarks.static.cubin import Resources
 from benchmarks.static.launches import without_folder
-from benchmarks.static.resources import occupancy
+from benchmarks.static.resources import occupancy, refusal
 from tim_kernels.dispatch import backend
 
 ROOT = Path(__file__).parents[2]
@@ -34,15 +34,16 @@ def compiled(name, *options):
 if what[:1] == ["consumer"]:
     compiled("consumer", "--backend", "triton", *what[1:])
 elif what == ["the rest"]:
-    compiled("the rest", "--backend", "triton", "--arch", "80", "100", "--width", "768", "1152")
-    compiled("B, sm_90", "--backend", "triton", "--width", "768")
+    for dtype in "bfloat16", "float16", "float32":
+        compiled(dtype, "--backend", "triton", "--arch", "80", "90", "100", "--dtype", dtype)
 elif what:
     compiled("cuda", "--backend", "cuda", *what)
 else:
     compiled("XL, sm_90", "--backend", "triton", "--width", "1152")
     widths = "1024", "1152", "2048"
-    options = "--op", "ada_layer_norm", "--only-tim"
-    compiled("widths", "--backend", "triton", "--width", *widths, *options)
+    options = "--op", "ada_layer_norm"
+    compiled("widths", "--backend", "triton", "--width", *widths, *options, "--only-tim")
+    compiled("wide", "--backend", "triton", "--width", "8192", *options)
     jobs = [resources.triton_jobs([90], widths, ["bfloat16"], ["transition_step"])
             for widths in ([64], [64, 128])]
     print(json.dumps([len(each) for each in jobs]))
@@ -72,10 +73,17 @@ def test_no_kernel_spills_and_rows_are_loaded_16_bytes_at_a_time(triton_reports)
     assert_no_spills_and_wide_loads(triton_reports[0] / "XL, sm_90.json")
 
 
+def test_rows_of_8192_channels_ask_for_no_more_than_there_is(triton_reports):
+    rows = kernels(triton_reports[0] / "wide.json")
+    assert max(row["num_warps"] for row in rows) == 16
+    for row in rows:
+        assert refusal(Resources(**row["resources"]), 90, row["num_warps"]) is None, row
+
+
 @pytest.mark.nightly
-def test_nor_at_the_other_width_and_for_the_other_architectures(tmp_path):
+def test_nor_at_either_width_for_any_architecture_and_dtype(tmp_path):
     run(tmp_path, "the rest")
-    for name in ("the rest", "B, sm_90"):
+    for name in ("bfloat16", "float16", "float32"):
         assert_no_spills_and_wide_loads(tmp_path / f"{name}.json")
 
 

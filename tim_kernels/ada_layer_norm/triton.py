@@ -43,7 +43,7 @@ from ..launch.rows import (
     tile_rows,
 )
 from ..launch.shares import samples_and_length, token_grid, tokens_to_reduce
-from ..launch.tuning import tuned
+from ..launch.tuning import has_tensor_memory, tuned
 from ..launch.views import In, view_cond, view_modulation, view_tokens, view_vectors
 from .forms import is_of_token, sums
 
@@ -278,7 +278,7 @@ def _ada_layer_norm_jvp_kernel(
         store_rows(ty_ptr, row_out, is_row, ta, tb, C, A, B)
 
 
-def _tile(direction: str, x: Tensor, norm: str | None) -> dict[str, int]:
+def _tile(direction: str, x: Tensor, branch: Tensor | None, norm: str | None) -> dict[str, int]:
     """The constants of a kernel over rows of x."""
     elements, num_warps = tuned(f"ada_layer_norm.{direction}", x.device)
     C = x.shape[-1]
@@ -286,14 +286,18 @@ def _tile(direction: str, x: Tensor, norm: str | None) -> dict[str, int]:
     if A + B > 1152:  # tuned for rows up to there: more channels, more warps to hold them
         num_warps = min(16, num_warps * triton.next_power_of_2(triton.cdiv(A + B, 1152)))
     is_rms = norm == "rms"
-    return dict(C=C, A=A, B=B, ROWS=tile_rows(C, elements), IS_RMS=is_rms, num_warps=num_warps)
+    tile = dict(C=C, A=A, B=B, ROWS=tile_rows(C, elements), IS_RMS=is_rms, num_warps=num_warps)
+    is_many = direction == "jvp" and branch is not None and has_tensor_memory(x.device)
+    if x.element_size() == 4 and (direction == "forward" or is_many):
+        tile["maxnreg"] = 255  # by themselves compilers load less at a time, or spill
+    return tile
 
 
 def _backward_tile(
     x: Tensor, branch: Tensor | None, scale: Tensor | None, norm: str | None
 ) -> dict[str, int]:
     """Rows in the chunks of lanes.py, two trips ahead where their copies fit into shared memory."""
-    tile = _tile("backward", x, norm)
+    tile = _tile("backward", x, branch, norm)
     width = tile.pop("A") + tile.pop("B")
     tile |= chunks(x.shape[-1], x.element_size(), 32 * tile["num_warps"])
     copies = 6 * width * tile["ROWS"] * x.element_size()  # of rows and their conditioning
@@ -319,7 +323,7 @@ def fp8(*args):
 def _forward(args: tuple, *made: Made | None):
     """x' and what else is made: y, or its values and scales."""
     x, branch, *_, eps, norm, cu, max_length = args
-    tile = _tile("forward", x, norm)
+    tile = _tile("forward", x, branch, norm)
     programs, length, tiles = token_grid(x, cu, max_length, tile["ROWS"])
     return launch(
         _ada_layer_norm_forward_kernel, (programs,),
@@ -358,7 +362,7 @@ def backward(*args):
 def jvp(*args):
     """Tangents of (x', y); a tangent that is None is zero."""
     x, branch, *_, eps, norm, cu, max_length = args[:12]
-    tile, is_packed = _tile("jvp", x, norm), cu is not None
+    tile, is_packed = _tile("jvp", x, branch, norm), cu is not None
     programs, length, tiles = token_grid(x, cu, max_length, tile["ROWS"])
     return launch(
         _ada_layer_norm_jvp_kernel, (programs,),

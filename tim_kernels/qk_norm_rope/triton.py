@@ -36,10 +36,6 @@ from .heads import backward_heads, forward_heads, jvp_heads, load_heads, load_sh
 from .positions import is_rotated, period_of, periods_of
 from .rotation import axial_turn, load_frequencies
 
-# The most of a thread with both q and k, so that a multiprocessor holds 12 and 16 warps; without
-# these compilers take more, or fewer and spill.
-REGISTERS = {"backward": 168, "jvp": 128}
-
 
 @kernel
 def _qk_norm_rope_forward_kernel(
@@ -173,11 +169,22 @@ def _tile(direction: str, q, k) -> dict[str, int]:
     HB = min(H & -H, 16, rows)  # the heads of a tile: a power of two that divides H
     tile = dict(H=H, D=D, **chunks(D, q.element_size()), T=rows // HB, HB=HB, num_warps=num_warps)
     a_thread = rows * sum(pieces(D)) / (32 * num_warps)
-    if direction in REGISTERS and k is not None and q.element_size() == 2 and a_thread <= 18:
-        tile["maxnreg"] = REGISTERS[direction]
-        if direction == "backward" and has_tensor_memory(q.device):
-            tile["maxnreg"] += 8  # Triton 3.6 and 3.8 would spill there
+    if most := _most_registers(direction, q, k, a_thread):
+        tile["maxnreg"] = most
     return tile
+
+
+def _most_registers(direction: str, q, k, a_thread: float) -> int | None:
+    """Of a thread that has `a_thread` channels of q; by themselves compilers take more, or fewer
+    and spill. 128 let a multiprocessor hold 16 warps, 168 let it hold 12."""
+    is_float = q.element_size() == 4
+    if a_thread > 18 or (k is None and not (is_float and direction == "jvp")):
+        return None
+    if direction == "jvp":
+        return 168 if is_float else 128
+    if direction == "backward" and has_tensor_memory(q.device):
+        return 176 if not is_float else 184 if a_thread <= 16 else None  # for Triton 3.6 and 3.8
+    return 168 if direction == "backward" and not is_float else None
 
 
 def _positions(args: tuple, first: int) -> list:
