@@ -89,11 +89,8 @@ def test_the_way():
     _, segments, k_segments = problem(K_LENGTHS)
     assert packed.way(segments, k_segments, False) == "segments"
     assert packed.way(segments, unread(k_segments), False) == "padded"
-    assert packed.way(segments, k_segments, True) == "segments"  # there is no such GPU
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed, "has_varlen", lambda: True)
-        assert packed.way(segments, k_segments, True) == "varlen"
-        assert packed.way(segments, k_segments, False) == "segments"  # as for float32
+    assert packed.way(segments, k_segments, True) == "varlen"
+    assert not packed.has_varlen()  # there is no such GPU
 
 
 @pytest.mark.parametrize("name", ["", "flash_of_the_test"])
@@ -120,12 +117,13 @@ def test_explain_says_which(monkeypatch, name):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["", "causal"])
 @pytest.mark.parametrize("k_lengths", [None, K_LENGTHS], ids=["self", "cross"])
-def test_what_varlen_attn_is_asked_for(monkeypatch, k_lengths, options):
-    """By its own signature, since no GPU is here to run it."""
-    asked = []
+@pytest.mark.parametrize("heads", [4, 2], ids=["", "grouped"])
+def test_what_varlen_attn_is_asked_for(monkeypatch, heads, k_lengths, options):
+    """By its own signature, since no GPU is here to run it. Groups are newer than it."""
+    asked, signature = [], inspect.signature(varlen_attn)
 
     def stand_in(*args, **others):
-        asked.append(inspect.signature(varlen_attn).bind(*args, **others).arguments)
+        asked.append(signature.bind(*args, **others).arguments)
         return packed.attention(
             *args[:3], Segments(args[3], args[5]), Segments(args[4], args[6]),
             scale=others["scale"], is_causal=others["window_size"] == (-1, 0),
@@ -133,16 +131,20 @@ def test_what_varlen_attn_is_asked_for(monkeypatch, k_lengths, options):
 
     module = types.ModuleType(packed.VARLEN)
     module.varlen_attn = stand_in
-    tensors, segments, k_segments = problem(k_lengths)
+    tensors, segments, k_segments = problem(k_lengths, heads)
     expected = attention(*tensors, segments, k_segments, **options)
     monkeypatch.setitem(sys.modules, packed.VARLEN, module)
-    monkeypatch.setattr(packed, "has_varlen", lambda: True)
+    monkeypatch.setattr(
+        packed, "has_varlen", lambda *options: {*options} <= {*signature.parameters}
+    )
     monkeypatch.setattr(op, "_is_flash_ready", lambda *_: True)
     ours = attention(*tensors, segments, k_segments, **options)
-    is_asked = not (k_lengths and options)  # causal queries and keys of other lengths
+    is_asked = heads == 4 or "enable_gqa" in signature.parameters
+    is_asked = is_asked and not (k_lengths and options)  # causal, keys of other lengths
     assert torch.equal(ours, expected) and len(asked) == is_asked
     for given in asked:
-        assert given["cu_seq_q"] is segments.cu_seqlens and given["enable_gqa"]
+        assert given["cu_seq_q"] is segments.cu_seqlens
+        assert given.get("enable_gqa", False) == (heads == 2)
         assert (given["max_q"], given["max_k"]) == (60, 9 if k_lengths else 60)
 
 

@@ -34,23 +34,23 @@ def attention(
     `has_flash` says that PyTorch's flash attention can compute these tensors.
     """
     keys, options = k_segments or segments, dict(scale=scale, is_causal=is_causal)
-    chosen = way(segments, keys, has_flash)
+    grouped = {} if q.shape[-2] == k.shape[-2] else dict(enable_gqa=True)
+    chosen = way(segments, keys, has_flash and has_varlen(*grouped))
     if chosen == "varlen":
         return sys.modules[VARLEN].varlen_attn(
             q, k, v, segments.cu_seqlens, keys.cu_seqlens, segments.max_length, keys.max_length,
-            scale=scale, window_size=(-1, 0 if is_causal else -1),
-            enable_gqa=q.shape[-2] != k.shape[-2],
+            scale=scale, window_size=(-1, 0 if is_causal else -1), **grouped,
         )  # fmt: skip
     if chosen == "padded":
         return _padded(q, k, v, segments, keys, options)
     return _by_segment(q, k, v, segments.lengths, keys.lengths, options)
 
 
-def way(segments: Segments, keys: Segments, has_flash: bool) -> Way:
+def way(segments: Segments, keys: Segments, takes_them: bool) -> Way:
     """How packed sequences attend: "varlen", PyTorch's flash attention of packed sequences, in one
-    launch, where it exists and can; "segments", one after the other, where their lengths are known
-    on the host; else "padded" to the longest."""
-    if has_flash and has_varlen():
+    launch, where it `takes_them`; "segments", one after the other, where their lengths are known on
+    the host; else "padded" to the longest."""
+    if takes_them:
         return "varlen"
     if torch.compiler.is_compiling() or None in (segments.lengths, keys.lengths):
         return "padded"
@@ -59,13 +59,13 @@ def way(segments: Segments, keys: Segments, has_flash: bool) -> Way:
 
 @constant_when_compiled
 @functools.cache
-def has_varlen() -> bool:
-    """Whether this PyTorch has such an attention, with scale and heads in groups, and the GPU
-    runs it."""
+def has_varlen(*options: str) -> bool:
+    """Whether this PyTorch has such an attention, with a scale, a window and further `options`
+    (PyTorch 2.11 has no enable_gqa), and the GPU runs it."""
     if importlib.util.find_spec(VARLEN) is None:
         return False
     takes = inspect.signature(importlib.import_module(VARLEN).varlen_attn).parameters
-    if not {"scale", "window_size", "enable_gqa"} <= takes.keys():
+    if not {"scale", "window_size", *options} <= takes.keys():
         return False
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
