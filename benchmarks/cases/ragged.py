@@ -11,7 +11,7 @@ from tim.data import TrainingSet, mnist
 from tim.data.pictures import native_size
 from tim.models import Packing, TiMTransformer2DModel, pack, unpack
 from tim_kernels import attention
-from tim_kernels.network import blocks
+from tim_kernels.network import attentions, blocks
 from tim_kernels.network.forward import prepare
 from tim_kernels.network.layers import unpatchify
 
@@ -85,9 +85,9 @@ class Padded(nn.Module):
         is_token = place < cu.diff()[:, None]  # (S, longest)
         tokens = network.x_embedder(x[at.flatten()]).view(*at.shape, -1)
         c, delta, _, rows, final = prepare(network, t, r, y, new_condition=config.new_condition)
-        rope, pending = blocks.Rope(None, config.rope_order, packing.grids), None
+        rope, pending = attentions.Rope(None, config.rope_order, packing.grids), None
         mask = dict(key_mask=is_token) if self.masked else {}
-        with patch.object(blocks, "attention", partial(attention, **mask)):
+        with patch.object(attentions, "attention", partial(attention, **mask)):
             for block, own in zip(network.blocks, rows, strict=True):
                 tokens, pending = block(tokens, pending, c, delta, None, rope, own)
         out = blocks.final_layer(network.final_layer, tokens, c, pending, final)

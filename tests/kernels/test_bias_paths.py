@@ -11,7 +11,7 @@ from parity import BACKEND, DERIVATIVE, DEVICE, DTYPES, assert_as_accurate
 from torch import nn
 
 from tim_kernels import accelerate, pack, unpack, use_backend
-from tim_kernels.network import blocks, forward, layers
+from tim_kernels.network import attentions, forward, layers
 
 pytest.importorskip("diffusers", reason="tim.models needs diffusers")
 from tim.models import TiMTransformer2DModel  # noqa: E402
@@ -63,7 +63,7 @@ def paths(monkeypatch):
         found.extend([linear] if path is not None else [])
         return path
 
-    monkeypatch.setattr(blocks, "bias_path", noted)
+    monkeypatch.setattr(attentions, "bias_path", noted)
     monkeypatch.setattr(layers, "bias_path", noted)
     return found
 

@@ -6,7 +6,8 @@ from eager import EagerTiM, randomise
 from golden_files import relative_error
 
 from tim.models import TiMTransformer2DModel
-from tim_kernels.network.blocks import BlockRows, TextKeys
+from tim_kernels.network.attentions import TextKeys
+from tim_kernels.network.blocks import BlockRows
 from tim_kernels.network.forward import predict, prepare, read_text, run
 
 TINY = dict(

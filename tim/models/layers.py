@@ -7,17 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tim_kernels.network.blocks import (
-    BlockRows,
+from tim_kernels.network.attentions import (
     Pending,
     Rope,
     TextKeys,
-    class_block,
     cross_attention,
-    final_layer,
     self_attention,
-    text_block,
 )
+from tim_kernels.network.blocks import BlockRows, class_block, final_layer, text_block
 from tim_kernels.network.checkpointing import checkpointed
 from tim_kernels.network.layers import swiglu_mlp
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tim.transports import Transport
 from tim.transports.base import StepCoefficients
 from tim_kernels import transition_step
-from tim_kernels.network.blocks import TextKeys
+from tim_kernels.network.attentions import TextKeys
 from tim_kernels.network.conditioning import (
     Layout,
     fingerprint,

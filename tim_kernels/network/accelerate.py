@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..names import CONDITIONS, ORDERS, Condition, RopeOrder
-from . import blocks, layers, trial
+from . import attentions, blocks, layers, trial
 from .forward import predict
 from .packing import Packing, check_packed
 from .tree import CHILDREN, SWIGLU, composites, differences, is_swiglu
@@ -197,14 +197,14 @@ def _checkpoint(function, *args):
 
 def _block(self, *args, **kwargs):
     """Ours for the network, which calls it with a `Rope`; to others their own."""
-    if not (len(args) > 5 and isinstance(args[5], blocks.Rope)):
+    if not (len(args) > 5 and isinstance(args[5], attentions.Rope)):
         return self.own.forward(self, *args, **kwargs)
     return (blocks.text_block if hasattr(self, "cross_attn") else blocks.class_block)(self, *args)
 
 
 def _with_rope(function):
     def forward(self, *args, **kwargs):
-        if not (len(args) == 3 and isinstance(args[2], blocks.Rope)):
+        if not (len(args) == 3 and isinstance(args[2], attentions.Rope)):
             return self.own.forward(self, *args, **kwargs)
         return function(self, *args)
 
@@ -238,8 +238,8 @@ FORWARDS = {
     "delta_embedder": _of_tensors(layers.embed_time, 1, {"mlp"}),
     "y_embedder": _of_tensors(_embed_condition, 1, {"embedding_table", "norm", "mlp"}),
     "block": _block,
-    "attn": _with_rope(blocks.self_attention),
-    "cross_attn": _with_rope(blocks.cross_attention),
+    "attn": _with_rope(attentions.self_attention),
+    "cross_attn": _with_rope(attentions.cross_attention),
     "swiglu": _of_tensors(layers.swiglu_mlp, 1, SWIGLU),
     "final_layer": _of_tensors(blocks.final_layer, 2, CHILDREN["final_layer"]),
 }

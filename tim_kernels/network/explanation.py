@@ -6,7 +6,7 @@ from torch import nn
 
 from ..dispatch.torch_private import has_global_hooks
 from .accelerate import Accelerated
-from .blocks import is_head_norm
+from .attentions import is_head_norm
 from .fp8_linear import Fp8Linear
 from .layers import HOOKS, PLAIN, is_plain, is_quiet, plain_time_mlp, takes_fp8
 

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from ..segments import Segments
 from ..time_pair_embedding.op import time_pair_embedding
+from .attentions import Rope, TextKeys
 from .blocks import (
     BlockRows,
-    Rope,
-    TextKeys,
     condition_block,
     final_layer,
     final_rows,
