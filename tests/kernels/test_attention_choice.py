@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -198,3 +199,19 @@ def test_one_graph(monkeypatch, name):
         assert compiled(*meta(72)).shape == (2, 9, 2, 72)
     (targets,) = graphs
     assert OPERATORS[name].overloadpacket in targets or OPERATORS[name] in targets
+
+
+@pytest.mark.parametrize("names", [[], ["flash_attn"]], ids=["", "flash_attn"])
+def test_one_graph_of_what_the_machine_has(monkeypatch, names):
+    """What is asked of the machine cannot be traced, and is not."""
+    installed(monkeypatch, *names)
+    monkeypatch.setattr(op, "_is_flash_ready", lambda *_: True)
+    monkeypatch.setattr(choice, "obstacle", lambda name: None if choice._module(name) else "none")
+    choice.chosen.cache_clear()
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, backend="eager", fullgraph=True, dynamic=True)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*lru_cache")  # a cache that is looked into
+        q, k, v = torch.randn(3, 2, 9, 2, 8)
+        assert torch.equal(compiled(q, k, v), attention(q, k, v))
+    assert choice.chosen() == (names[0] if names else "native")

@@ -165,6 +165,29 @@ def test_one_graph_for_all_lengths(one_thread):
     assert frames.frame_count == 1
 
 
+@pytest.mark.parametrize("heads", [4, 2], ids=["", "grouped"])
+@pytest.mark.parametrize("is_there", [False, True])
+def test_one_graph_where_flash_attention_could_run(monkeypatch, is_there, heads):
+    """What this PyTorch and GPU have is asked, and not traced; varlen_attn is in the graph."""
+    tensors, segments, _ = problem(heads=heads)
+    monkeypatch.setattr(op, "_is_flash_ready", lambda *_: True)
+    if is_there:
+        is_there = heads == 4 or "enable_gqa" in inspect.signature(varlen_attn).parameters
+        monkeypatch.setattr(packed, "has_varlen", lambda *_: is_there)
+    targets = []
+
+    def backend(module, example):
+        targets.extend(str(node.target) for node in module.graph.nodes)
+        return (lambda *_: tensors[:1]) if is_there else module.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, backend=backend, fullgraph=True, dynamic=True)
+    out = compiled(*tensors, segments)
+    assert any("varlen_attn" in target for target in targets) == is_there
+    if not is_there:
+        torch.testing.assert_close(out, attention(*tensors, segments))
+
+
 def test_meta_tensors():
     (q, k, v), segments, k_segments = problem(K_LENGTHS, device="meta")
     for of in ((segments, k_segments), map(unread, (segments, k_segments))):

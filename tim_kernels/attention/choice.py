@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.backends import cuda, cudnn
 
 from ..dispatch.backend import BackendUnavailable
-from ..dispatch.torch_private import constant_when_compiled
+from ..dispatch.torch_private import cached_constant
 from ..launch.tuning import architecture
 from ..names import ATTENTIONS, Attention, checked
 
@@ -85,8 +85,7 @@ def obstacle(name: str) -> str | None:
     return None if is_on else "it is switched off in torch.backends.cuda"
 
 
-@constant_when_compiled
-@functools.cache
+@cached_constant
 def chosen() -> Attention:
     """The first of `order` that can run; "native" without one.
 

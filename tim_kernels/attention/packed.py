@@ -1,6 +1,5 @@
 """Attention of packed sequences by PyTorch's kernels, without a mask of all pairs of tokens."""
 
-import functools
 import importlib
 import importlib.util
 import inspect
@@ -10,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..dispatch.torch_private import constant_when_compiled
+from ..dispatch.torch_private import cached_constant
 from ..segments import Segments
 from . import reference
 
@@ -57,8 +56,7 @@ def way(segments: Segments, keys: Segments, takes_them: bool) -> Way:
     return "segments"
 
 
-@constant_when_compiled
-@functools.cache
+@cached_constant
 def has_varlen(*options: str) -> bool:
     """Whether this PyTorch has such an attention, with a scale, a window and further `options`
     (PyTorch 2.11 has no enable_gqa), and the GPU runs it."""

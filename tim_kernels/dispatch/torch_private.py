@@ -1,5 +1,6 @@
 """Every private name of torch that this package uses, in one place."""
 
+import functools
 from collections.abc import Callable, Iterable
 from types import FunctionType
 
@@ -21,6 +22,18 @@ def constant_when_compiled(function: Callable) -> Callable:
     """torch.compiler.assume_constant_result, without its import of the whole compiler."""
     function._dynamo_marked_constant = True
     return function
+
+
+def cached_constant(function: Callable) -> Callable:
+    """A cache, and a constant when compiled: dynamo would look into functools.cache by itself."""
+    cached = functools.cache(function)
+
+    @functools.wraps(function)
+    def constant(*args):
+        return cached(*args)
+
+    constant.cache_clear = cached.cache_clear
+    return constant_when_compiled(constant)
 
 
 def is_forward_mode() -> bool:
