@@ -86,6 +86,7 @@ class Shifts(NamedTuple):
 
 
 def shifts_of(attn: nn.Module, delta: Tensor, paths: bool) -> Shifts:
+    """What delta (B, C) adds; `paths` as in `Rope`."""
     of_qkv, of_proj = _paths(attn) if paths else (None, None)
     has = of_qkv is not None, of_proj is not None
     rows = attn.qkv_d(delta) if getattr(attn, "qkv_d", None) is not None else None
