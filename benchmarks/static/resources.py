@@ -22,6 +22,8 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what users get; Triton
 import torch
 import triton
 
+from tim_kernels.launch.grid import REGISTERS
+
 from ..cases import forms, fp8
 from ..cases.calls import calls
 from ..cases.shapes import Shape
@@ -32,7 +34,7 @@ from .launches import Launch, launches_on
 
 HEAD_DIMS = {768: 64, 1152: 72}  # of the published models; 64 at any other width
 SHARED = {80: 164, 90: 228, 100: 228}  # KiB of shared memory a multiprocessor
-REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of a multiprocessor
+WARPS, BLOCKS = 64, 32  # of a multiprocessor
 FEWER = {86: (48, 16), 89: (48, 24), 120: (48, 24)}  # warps and blocks of others
 
 

@@ -69,7 +69,8 @@ def cell(head_dim: int, tile: Tile, arch: int) -> str:
         return "trap"
     if refusal(found, arch, tile.num_warps):
         return f"{found.shared // 1024} KiB"
-    return f"{found.spills} *" if tile == configured(head_dim, arch) else f"{found.spills}"
+    mark = " *" if tile == configured(head_dim, arch) else ""
+    return f"{found.spills}{mark}"
 
 
 def rows(head_dims: Iterable[int], architectures: Sequence[int], processes: int) -> list[dict]:

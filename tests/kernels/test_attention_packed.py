@@ -89,8 +89,11 @@ def test_the_way():
     _, segments, k_segments = problem(K_LENGTHS)
     assert packed.way(segments, k_segments, False) == "segments"
     assert packed.way(segments, unread(k_segments), False) == "padded"
-    assert packed.way(segments, k_segments, True) == "varlen"
-    assert not packed.has_varlen()  # there is no such GPU
+    assert packed.way(segments, k_segments, True) == "segments"  # there is no such GPU
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "has_varlen", lambda: True)
+        assert packed.way(segments, k_segments, True) == "varlen"
+        assert packed.way(segments, k_segments, False) == "segments"  # as for float32
 
 
 @pytest.mark.parametrize("name", ["", "flash_of_the_test"])

@@ -278,7 +278,7 @@ def _ada_layer_norm_jvp_kernel(
         store_rows(ty_ptr, row_out, is_row, ta, tb, C, A, B)
 
 
-def _tile(direction: str, x: Tensor, branch: Tensor | None, norm: str | None) -> dict[str, int]:
+def _tile(direction: str, x: Tensor, branch, norm: str | None, scale=None) -> dict[str, int]:
     """The constants of a kernel over rows of x."""
     elements, num_warps = tuned(f"ada_layer_norm.{direction}", x.device)
     C = x.shape[-1]
@@ -287,24 +287,27 @@ def _tile(direction: str, x: Tensor, branch: Tensor | None, norm: str | None) ->
         num_warps = min(16, num_warps * triton.next_power_of_2(triton.cdiv(A + B, 1152)))
     is_rms = norm == "rms"
     tile = dict(C=C, A=A, B=B, ROWS=tile_rows(C, elements), IS_RMS=is_rms, num_warps=num_warps)
-    is_many = direction == "jvp" and branch is not None and has_tensor_memory(x.device)
-    if x.element_size() == 4 and (direction == "forward" or is_many):
-        tile["maxnreg"] = 255  # by themselves compilers load less at a time, or spill
-    return tile
+    return tile | dict(maxnreg=_most_registers(direction, x, branch, norm, scale))
+
+
+def _most_registers(direction: str, x: Tensor, branch, norm: str | None, scale) -> int | None:
+    """Of a thread; by themselves compilers load less at a time, or take fewer and spill."""
+    if x.element_size() == 4:
+        is_many = direction == "jvp" and branch is not None and has_tensor_memory(x.device)
+        return 255 if direction == "forward" or is_many else None
+    is_small = (norm == "rms" and branch is None) or is_of_token(scale)
+    return 168 if direction == "backward" and is_small else None
 
 
 def _backward_tile(
     x: Tensor, branch: Tensor | None, scale: Tensor | None, norm: str | None
 ) -> dict[str, int]:
     """Rows in the chunks of lanes.py, two trips ahead where their copies fit into shared memory."""
-    tile = _tile("backward", x, branch, norm)
+    tile = _tile("backward", x, branch, norm, scale)
     width = tile.pop("A") + tile.pop("B")
     tile |= chunks(x.shape[-1], x.element_size(), 32 * tile["num_warps"])
     copies = 6 * width * tile["ROWS"] * x.element_size()  # of rows and their conditioning
     tile["STAGES"] = max(1, min(3, COPIES // copies))
-    is_small = (norm == "rms" and branch is None) or is_of_token(scale)
-    if is_small and x.element_size() == 2:
-        tile["maxnreg"] = 168  # by themselves some compilers take fewer and spill
     return tile
 
 

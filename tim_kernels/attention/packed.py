@@ -34,7 +34,7 @@ def attention(
     """
     keys, options = k_segments or segments, dict(scale=scale, is_causal=is_causal)
     grouped = {} if q.shape[-2] == k.shape[-2] else dict(enable_gqa=True)
-    chosen = way(segments, keys, has_flash and has_varlen(*grouped))
+    chosen = way(segments, keys, has_flash, *grouped)
     if chosen == "varlen":
         return sys.modules[VARLEN].varlen_attn(
             q, k, v, segments.cu_seqlens, keys.cu_seqlens, segments.max_length, keys.max_length,
@@ -45,11 +45,11 @@ def attention(
     return _by_segment(q, k, v, segments.lengths, keys.lengths, options)
 
 
-def way(segments: Segments, keys: Segments, takes_them: bool) -> Way:
+def way(segments: Segments, keys: Segments, has_flash: bool, *options: str) -> Way:
     """How packed sequences attend: "varlen", PyTorch's flash attention of packed sequences, in one
-    launch, where it `takes_them`; "segments", one after the other, where their lengths are known on
-    the host; else "padded" to the longest."""
-    if takes_them:
+    launch, where it exists with these `options` and can; "segments", one after the other, where
+    their lengths are known on the host; else "padded" to the longest."""
+    if has_flash and has_varlen(*options):
         return "varlen"
     if torch.compiler.is_compiling() or None in (segments.lengths, keys.lengths):
         return "padded"

@@ -205,10 +205,8 @@ def _values(
 def _sum(sums, alpha, x, COLUMNS: tl.constexpr, ONES: tl.constexpr, WIDEN: tl.constexpr):
     """sums·alpha + Σ x over the keys, (ROWS,), or ONES columns of it."""
     if ONES:
-        ones = tl.full((COLUMNS, ONES), 1.0, tl.float32).to(
-            x.dtype
-        )  # Triton 3.6 interprets no bf16
-        return _dot(x, ones, sums * alpha[:, None], WIDEN)
+        ones = tl.full((COLUMNS, ONES), 1.0, tl.float32)  # Triton 3.6 interprets no bf16
+        return _dot(x, ones.to(x.dtype), sums * alpha[:, None], WIDEN)
     else:
         return sums * alpha + tl.sum(x.to(tl.float32), 1)
 

@@ -70,8 +70,8 @@ def launch(
     if "ALIGN" in function.arg_names:
         align = next(unit for unit in units if all(n % unit == 0 for n in lengths))
         options["ALIGN"] = align
-    if "maxnreg" in options:  # no more than so many threads can have
-        options["maxnreg"] = min(options["maxnreg"], REGISTERS // (32 * options["num_warps"]))
+    if most := options.get("maxnreg"):  # no more than so many threads can have
+        options["maxnreg"] = min(most, REGISTERS // (32 * options["num_warps"]))
     flat = []
     for argument in arguments:
         if isinstance(argument, (In, Out)):

@@ -169,9 +169,7 @@ def _tile(direction: str, q, k) -> dict[str, int]:
     HB = min(H & -H, 16, rows)  # the heads of a tile: a power of two that divides H
     tile = dict(H=H, D=D, **chunks(D, q.element_size()), T=rows // HB, HB=HB, num_warps=num_warps)
     a_thread = rows * sum(pieces(D)) / (32 * num_warps)
-    if most := _most_registers(direction, q, k, a_thread):
-        tile["maxnreg"] = most
-    return tile
+    return tile | dict(maxnreg=_most_registers(direction, q, k, a_thread))
 
 
 def _most_registers(direction: str, q, k, a_thread: float) -> int | None:
