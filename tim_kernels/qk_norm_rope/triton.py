@@ -176,13 +176,17 @@ def _most_registers(direction: str, q, k, a_thread: float) -> int | None:
     """Of a thread that has `a_thread` channels of q; by themselves compilers take more, or fewer
     and spill. 128 let a multiprocessor hold 16 warps, 168 let it hold 12."""
     is_float = q.element_size() == 4
-    if a_thread > 18 or (k is None and not (is_float and direction == "jvp")):
+    if a_thread > (36 if direction == "forward" else 18):
+        return None
+    if is_float and (direction == "jvp" or (direction == "forward" and k is None)):
+        return 168
+    if k is None or direction == "forward":
         return None
     if direction == "jvp":
-        return 168 if is_float else 128
-    if direction == "backward" and has_tensor_memory(q.device):
-        return 176 if not is_float else 184 if a_thread <= 16 else None  # for Triton 3.6 and 3.8
-    return 168 if direction == "backward" and not is_float else None
+        return 128
+    if has_tensor_memory(q.device):  # as Triton 3.6 and 3.8 need
+        return 176 if not is_float else 184 if a_thread <= 16 else None
+    return None if is_float else 168
 
 
 def _positions(args: tuple, first: int) -> list:
